@@ -1,0 +1,1 @@
+"""What the drivers (train.py, sample.py, compare.py) share, one concern a file."""

@@ -1,0 +1,152 @@
+"""Saves and loads a run's checkpoints so that a kill or a full disk at any moment loses nothing.
+
+A run holds two: last/ to resume from and best/, the one of the lowest validation loss. Each has
+model.safetensors (the weights under Hugging Face's names, with the step and the loss as metadata);
+last/ has state.pt as well (optimizer, random generators, clock).
+"""
+
+import io
+import os
+import shutil
+from pathlib import Path
+
+import safetensors
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as safetensors_bytes
+
+from lab.errors import UserError, shown
+
+WEIGHTS = "model.safetensors"
+STATE = "state.pt"
+
+
+def save(run: Path, name: str, model: torch.nn.Module, metadata: dict[str, str], state: dict | None) -> None:
+    """Writes the checkpoint run/name ("last" or "best"), or leaves the one before as it was.
+
+    Raises UserError where the disk is full.
+    """
+    folder, unfinished, old = (run / f"{name}{suffix}" for suffix in ("", ".tmp", ".old"))
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        unfinished.mkdir()
+        write(unfinished / WEIGHTS, safetensors_bytes(weights(model), metadata))
+        if state is not None:
+            buffer = io.BytesIO()
+            torch.save(state, buffer)
+            write(unfinished / STATE, buffer.getbuffer())
+    except OSError as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise UserError(
+            f"could not save step {metadata['step']} in {folder}: {error.strerror}\n"
+            + (
+                f"the checkpoint before it is intact; make room, then: {resume_command(run)}"
+                if exists(run)
+                else "make room and start again"
+            )
+        ) from None
+    # A folder can't be replaced in one go. Between these two renames `old` is the checkpoint: see `find`.
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    unfinished.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write(path: Path, content: bytes) -> None:
+    """Writes a file and waits until it is on the disk."""
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The model's tensors by name, a tied head not a second time."""
+    tensors = dict(model.state_dict())
+    if model.config.tie_word_embeddings:
+        del tensors["lm_head.weight"]
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def find(run: Path, name: str) -> Path | None:
+    """The folder of the checkpoint run/name, None where there is none."""
+    for folder in (run / name, run / f"{name}.old"):
+        if folder.exists():
+            return folder
+    return None
+
+
+def exists(run: Path) -> bool:
+    """Whether the run has a checkpoint."""
+    return find(run, "last") is not None
+
+
+def written_at(run: Path) -> float:
+    """When the last checkpoint was written, in seconds since the epoch."""
+    return (find(run, "last") / WEIGHTS).stat().st_mtime
+
+
+def step(run: Path) -> int:
+    """The optimizer step of the last checkpoint."""
+    return int(metadata(find(run, "last") / WEIGHTS)["step"])
+
+
+def metadata(path: Path) -> dict[str, str]:
+    """What was saved with the weights: stage, step, val_loss."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise damaged(path, error) from None
+
+
+def load_weights(run: Path, name: str, model: torch.nn.Module) -> dict[str, str]:
+    """Fills the model from the checkpoint run/name; returns its metadata."""
+    folder = find(run, name)
+    if folder is None:
+        raise UserError(f"{shown(run)} has no checkpoint {name!r}")
+    path = folder / WEIGHTS
+    saved = metadata(path)
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise damaged(path, error) from None
+    expected = weights(model)
+    differing = [
+        key for key in expected.keys() | tensors.keys() if shape(expected, key) != shape(tensors, key)
+    ]
+    if differing:
+        key = min(differing)
+        raise UserError(
+            f"{shown(path)} ({saved.get('stage', 'of an unknown stage')}) does not fit this model: {key} "
+            f"is {shape(tensors, key)} there and {shape(expected, key)} here"
+        )
+    model.load_state_dict(tensors, strict=False)  # strict but for the tied head: checked above
+    return saved
+
+
+def shape(tensors: dict[str, torch.Tensor], key: str) -> str:
+    """The shape of a tensor, in words where it is missing."""
+    return str(tuple(tensors[key].shape)) if key in tensors else "missing"
+
+
+def load_state(run: Path) -> dict:
+    """The optimizer, the generators and the clock of the last checkpoint, on the CPU."""
+    path = find(run, "last") / STATE
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a different kind for each way a file can be broken
+        raise damaged(path, error) from None
+
+
+def damaged(path: Path, error: Exception) -> UserError:
+    """The error for a file that can't be read."""
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return UserError(f"{shown(path)} is damaged or incomplete: {reason}")
+
+
+def resume_command(run: Path) -> str:
+    """The command that goes on with the run."""
+    return f"python train.py --resume --out {shown(run)}"

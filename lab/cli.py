@@ -1,0 +1,52 @@
+"""The command line: flags from a dataclass, and errors in one or two lines."""
+
+import contextlib
+import errno
+import io
+import os
+import sys
+from collections.abc import Callable
+from itertools import takewhile
+
+import tyro
+
+from lab.errors import UserError
+
+
+def parse_flags(kind: type, argv: list[str], **options):
+    """tyro.cli, with its boxed errors folded into the one line of a UserError."""
+    stderr = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(stderr):
+            return tyro.cli(kind, args=argv, **options)
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+    lines = [line.strip("│ \n") for line in stderr.getvalue().splitlines() if line.startswith("│")]
+    message = " ".join(takewhile(lambda line: not line.startswith("─"), lines))
+    raise UserError(f"{message.rstrip('.')}. See python {os.path.basename(sys.argv[0])} --help")
+
+
+def run(main: Callable[[], None]) -> None:
+    """Calls main; what the user can mend becomes a line or two on stderr and exit status 2."""
+    full = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS}
+    try:
+        main()
+    except UserError as error:
+        sys.exit(fail(str(error)))
+    except BrokenPipeError:  # the reader of our output has gone, as in `sample.py | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in full:
+            raise
+        sys.exit(fail(f"{error.strerror}: {error.filename}"))
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def fail(message: str) -> int:
+    """Prints the error; returns the exit status."""
+    print(f"error: {message}", file=sys.stderr)
+    return 2

@@ -1,0 +1,122 @@
+"""Which device and precision to compute with, and what differs between devices: all of it is here."""
+
+import contextlib
+import ctypes
+import sys
+
+import torch
+
+from lab.errors import UserError
+
+# Dense bfloat16 FLOP/s by name, from NVIDIA's data sheets: model FLOPs utilisation is relative to it.
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10G": 70e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+def choose(name: str) -> torch.device:
+    """The device called name; "auto" is the first of cuda, mps and cpu that is present."""
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind, there in present.items() if there))
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in present:
+        raise UserError(f"unknown device {name!r}; use auto, cuda, mps or cpu")
+    n_devices = torch.cuda.device_count() if device.type == "cuda" else 1
+    if not present[device.type] or (device.index or 0) >= n_devices:
+        there = ", ".join(kind for kind, there in present.items() if there)
+        raise UserError(
+            f"device {name!r} is not present here (there is: {there}); leave --device out to choose"
+        )
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype called name; "auto" is bfloat16 where the hardware multiplies it, else float32."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        able = torch.cpu.get_capabilities()
+        native = able.get("avx512_bf16", False) or able.get("amx_bf16", False)
+    else:
+        native = False
+    return torch.bfloat16 if native else torch.float32
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
+    """The context that runs matrix products in dtype."""
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=dtype)
+
+
+def prepare(device: torch.device) -> None:
+    """Settings of the process that make training faster on this device."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
+    if device.type == "cpu" and sys.platform == "linux":
+        # glibc gives large freed blocks back to the system and gets them again, page by page, in
+        # every step; kept in the process they cost nothing. Numbers are M_TRIM_ and M_MMAP_THRESHOLD.
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            libc.mallopt(-1, 1 << 30)
+            libc.mallopt(-3, 1 << 30)
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has done what was asked of it, so that a clock can be read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """The states of the random generators that training draws from."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
+        state["mps"] = torch.mps.get_rng_state()
+    return state
+
+
+def set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Puts the generators back; those of another kind of device stay as they are."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+    elif device.type == "mps" and "mps" in state:
+        torch.mps.set_rng_state(state["mps"])
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """FLOP/s that the device can do in bfloat16, where known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes at the peak so far: of the allocator on CUDA, of the process elsewhere (None on Windows)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return None
+    import resource  # Unix alone has it
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

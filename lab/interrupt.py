@@ -1,0 +1,23 @@
+"""Ctrl-C and SIGTERM as a wish to stop after this step, so that the run can be saved first."""
+
+import signal
+
+
+class StopRequest:
+    """A context manager; .signal is the signal received, or None. A second one stops at once."""
+
+    def __enter__(self):
+        self.signal = None
+        self.before = {
+            number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        return self
+
+    def __exit__(self, *exception):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def receive(self, number, frame):
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = number

@@ -1,0 +1,91 @@
+"""What a run reports while it trains: metrics.jsonl, a live line or plain lines, and wandb."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lab.errors import UserError
+
+SECONDS_BETWEEN_LINES = 10
+
+
+class RunLog:
+    """The metrics of one run; a context manager around the training loop."""
+
+    def __init__(self, folder: Path, steps: int, first_step: int, wandb_config: dict | None):
+        self.path = folder / "metrics.jsonl"
+        keep_until(self.path, first_step)
+        self.console = Console(highlight=False)
+        self.live = self.console.is_terminal
+        self.steps = steps
+        self.progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[report]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.live,
+        )
+        self.task = self.progress.add_task("", total=steps, completed=first_step, report="")
+        self.val_loss = None
+        self.printed_at = 0.0
+        self.wandb = start_wandb(folder, wandb_config) if wandb_config is not None else None
+
+    def __enter__(self):
+        self.file = open(self.path, "a", buffering=1)
+        self.progress.start()
+        return self
+
+    def __exit__(self, *exception):
+        self.progress.stop()
+        self.file.close()
+        if self.wandb:
+            self.wandb.finish()
+
+    def write(self, record: dict, mfu: float | None) -> None:
+        """One line of metrics, on every channel. mfu: model FLOPs utilisation, where known."""
+        self.file.write(json.dumps(record) + "\n")
+        if self.wandb:
+            self.wandb.log(record, step=record["step"])
+        self.val_loss = record.get("val_loss", self.val_loss)
+        report = f"loss {record['loss']:.4f}"
+        if self.val_loss is not None:
+            report += f"  val {self.val_loss:.4f}"
+        report += f"  {record['tokens_per_second']:,.0f} tokens/s"
+        if mfu is not None:
+            report += f"  mfu {mfu:.0%}"
+        self.progress.update(self.task, completed=record["step"], report=report)
+        now = time.monotonic()
+        due = "val_loss" in record or now - self.printed_at > SECONDS_BETWEEN_LINES
+        if not self.live and due:
+            self.printed_at = now
+            self.console.print(f"step {record['step']}/{self.steps}  {report}", soft_wrap=True)
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Drops the lines after a step: those that a killed run wrote after its last checkpoint."""
+    kept = [json.dumps(record) + "\n" for record in read_metrics(path) if record["step"] <= step]
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text("".join(kept))
+    os.replace(unfinished, path)
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of a metrics.jsonl; a last line that a kill cut short is left out."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def start_wandb(folder: Path, config: dict):
+    """A run of Weights & Biases with its files in the run's folder."""
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("--wandb needs the package wandb: pip install -e '.[wandb]'") from None
+    return wandb.init(project="eight-small-diffs", name=folder.name, dir=folder, config=config)

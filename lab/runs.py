@@ -1,0 +1,165 @@
+"""The folders of runs: their names, the newest of them, and the config.json in each."""
+
+import json
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from data import Dataset, from_meta
+from lab import checkpoint, stages
+from lab.errors import UserError, shown
+
+RUNS = Path(os.environ.get("RUNS_DIR", stages.ROOT / "runs"))
+
+
+def create(out: str | None, stage: str, dataset: Dataset, seed: int, config: dict) -> Path:
+    """Makes the folder of a new run, with its config.json and the meta.json of its data.
+
+    It is `out`, or else runs/<stage>-<dataset>-seed<k>, with -2, -3 … where that is taken.
+    """
+    folder = Path(out) if out else RUNS / f"{stage}-{dataset.name}-seed{seed}"
+    if out and (folder / "config.json").exists():
+        raise UserError(f"{out} already holds a run; --resume continues it, another --out keeps it")
+    number = 1
+    while not out and folder.exists():
+        number += 1
+        folder = RUNS / f"{stage}-{dataset.name}-seed{seed}-{number}"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "meta.json", dataset.meta)
+    write_json(folder / "config.json", config)
+    return folder
+
+
+def note_resumed(folder: Path, config: dict, step: int) -> None:
+    """Adds to config.json where a run was resumed: the machine then, and the settings that changed."""
+    before = read_config(folder)
+    changed = {
+        key: value for key, value in config["settings"].items() if before["settings"].get(key) != value
+    }
+    resumed = [
+        *before.get("resumed", []),
+        {"step": step, "changed": changed, "machine": config["machine"]},
+    ]
+    write_json(folder / "config.json", before | {"settings": config["settings"], "resumed": resumed})
+
+
+def all_configs() -> list[tuple[Path, dict]]:
+    """The runs that have a checkpoint, the newest first, each with its config."""
+    found = [path.parent for path in RUNS.glob("*/config.json") if checkpoint.exists(path.parent)]
+    found.sort(key=checkpoint.written_at, reverse=True)
+    return [(folder, read_config(folder)) for folder in found]
+
+
+def newest(stage: str | None) -> Path:
+    """The newest run of a stage (its number or name), or of any."""
+    name = stages.find(stage) if stage else None
+    for folder, config in all_configs():
+        if name in (None, config["stage"]):
+            return folder
+    of_stage = f" of {name}" if name else ""
+    raise UserError(f"no run{of_stage} in {shown(RUNS)}; train one: python train.py --stage {stage or 0}")
+
+
+def newest_unfinished(stage: str | None, data: str, seed: int) -> Path:
+    """The newest run of this stage, data and seed that stopped before its last step."""
+    name = stages.find(stage) if stage else None
+    for folder, config in all_configs():
+        same = (config["settings"]["data"], config["settings"]["seed"]) == (data, seed)
+        if same and name in (None, config["stage"]) and checkpoint.step(folder) < config["settings"]["steps"]:
+            return folder
+    raise UserError(
+        f"no unfinished run of {name or 'any stage'} on {data} with seed {seed} in {shown(RUNS)} to resume\n"
+        "name one with --out FOLDER, or leave --resume out to start anew"
+    )
+
+
+def read_config(folder: Path) -> dict:
+    """config.json of a run."""
+    return read_json(folder / "config.json")
+
+
+def tokenizer(folder: Path):
+    """The tokenizer that a run was trained with."""
+    return from_meta(read_json(folder / "meta.json"))
+
+
+def read_json(path: Path) -> dict:
+    """A JSON file of a run; a UserError where it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{shown(path.parent)} is not a run: it has no {path.name}") from None
+    except ValueError as error:
+        raise UserError(f"{shown(path)} is damaged: {error}") from None
+
+
+def check_stage(folder: Path, stage: str | None) -> dict:
+    """The run's config; a UserError if a stage is asked for and the run is of another."""
+    config = read_config(folder)
+    if stage and stages.find(stage) != config["stage"]:
+        raise UserError(f"{shown(folder)} is a run of {config['stage']}, not of {stages.find(stage)}")
+    return config
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Writes content to path, or leaves path as it was."""
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def load(run: Path, name: str, device: torch.device) -> tuple[torch.nn.Module, dict]:
+    """The trained model of a run in evaluation mode, and the run's config.
+
+    name is "best" or "last"; a run too young for a best checkpoint gives its last.
+    """
+    config = read_config(run)
+    stage = stages.load(stages.find(config["stage"]))
+    model = stage.GPT(stage.GPTConfig(**config["model"]))
+    checkpoint.load_weights(run, name if checkpoint.find(run, name) else "last", model)
+    return model.to(device).eval(), config
+
+
+def machine(device: torch.device) -> dict:
+    """What a number must be read together with: the hardware, the versions, the commit."""
+    packages = ("torch", "numpy", "tiktoken", "safetensors")
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "processor": processor(),
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(),
+        "versions": {"python": platform.python_version()} | {name: installed(name) for name in packages},
+        "commit": commit(),
+    }
+
+
+def processor() -> str:
+    """The processor's name, with its SIMD extensions as torch sees them."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def installed(package: str) -> str | None:
+    """The version of a package, None where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def commit() -> str | None:
+    """The commit of the code, with -dirty where files differ from it; None outside a repository."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(
+            command, cwd=stages.ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,137 @@
+"""Every setting of a training run: from the command line, a preset, or the run that is resumed."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Generic, Literal, TypeVar
+
+from lab import device, presets, runs, stages
+from lab.cli import parse_flags
+from lab.errors import UserError
+
+ModelConfig = TypeVar("ModelConfig")
+
+
+@dataclass
+class Settings(Generic[ModelConfig]):
+    """Trains one stage of the course and leaves the run in runs/."""
+
+    model: ModelConfig
+    """Sizes of the model; what is left out follows from the rest."""
+    stage: str
+    """Stage to train: its number or its folder's name."""
+    data: str = "tinyshakespeare"
+    """tinyshakespeare, openshakespeare, or the path of a text file or a folder of .txt files."""
+    tokenizer: Literal["char", "gpt2"] = "char"
+    """What a token is: a character, or one of GPT-2's 50257 pieces of words."""
+    preset: Literal["auto", "laptop", "baby", "gpt2"] = "auto"
+    """Sizes and schedule to start from; auto: baby on CUDA, else laptop (gpt2 for openwebtext)."""
+    seed: int = 0
+    """Seed of the weights, the batches and the dropout."""
+    device: str = "auto"
+    """cuda, mps or cpu; auto: the first of these that is present."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of matrix products; auto: bfloat16 where the hardware has it, else float32."""
+    compile: bool = False
+    """Compile the model with torch.compile; by default on CUDA only."""
+    steps: int = 2000
+    """Optimizer steps."""
+    batch_size: int = 12
+    """Sequences in an optimizer step."""
+    micro_batch_size: int | None = None
+    """Sequences in one forward and backward pass; gradients add up to batch_size. None: all at once."""
+    lr: float = 1e-3
+    """Highest learning rate, reached after the warm-up."""
+    min_lr: float = 1e-4
+    """Learning rate at the last step, reached along a cosine."""
+    warmup_steps: int = 100
+    """Steps over which the learning rate rises from 0."""
+    weight_decay: float = 0.1
+    """Weight decay of matrices and embeddings; norms and biases have none."""
+    beta1: float = 0.9
+    """AdamW's decay of the average gradient."""
+    beta2: float = 0.99
+    """AdamW's decay of the average squared gradient."""
+    grad_clip: float = 1.0
+    """Largest norm of the gradient; 0: no limit."""
+    eval_every: int = 250
+    """Steps between evaluations on the validation split, each followed by a checkpoint."""
+    eval_tokens: int = 1_000_000
+    """Validation tokens to evaluate on, from the start of the split; all of it where it is shorter."""
+    log_every: int = 10
+    """Steps between lines in metrics.jsonl."""
+    out: str | None = None
+    """Folder of the run. None: a new one, runs/<stage>-<data>-seed<k>."""
+    resume: bool = False
+    """Continue the run in --out, or else the newest unfinished one of this stage, data and seed."""
+    wandb: bool = False
+    """Mirror the metrics to Weights & Biases: pip install -e '.[wandb]'."""
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "micro_batch_size", "eval_every", "eval_tokens", "log_every"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("seed", "lr", "min_lr", "warmup_steps", "weight_decay", "grad_clip"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), not {getattr(self, name)}")
+        if self.batch_size % (self.micro_batch_size or self.batch_size):
+            raise ValueError(
+                f"batch_size ({self.batch_size}) must be a multiple of micro_batch_size ({self.micro_batch_size})"
+            )
+
+
+@dataclass
+class Choice:
+    """The flags that decide the defaults of the others, read before them."""
+
+    stage: str | None = None
+    data: str = "tinyshakespeare"
+    preset: Literal["auto", "laptop", "baby", "gpt2"] = "auto"
+    device: str = "auto"
+    seed: int = 0
+    out: str | None = None
+    resume: bool = False
+
+
+def parse(argv: list[str]) -> Settings:
+    """What a command line asks for: its flags over a preset, or over the resumed run's own settings.
+
+    Raises UserError for an unknown flag, an impossible value, or a run that is not there.
+    """
+    wants_help = "-h" in argv or "--help" in argv
+    choice, _ = parse_flags(Choice, argv, return_unknown_args=True, add_help=False)
+    if choice.resume and not wants_help:
+        default = resumed_settings(choice)
+    else:
+        if not choice.stage and not wants_help:
+            raise UserError(f"which stage? --stage N, one of: {stages.listing()}")
+        default = preset_settings(choice, stages.find(choice.stage or "0"))
+    settings = parse_flags(Settings[type(default.model)], argv, default=default)
+    settings.stage = default.stage
+    return settings
+
+
+def preset_settings(choice: Choice, stage: str) -> Settings:
+    """Settings of a new run."""
+    device_type = device.choose(choice.device).type
+    name = presets.choose(choice.data, device_type) if choice.preset == "auto" else choice.preset
+    preset = dict(presets.PRESETS[name])
+    model = presets.model_defaults(stages.load(stage).GPTConfig, preset.pop("model"))
+    return Settings(model=model, stage=stage, preset=name, compile=device_type == "cuda", **preset)
+
+
+def resumed_settings(choice: Choice) -> Settings:
+    """Settings of the run that --resume continues, as its config.json has them."""
+    folder = (
+        Path(choice.out) if choice.out else runs.newest_unfinished(choice.stage, choice.data, choice.seed)
+    )
+    config = runs.check_stage(folder, choice.stage)
+    model = stages.load(config["stage"]).GPTConfig(**config["model"])
+    return Settings(**config["settings"] | {"model": model, "out": str(folder)})
+
+
+def as_json(settings: Settings) -> dict:
+    """The settings without the model's sizes and what belongs to one invocation alone."""
+    return {key: value for key, value in asdict(settings).items() if key not in ("model", "resume", "out")}

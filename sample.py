@@ -1,0 +1,126 @@
+"""Continues a prompt with a trained run: python sample.py --stage 0 --prompt "ROMEO:"
+
+The prompt may also come from a pipe (echo "ROMEO:" | python sample.py --stage 0) or --prompt-file.
+The text goes to stdout as it is made, the rest to stderr.
+"""
+
+import codecs
+import os
+import stat
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lab import cli, device, runs, sampling
+from lab.errors import UserError, shown
+
+
+@dataclass
+class Settings:
+    """Continues a prompt with the text of a trained run."""
+
+    stage: str | None = None
+    """Sample from the newest run of this stage: its number or its folder's name. None: the newest of all."""
+    run: str | None = None
+    """Folder of the run, instead of the newest one of --stage."""
+    checkpoint: str = "best"
+    """best (lowest validation loss) or last."""
+    prompt: str | None = None
+    """Text to continue; without it what is piped in, or a newline."""
+    prompt_file: str | None = None
+    """File with the text to continue."""
+    max_new_tokens: int = 500
+    """Tokens to make for each sample."""
+    num_samples: int = 1
+    """Number of samples."""
+    temperature: float = 0.8
+    """Above 1 more surprising, below 1 less; 0 always takes the most likely token."""
+    top_k: int | None = 200
+    """Choose among the k most likely tokens only. None: all."""
+    top_p: float = 1.0
+    """Choose among the fewest most likely tokens whose probabilities reach top_p."""
+    seed: int = 1337
+    """Seed of the choices: the same seed, the same text."""
+    device: str = "auto"
+    """cuda, mps or cpu; auto: the first of these that is present."""
+
+    def __post_init__(self):
+        if self.checkpoint not in ("best", "last"):
+            raise ValueError(f"checkpoint must be best or last, not {self.checkpoint!r}")
+        if self.max_new_tokens < 1 or self.num_samples < 1:
+            raise ValueError("max_new_tokens and num_samples must be at least 1")
+        if self.temperature < 0:
+            raise ValueError(f"temperature must be 0 or more, not {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, not {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}")
+
+
+def main():
+    settings = cli.parse_flags(Settings, sys.argv[1:])
+    where = device.choose(settings.device)
+    folder = Path(settings.run) if settings.run else runs.newest(settings.stage)
+    runs.check_stage(folder, settings.stage)
+    model, config = runs.load(folder, settings.checkpoint, where)
+    tokenizer = runs.tokenizer(folder)
+    prompt = read_prompt(settings)
+    tokens = tokenizer.encode(prompt).tolist() if prompt else sampling.default_prompt(tokenizer)
+    print(f"{config['stage']} from {shown(folder)}", file=sys.stderr)
+
+    generator = torch.Generator().manual_seed(settings.seed)
+    n_tokens, seconds = 0, 0.0
+    for number in range(settings.num_samples):
+        if number:
+            print("\n---------------")
+        write(prompt)
+        text = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may span tokens
+        started = time.perf_counter()
+        for token in sampling.generate(
+            model,
+            tokens,
+            settings.max_new_tokens,
+            tokenizer.vocab_size,
+            settings.temperature,
+            settings.top_k,
+            settings.top_p,
+            generator,
+        ):
+            write(text.decode(tokenizer.decode_bytes([token])))
+            n_tokens += 1
+        seconds += time.perf_counter() - started
+        write(text.decode(b"", final=True))
+    print()
+    print(f"{n_tokens} tokens in {seconds:.1f} s: {n_tokens / seconds:,.0f} tokens/s", file=sys.stderr)
+
+
+def read_prompt(settings: Settings) -> str:
+    """The prompt from its flag, its file or a pipe; empty where there is none."""
+    if settings.prompt is not None and settings.prompt_file is not None:
+        raise UserError("give --prompt or --prompt-file, not both")
+    try:
+        if settings.prompt is not None:
+            return settings.prompt
+        if settings.prompt_file is not None:
+            return Path(settings.prompt_file).read_text(encoding="utf-8")
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+        if stat.S_ISFIFO(mode) or stat.S_ISREG(mode):
+            return sys.stdin.read()
+    except OSError as error:
+        raise UserError(f"cannot read {settings.prompt_file}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{settings.prompt_file or 'standard input'} is not UTF-8 text") from None
+    return ""
+
+
+def write(text: str) -> None:
+    """Shows text at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    cli.run(main)

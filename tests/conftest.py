@@ -1,0 +1,78 @@
+"""What the tests share: a tiny model of every stage, a tiny text, and the drivers called in this process."""
+
+import random
+import sys
+
+import pytest
+import torch
+
+import sample
+import train
+from lab import runs, stages
+
+torch.set_num_threads(1)  # tiny tensors: a second thread only gets in the way
+
+TINY_MODEL = {"vocab_size": 65, "block_size": 16, "n_layer": 2, "n_head": 4, "n_embd": 32}
+TINY_RUN = "--model.n-layer 2 --model.n-head 2 --model.n-embd 16 --model.block-size 8 --batch-size 4".split()
+
+
+@pytest.fixture(params=stages.names().values())
+def stage(request):
+    """The module of a stage; a test that asks for it runs once for each stage there is."""
+    return stages.load(request.param)
+
+
+@pytest.fixture
+def make_model(stage):
+    """make_model(**sizes): a tiny, seeded model of the stage in evaluation mode."""
+
+    def make(**sizes):
+        torch.manual_seed(0)
+        return stage.GPT(stage.GPTConfig(**TINY_MODEL | sizes)).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def text():
+    """20,000 characters of made-up words, with a newline here and there."""
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefghij", k=draw.randint(1, 7))) for _ in range(50)]
+    return "".join(draw.choice(words) + draw.choice("  \n") for _ in range(6000))[:20_000]
+
+
+@pytest.fixture
+def workshop(tmp_path, monkeypatch, text):
+    """An empty folder to work in, with its own data and runs, and the text as words.txt."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setenv("RUNS_DIR", str(tmp_path / "runs"))
+    monkeypatch.setattr(runs, "RUNS", tmp_path / "runs")
+    (tmp_path / "words.txt").write_text(text)
+    return tmp_path
+
+
+def call(monkeypatch, driver, *arguments) -> int:
+    """Runs a driver as its command line would; returns the exit status."""
+    monkeypatch.setattr(sys, "argv", [f"{driver.__name__}.py", *map(str, arguments)])
+    try:
+        driver.cli.run(driver.main)
+    except SystemExit as stop:
+        return stop.code or 0
+    return 0
+
+
+@pytest.fixture
+def run_train(workshop, monkeypatch):
+    """run_train(*flags): trains a tiny model on words.txt; returns the exit status."""
+
+    def run(*flags):
+        return call(monkeypatch, train, "--data", "words.txt", *TINY_RUN, *flags)
+
+    return run
+
+
+@pytest.fixture
+def run_sample(workshop, monkeypatch):
+    """run_sample(*flags): calls sample.py; returns the exit status."""
+    return lambda *flags: call(monkeypatch, sample, *flags)

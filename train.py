@@ -1,0 +1,218 @@
+"""Trains one stage of the course: python train.py --stage 0
+
+Leaves a folder in runs/: config.json (all that is needed to repeat the run), metrics.jsonl, the
+checkpoints last/ and best/, loss.png and sample.txt. Ctrl-C saves; --resume goes on bit for bit.
+"""
+
+import math
+import sys
+import time
+from collections import defaultdict
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+import data
+from lab import batches, checkpoint, cli, cost, evaluation, log, optim, plots, runs, sampling, stages
+from lab import device as devices
+from lab import settings as command_line
+from lab.errors import UserError, shown
+from lab.interrupt import StopRequest
+
+
+def main():
+    settings = command_line.parse(sys.argv[1:])
+    dataset = data.load(settings.data, settings.tokenizer)
+    settings.model = fit_to_data(settings.model, dataset)
+    device = devices.choose(settings.device)
+    dtype = devices.choose_dtype(settings.dtype, device)
+    devices.prepare(device)
+
+    torch.manual_seed(settings.seed)
+    stage = stages.load(settings.stage)
+    model = stage.GPT(settings.model).to(device)
+    betas = (settings.beta1, settings.beta2)
+    optimizer = optim.adamw(model, settings.lr, settings.weight_decay, betas)
+    flops = cost.flops_per_token(stage.GPT, settings.model)
+
+    config = {
+        "stage": settings.stage,
+        "dataset": dataset.name,
+        "settings": command_line.as_json(settings),
+        "model": asdict(settings.model),
+        "dtype": str(dtype).removeprefix("torch."),
+        "parameters": cost.parameters(model),
+        "flops_per_token": flops,
+        "machine": runs.machine(device),
+    }
+    if settings.resume:
+        folder = Path(settings.out)
+        progress = restore(folder, model, optimizer, device)
+        runs.note_resumed(folder, config, progress["step"])
+    else:
+        folder = runs.create(settings.out, settings.stage, dataset, settings.seed, config)
+        progress = {"step": 0, "seconds": 0.0, "best_val_loss": math.inf}
+    print(
+        f"{settings.stage} on {dataset.name}: {config['parameters']:,} parameters, {device}, {config['dtype']}"
+    )
+    print(f"the run is in {shown(folder)}")
+
+    stopped_by = train(settings, model, optimizer, dataset, device, dtype, folder, progress, flops)
+    if stopped_by:
+        print(f"stopped after step {progress['step']}; go on with: {checkpoint.resume_command(folder)}")
+        sys.exit(128 + stopped_by)
+    report(folder, dataset, device)
+
+
+def fit_to_data(config, dataset: data.Dataset):
+    """The model's sizes with the vocabulary of the data; a UserError where they do not go together."""
+    needed = dataset.tokenizer.vocab_size
+    if config.vocab_size == type(config).vocab_size and needed < 50257:
+        config = replace(config, vocab_size=needed)  # only GPT-2's vocabulary is padded, to 50304
+    if config.vocab_size < needed:
+        raise UserError(
+            f"--model.vocab-size {config.vocab_size} is less than the {needed} tokens of {dataset.name}"
+        )
+    shortest = min(len(dataset.train), len(dataset.val))
+    if shortest <= config.block_size:
+        raise UserError(
+            f"--model.block-size {config.block_size} is too long for {dataset.name}: its shorter split has "
+            f"{shortest} tokens; use {max(1, shortest - 1)} or less, or more text"
+        )
+    return config
+
+
+def restore(folder: Path, model, optimizer, device: torch.device) -> dict:
+    """Puts everything back to where the last checkpoint was; returns the run's progress."""
+    checkpoint.load_weights(folder, "last", model)
+    state = checkpoint.load_state(folder)
+    optimizer.load_state_dict(state["optimizer"])
+    devices.set_rng_state(state["rng"], device)
+    return state["progress"]
+
+
+def train(settings, model, optimizer, dataset, device, dtype, folder, progress, flops) -> int | None:
+    """Runs the remaining steps, updating progress; returns the signal that stopped it early, or None."""
+    compiled = torch.compile(model) if settings.compile else model
+    autocast = devices.autocast(device, dtype)
+    micro_batch = settings.micro_batch_size or settings.batch_size
+    tokens_per_step = settings.batch_size * settings.model.block_size
+    peak_flops = devices.peak_flops(device)
+    wandb_config = runs.read_config(folder) if settings.wandb else None
+    recent = []  # losses and gradient norms since the last look at them, still on the device
+
+    model.train()
+    with (
+        StopRequest() as request,
+        log.RunLog(folder, settings.steps, progress["step"], wandb_config) as run_log,
+    ):
+        started = time.perf_counter()
+        for step in range(progress["step"] + 1, settings.steps + 1):
+            lr = optim.cosine_lr(step, settings.steps, settings.warmup_steps, settings.lr, settings.min_lr)
+            idx, targets = batches.train_batch(
+                dataset.train, settings.seed, step, settings.batch_size, settings.model.block_size
+            )
+            idx, targets = idx.to(device), targets.to(device)
+            losses = accumulate_gradients(compiled, idx, targets, micro_batch, autocast)
+            grad_norm = optim.update(model, optimizer, lr, settings.grad_clip)
+            recent.append((losses, grad_norm))
+
+            last_step = step == settings.steps
+            evaluates = step % settings.eval_every == 0 or last_step
+            if not (step % settings.log_every == 0 or evaluates or request.signal):
+                continue
+            devices.synchronize(device)
+            seconds = time.perf_counter() - started
+            stop_if_not_finite(recent, step, folder)
+            progress["step"] = step
+            progress["seconds"] += seconds
+            record = {
+                "step": step,
+                "tokens": step * tokens_per_step,
+                "seconds": progress["seconds"],
+                "loss": losses.pop("next_token").item(),
+                **{name: loss.item() for name, loss in losses.items()},
+                "lr": lr,
+                "grad_norm": grad_norm.item(),
+                "tokens_per_second": len(recent) * tokens_per_step / seconds,
+            }
+            if evaluates:
+                val_loss = evaluation.next_token_loss(
+                    model, dataset.val, settings.eval_tokens, micro_batch, autocast, device
+                )
+                record |= {
+                    "val_loss": val_loss,
+                    "bits_per_byte": evaluation.bits_per_byte(val_loss, dataset.meta),
+                }
+            run_log.write(record, flops * record["tokens_per_second"] / peak_flops if peak_flops else None)
+
+            metadata = {"stage": settings.stage, "step": str(step)}
+            if evaluates:
+                metadata["val_loss"] = str(val_loss)
+                if val_loss < progress["best_val_loss"]:
+                    progress["best_val_loss"] = val_loss
+                    checkpoint.save(folder, "best", model, metadata, state=None)
+            if evaluates or request.signal:
+                rng = devices.rng_state(device)
+                state = {"optimizer": optimizer.state_dict(), "rng": rng, "progress": progress}
+                checkpoint.save(folder, "last", model, metadata, state)
+            if request.signal and not last_step:
+                return request.signal
+            recent.clear()
+            started = time.perf_counter()
+    return None
+
+
+def accumulate_gradients(model, idx, targets, micro_batch: int, autocast) -> dict[str, torch.Tensor]:
+    """Adds the batch's gradient to the parameters; returns each loss, averaged over all of the batch."""
+    parts = list(zip(idx.split(micro_batch), targets.split(micro_batch), strict=True))
+    totals = defaultdict(float)
+    for idx_part, targets_part in parts:
+        with autocast:
+            _, losses = model(idx_part, targets_part)
+        (sum(losses.values()) / len(parts)).backward()
+        for name, loss in losses.items():
+            totals[name] += loss.detach() / len(parts)
+    return dict(totals)
+
+
+def stop_if_not_finite(recent: list, step: int, folder: Path) -> None:
+    """Ends the run if a loss or gradient norm since the last look was NaN or infinite."""
+    numbers = torch.stack([torch.stack([sum(losses.values()), norm]) for losses, norm in recent])
+    bad = (~numbers.isfinite()).any(dim=1).tolist()
+    if any(bad):
+        kept = "no checkpoint was written yet"
+        if checkpoint.exists(folder):
+            kept = f"the checkpoint of step {checkpoint.step(folder)} in {shown(folder)} is kept"
+        first = step - len(recent) + 1 + bad.index(True)
+        raise UserError(
+            f"the loss or its gradient is not finite at step {first}; {kept}\n"
+            "try a lower --lr, a longer --warmup-steps, or --dtype float32"
+        )
+
+
+def report(folder: Path, dataset: data.Dataset, device: torch.device) -> None:
+    """Draws the loss curves, samples from the best checkpoint, and says where everything is."""
+    metrics = log.read_metrics(folder / "metrics.jsonl")
+    model, config = runs.load(folder, "best", device)
+    plots.loss_curves(metrics, f"{config['stage']} on {config['dataset']}", folder / "loss.png")
+    tokenizer = dataset.tokenizer
+    prompt = sampling.default_prompt(tokenizer)
+    generator = torch.Generator().manual_seed(config["settings"]["seed"])
+    tokens = list(sampling.generate(model, prompt, 500, tokenizer.vocab_size, generator=generator))
+    text = tokenizer.decode(tokens)
+    (folder / "sample.txt").write_text(text, encoding="utf-8")
+
+    best = min(metrics, key=lambda record: record.get("val_loss", math.inf))
+    print(f"\n{text}\n")
+    print(
+        f"best validation loss {best['val_loss']:.4f} ({best['bits_per_byte']:.4f} bits per byte) "
+        f"at step {best['step']}, {metrics[-1]['seconds']:.0f} s of training"
+    )
+    print(f"{shown(folder)}: loss.png, sample.txt, metrics.jsonl, and the checkpoints best/ and last/")
+    print(f"more text: python sample.py --run {shown(folder)}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
