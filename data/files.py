@@ -1,0 +1,63 @@
+"""Where the data lies on disk, and how it is read and written so that nothing half-written is ever found."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lab.errors import UserError
+
+
+def root() -> Path:
+    """The folder that holds `tokens/` and `cache/`: this one, unless DATA_DIR names another."""
+    return Path(os.environ.get("DATA_DIR") or Path(__file__).parent).expanduser()
+
+
+@contextmanager
+def scratch(parent: Path) -> Iterator[Path]:
+    """A temporary folder inside `parent`: write in it, then rename the finished thing to its place.
+
+    It is gone afterwards, also when the block fails. If the process is killed, a `.partial-*` folder stays
+    behind, which nothing reads. UserError if `parent` cannot be written.
+    """
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(
+            dir=parent, prefix=".partial-", ignore_cleanup_errors=True
+        ) as folder:
+            yield Path(folder)
+    except OSError as error:
+        raise UserError(
+            f"cannot write in {parent} ({error})\nset DATA_DIR to a folder that can be written"
+        ) from error
+
+
+def write(path: Path, content: bytes) -> None:
+    """Writes the whole file, or nothing."""
+    with scratch(path.parent) as folder:
+        (folder / path.name).write_bytes(content)
+        os.replace(folder / path.name, path)
+
+
+def read(path: Path) -> bytes:
+    """The bytes of a file that the user named. UserError if it cannot be read or is empty."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    if not content:
+        raise UserError(f"{path} is empty: it must hold the text to train on")
+    return content
+
+
+def read_text(path: Path) -> str:
+    """The UTF-8 text of a file that the user named: no byte-order mark, lines ended by a newline alone."""
+    try:
+        text = read(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is not UTF-8: byte {error.object[error.start]:#04x} at offset {error.start:,}\n"
+            f"save it as UTF-8 (in most editors: Save As, encoding UTF-8)"
+        ) from error
+    return text.replace("\r\n", "\n")

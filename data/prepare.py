@@ -1,0 +1,97 @@
+"""Turns a text into token files, and opens them.
+
+A prepared folder holds train.bin and val.bin (uint16 token ids, nothing else) and meta.json. It gets its name
+when it is complete, so a folder under that name is whole.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data import files
+from data.tokenizers import CharTokenizer, GPT2Tokenizer, from_meta
+from lab.errors import UserError
+
+TRAINING_SHARE = 0.9  # the first 90 % of the characters, as nanoGPT does
+SPLITS = ("train", "val")
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    name: str  # "tinyshakespeare", "openshakespeare", or the stem of one's own file
+    folder: Path  # holds train.bin, val.bin, meta.json
+    meta: dict
+    train: np.memmap  # (tokens,) uint16, read-only
+    val: np.memmap
+    tokenizer: CharTokenizer | GPT2Tokenizer
+
+
+def tokens_folder(name: str, tokenizer: str) -> Path:
+    """Where the token files of a text lie."""
+    return files.root() / "tokens" / f"{name}-{tokenizer}"
+
+
+def prepare(name: str, text: str, source: str, tokenizer: str, folder: Path) -> Dataset:
+    """Splits and encodes `text`, writes `folder`, and opens it. `source` says where the text came from.
+
+    The whole text is held in memory. UserError if it is too short to split.
+    """
+    encoder = CharTokenizer(text) if tokenizer == "char" else GPT2Tokenizer()
+    first = int(TRAINING_SHARE * len(text))
+    texts = {"train": text[:first], "val": text[first:]}
+    ids = {split: encoder.encode(part) for split, part in texts.items()}
+    if min(map(len, ids.values())) < 2:  # an input and its target
+        raise UserError(
+            f"{source} has {len(text):,} characters: too few for a training and a validation split\n"
+            f"use a longer text"
+        )
+    meta = {
+        "name": name,
+        "tokenizer": tokenizer,
+        **({"characters": encoder.characters} if tokenizer == "char" else {}),
+        "vocab_size": encoder.vocab_size,
+        "dtype": "uint16",
+        "tokens": {split: len(ids[split]) for split in SPLITS},
+        "bytes": {split: len(texts[split].encode()) for split in SPLITS},  # for bits per byte
+        "source": source,
+        "sha256": sha256_of(text),
+    }
+    with files.scratch(folder.parent) as temporary:
+        new = temporary / folder.name
+        new.mkdir()
+        for split in SPLITS:
+            ids[split].tofile(new / f"{split}.bin")
+        (new / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+        try:
+            os.rename(new, folder)
+        except OSError:
+            if not folder.exists():  # else another process has just prepared the same text
+                raise
+    return open_prepared(folder, meta["sha256"])
+
+
+def open_prepared(folder: Path, sha256: str) -> Dataset:
+    """Opens a prepared folder. UserError if it is damaged or of a text with another sha256."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        if meta["sha256"] != sha256:
+            raise ValueError(f"it was made from another text, sha256 {meta['sha256'][:8]}…")
+        for split in SPLITS:
+            expected = 2 * meta["tokens"][split]
+            size = (folder / f"{split}.bin").stat().st_size
+            if size != expected:
+                raise ValueError(f"{split}.bin has {size:,} bytes, not {expected:,}")
+        tokenizer = from_meta(meta)
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder} is damaged ({error})\ndelete that folder and run again") from error
+    train, val = (np.memmap(folder / f"{split}.bin", dtype=np.uint16, mode="r") for split in SPLITS)
+    return Dataset(meta["name"], folder, meta, train, val, tokenizer)
+
+
+def sha256_of(text: str) -> str:
+    """The sha256 of the text in UTF-8."""
+    return hashlib.sha256(text.encode()).hexdigest()

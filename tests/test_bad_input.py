@@ -1,0 +1,147 @@
+"""What goes wrong on a command line: a line or two on stderr, status 2, nothing half-written."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+BAD_TRAINING = {
+    "no stage": ([], "which stage?"),
+    "unknown stage": (["--stage", "99"], "0 (stage0_gpt)"),
+    "unknown stage by name": (["--stage", "gpt"], "unknown stage 'gpt'"),
+    "unknown flag": (["--stage", "0", "--stepz", "5"], "--stepz"),
+    "word for a number": (["--stage", "0", "--steps", "many"], "'many'"),
+    "unknown choice": (["--stage", "0", "--preset", "huge"], "'huge'"),
+    "heads that do not divide the width": (["--stage", "0", "--model.n-embd", "31"], "n_embd (31)"),
+    "context longer than the data": (["--stage", "0", "--model.block-size", "5000"], "2000 tokens"),
+    "batch of none": (["--stage", "0", "--batch-size", "0"], "batch_size must be at least 1, not 0"),
+    "no steps": (["--stage", "0", "--steps", "0"], "steps"),
+    "negative learning rate": (["--stage", "0", "--lr", "-1"], "lr must be 0 or more"),
+    "parts that do not divide it": (["--stage", "0", "--micro-batch-size", "3"], "micro_batch_size (3)"),
+    "small vocabulary": (["--stage", "0", "--model.vocab-size", "5"], "--model.vocab-size 5"),
+    "missing text": (["--stage", "0", "--data", "missing.txt"], "'missing.txt'"),
+    "unknown device": (["--stage", "0", "--device", "tpu"], "unknown device 'tpu'"),
+    "nothing to resume there": (["--stage", "0", "--resume", "--out", "nowhere"], "nowhere is not a run"),
+    "no run to resume": (["--stage", "0", "--resume"], "no unfinished run of stage0_gpt"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flags, message", BAD_TRAINING.values(), ids=BAD_TRAINING.keys())
+def test_bad_training_flags_are_explained(run_train, workshop, capsys, flags, message):
+    assert run_train(*flags) == 2
+    explained(capsys, message)
+    assert not (workshop / "runs").exists()
+
+
+def explained(capsys, message):
+    """stderr is an error of one or two lines that says this."""
+    out, err = capsys.readouterr()
+    assert err.startswith("error: ") and len(err.splitlines()) <= 2, err
+    assert message in err
+    assert "Traceback" not in out + err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_an_absent_device_is_explained(run_train, capsys):
+    assert run_train("--stage", "0", "--device", "cuda") == 2
+    explained(capsys, "device 'cuda' is not present here (there is: ")
+
+
+def test_an_empty_text_is_explained(run_train, workshop, capsys):
+    (workshop / "empty.txt").write_text("")
+    assert run_train("--stage", "0", "--data", "empty.txt") == 2
+    explained(capsys, "empty.txt")
+
+
+def test_an_occupied_folder_is_not_overwritten(run_train, workshop, capsys):
+    assert run_train("--stage", "0", "--steps", "1", "--out", "run") == 0
+    before = Path("run/metrics.jsonl").read_bytes()
+    capsys.readouterr()
+    assert run_train("--stage", "0", "--steps", "1", "--out", "run") == 2
+    explained(capsys, "run already holds a run")
+    assert Path("run/metrics.jsonl").read_bytes() == before
+
+
+def test_a_package_that_is_not_installed_is_named(run_train, workshop, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert run_train("--stage", "0", "--steps", "1", "--wandb") == 2
+    explained(capsys, "pip install -e '.[wandb]'")
+    assert not (workshop / "runs").exists()
+
+
+@pytest.fixture
+def trained(run_train, capsys):
+    assert run_train("--stage", "0", "--steps", "1", "--out", "run") == 0
+    capsys.readouterr()
+    return Path("run")
+
+
+BAD_SAMPLING = {
+    "unknown character": (["--prompt", "Z"], "'Z'"),
+    "prompt twice": (["--prompt", "a", "--prompt-file", "words.txt"], "not both"),
+    "missing prompt file": (["--prompt-file", "gone.txt"], "cannot read gone.txt"),
+    "temperature below zero": (["--prompt", "a", "--temperature", "-1"], "temperature must be 0 or more"),
+    "top-p of nothing": (["--prompt", "a", "--top-p", "0"], "top_p"),
+    "no such checkpoint": (["--prompt", "a", "--checkpoint", "first"], "best or last"),
+    "unknown stage": (["--prompt", "a", "--stage", "99"], "unknown stage '99'"),
+}
+
+
+@pytest.mark.parametrize("flags, message", BAD_SAMPLING.values(), ids=BAD_SAMPLING.keys())
+def test_bad_sampling_flags_are_explained(trained, run_sample, capsys, flags, message):
+    assert run_sample("--run", trained, *flags) == 2
+    explained(capsys, message)
+
+
+def test_a_run_that_does_not_exist_is_explained(run_sample, workshop, capsys):
+    assert run_sample("--run", "nowhere", "--prompt", "a") == 2
+    explained(capsys, "nowhere is not a run")
+    assert run_sample("--stage", "0", "--prompt", "a") == 2
+    explained(capsys, "python train.py --stage 0")
+
+
+def test_a_truncated_checkpoint_is_explained(trained, run_train, run_sample, capsys):
+    for path in trained.glob("*/*"):
+        path.write_bytes(path.read_bytes()[:-100])
+    assert run_sample("--run", trained, "--prompt", "a") == 2
+    explained(capsys, "model.safetensors is damaged or incomplete")
+    assert run_train("--resume", "--out", trained, "--steps", "2") == 2
+    explained(capsys, "model.safetensors is damaged or incomplete")
+
+
+def test_a_truncated_state_is_explained(trained, run_train, capsys):
+    path = trained / "last" / "state.pt"
+    path.write_bytes(path.read_bytes()[:-100])
+    assert run_train("--resume", "--out", trained, "--steps", "2") == 2
+    explained(capsys, "state.pt is damaged or incomplete")
+
+
+def test_a_checkpoint_of_other_sizes_is_explained(trained, run_train, capsys):
+    assert run_train("--resume", "--out", trained, "--steps", "2", "--model.n-layer", "3") == 2
+    explained(capsys, "does not fit this model: model.layers.2")
+
+
+def test_a_damaged_config_is_explained(trained, run_sample, capsys):
+    (trained / "config.json").write_text('{"stage": ')
+    assert run_sample("--run", trained, "--prompt", "a") == 2
+    explained(capsys, "config.json is damaged")
+
+
+@pytest.mark.parametrize("driver", ["train.py", "sample.py"])
+def test_a_wrong_flag_ends_the_process_with_status_2(driver, tmp_path):
+    command = [sys.executable, ROOT / driver, "--stage", "0", "--wrong", "1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert "--wrong" in done.stderr and len(done.stderr.splitlines()) <= 2
+
+
+@pytest.mark.parametrize("driver", ["train.py", "sample.py"])
+def test_help_explains_every_flag(driver):
+    done = subprocess.run([sys.executable, ROOT / driver, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""
+    flags = [line for line in done.stdout.splitlines() if "--" in line]
+    assert len(flags) >= 10
