@@ -23,6 +23,8 @@ from lab.interrupt import StopRequest
 
 def main():
     settings = command_line.parse(sys.argv[1:])
+    if settings.wandb:
+        log.import_wandb()  # better known before the run than after its first step
     dataset = data.load(settings.data, settings.tokenizer)
     settings.model = fit_to_data(settings.model, dataset)
     device = devices.choose(settings.device)
@@ -53,9 +55,8 @@ def main():
     else:
         folder = runs.create(settings.out, settings.stage, dataset, settings.seed, config)
         progress = {"step": 0, "seconds": 0.0, "best_val_loss": math.inf}
-    print(
-        f"{settings.stage} on {dataset.name}: {config['parameters']:,} parameters, {device}, {config['dtype']}"
-    )
+    counted = f"{config['parameters']:,} parameters"
+    print(f"{settings.stage} on {dataset.name}: {counted}, {device}, {config['dtype']}")
     print(f"the run is in {shown(folder)}")
 
     stopped_by = train(settings, model, optimizer, dataset, device, dtype, folder, progress, flops)

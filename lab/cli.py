@@ -6,7 +6,7 @@ import io
 import os
 import sys
 from collections.abc import Callable
-from itertools import takewhile
+from itertools import dropwhile, takewhile
 
 import tyro
 
@@ -22,9 +22,16 @@ def parse_flags(kind: type, argv: list[str], **options):
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
-    lines = [line.strip("│ \n") for line in stderr.getvalue().splitlines() if line.startswith("│")]
-    message = " ".join(takewhile(lambda line: not line.startswith("─"), lines))
+    # tyro draws a box: a title, then the message up to a rule, then hints. (Rules of - where there is no ─.)
+    _, *lines = (line.strip("╭╮╰╯│─ ") for line in stderr.getvalue().splitlines())
+    lines = dropwhile(is_rule, lines)
+    message = " ".join(takewhile(lambda line: not is_rule(line), lines))
     raise UserError(f"{message.rstrip('.')}. See python {os.path.basename(sys.argv[0])} --help")
+
+
+def is_rule(line: str) -> bool:
+    """Whether the line divides others: empty or nothing but dashes."""
+    return not line.strip("-")
 
 
 def run(main: Callable[[], None]) -> None:

@@ -34,7 +34,11 @@ class RunLog:
         self.task = self.progress.add_task("", total=steps, completed=first_step, report="")
         self.val_loss = None
         self.printed_at = 0.0
-        self.wandb = start_wandb(folder, wandb_config) if wandb_config is not None else None
+        self.wandb = None
+        if wandb_config is not None:
+            self.wandb = import_wandb().init(
+                project="eight-small-diffs", name=folder.name, dir=folder, config=wandb_config
+            )
 
     def __enter__(self):
         self.file = open(self.path, "a", buffering=1)
@@ -82,10 +86,10 @@ def read_metrics(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
-def start_wandb(folder: Path, config: dict):
-    """A run of Weights & Biases with its files in the run's folder."""
+def import_wandb():
+    """The module wandb; a UserError where it is not installed."""
     try:
         import wandb
     except ImportError:
         raise UserError("--wandb needs the package wandb: pip install -e '.[wandb]'") from None
-    return wandb.init(project="eight-small-diffs", name=folder.name, dir=folder, config=config)
+    return wandb

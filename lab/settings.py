@@ -78,7 +78,8 @@ class Settings(Generic[ModelConfig]):
                 raise ValueError(f"{name} must be in [0, 1), not {getattr(self, name)}")
         if self.batch_size % (self.micro_batch_size or self.batch_size):
             raise ValueError(
-                f"batch_size ({self.batch_size}) must be a multiple of micro_batch_size ({self.micro_batch_size})"
+                f"batch_size ({self.batch_size}) must be a multiple of "
+                f"micro_batch_size ({self.micro_batch_size})"
             )
 
 

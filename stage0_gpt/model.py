@@ -31,7 +31,7 @@ class GPTConfig:
     dropout: float = 0.0
     """Probability of dropping an activation in training."""
     norm_eps: float = 1e-5
-    """Added to the variance in a norm, against division by zero."""
+    """Added under the root of a norm, against division by zero."""
     tie_word_embeddings: bool = True
     """Whether the head shares its weights with the token embedding."""
     bias: bool = True
@@ -195,6 +195,9 @@ class GPT(nn.Module):
         them the dict is empty. With a cache, idx are the tokens that follow those it holds.
         """
         T = idx.size(1)
+        length = T if cache is None else cache.length + T
+        if length > self.config.block_size:
+            raise ValueError(f"{length} tokens, but there are positions for {self.config.block_size} alone")
         if cache is None:
             positions, mask = torch.arange(T, device=idx.device), causal_mask(T, T, idx.device)
         else:

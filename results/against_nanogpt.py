@@ -1,0 +1,178 @@
+"""Our stage 0 beside nanoGPT at its own CPU setting, in one run: python results/against_nanogpt.py --nanogpt DIR
+
+DIR is a checkout of karpathy/nanoGPT. Both train on TinyShakespeare's characters as whole programs, in
+turn; then both sample. Writes results/against_nanogpt.json; takes about 20 minutes on 2 cores.
+"""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import data
+from lab import cli, device, evaluation, log, runs, sampling, stages
+from lab.errors import UserError
+
+SETTING = "--device=cpu --compile=False --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128"
+SETTING += " --lr_decay_iters=2000 --dropout=0.0"
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Settings:
+    """Measures our training and sampling beside nanoGPT's."""
+
+    nanogpt: str
+    """Checkout of karpathy/nanoGPT."""
+    stage: str = "0"
+    """Our stage: its number or its folder's name."""
+    rounds: int = 5
+    """Times that each of the two is measured, in turn; the medians are reported."""
+    steps: int = 300
+    """Training steps in a round."""
+
+
+def main():
+    settings = cli.parse_flags(Settings, sys.argv[1:])
+    nanogpt = Path(settings.nanogpt).resolve()
+    if not (nanogpt / "train.py").exists():
+        raise UserError(f"{nanogpt} is no checkout of nanoGPT: it has no train.py")
+    dataset = data.load("tinyshakespeare")
+    prepare_nanogpt(nanogpt, dataset)
+    with tempfile.TemporaryDirectory() as scratch:
+        scratch = Path(scratch)
+        speed = {"nanogpt": [], "ours": []}
+        for number in range(settings.rounds):
+            seconds, _ = train_nanogpt(nanogpt, scratch / f"theirs{number}", settings.steps, 1)
+            speed["nanogpt"].append(12 * 64 / statistics.median(seconds))
+            folder, _ = train_ours(settings.stage, scratch / f"ours{number}", settings.steps)
+            lines = log.read_metrics(folder / "metrics.jsonl")
+            speed["ours"].append(statistics.median(line["tokens_per_second"] for line in lines))
+            print({name: round(values[-1]) for name, values in speed.items()})
+        theirs = scratch / "theirs"
+        _, their_memory = train_nanogpt(nanogpt, theirs, 2000, 100)
+        ours, our_memory = train_ours(settings.stage, scratch / "ours", 2000)
+        result = {
+            "stage": stages.find(settings.stage),
+            "dataset": dataset.name,
+            "rounds": settings.rounds,
+            "training_tokens_per_second": compare(speed["nanogpt"], speed["ours"]),
+            "val_loss_after_2000_steps": {
+                "nanogpt": nanogpt_loss(nanogpt, theirs, dataset),
+                "ours": log.read_metrics(ours / "metrics.jsonl")[-1]["val_loss"],
+            },
+            "peak_memory_mib": {"nanogpt": their_memory / 2**20, "ours": our_memory / 2**20},
+            "sampling_tokens_per_second_at_context_256": sampling_speed(nanogpt, settings),
+            "machine": runs.machine(CPU),
+        }
+    runs.write_json(Path(__file__).parent / "against_nanogpt.json", result)
+    print(json.dumps(result, indent=2))
+
+
+def compare(theirs: list[float], ours: list[float]) -> dict:
+    """Both medians, and the median of the ratios of neighbours in time."""
+    return {
+        "nanogpt": statistics.median(theirs),
+        "ours": statistics.median(ours),
+        "ratio": statistics.median(b / a for a, b in zip(theirs, ours, strict=True)),
+        "ratios": [round(b / a, 3) for a, b in zip(theirs, ours, strict=True)],
+    }
+
+
+def prepare_nanogpt(nanogpt: Path, dataset: data.Dataset) -> None:
+    """Gives nanoGPT the same token files."""
+    folder = nanogpt / "data" / "shakespeare_char"
+    for split in ("train", "val"):
+        shutil.copy(dataset.folder / f"{split}.bin", folder / f"{split}.bin")
+    import pickle
+
+    (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": dataset.tokenizer.vocab_size}))
+
+
+def timed(command: list[str], folder: Path) -> tuple[str, int]:
+    """Runs a command; returns what it printed and its peak memory in bytes."""
+    output = folder.with_suffix(".log")
+    with open(output, "w") as file:
+        process = subprocess.Popen(command[1:], cwd=command[0], stdout=file, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise UserError(f"{' '.join(map(str, command))} failed:\n{output.read_text()[-2000:]}")
+    return output.read_text(), usage.ru_maxrss * 1024
+
+
+def train_nanogpt(nanogpt: Path, out: Path, steps: int, log_interval: int) -> tuple[list[float], int]:
+    """nanoGPT's own train.py; returns the seconds of its steps and its peak memory in bytes."""
+    flags = f"{SETTING} --max_iters={steps} --eval_iters=20 --log_interval={log_interval} --out_dir={out}"
+    command = [nanogpt, sys.executable, "train.py", "config/train_shakespeare_char.py", *flags.split()]
+    printed, memory = timed(command, out)
+    # The first steps warm up, and the clock of a step that evaluates counts that too: the median drops it.
+    return [float(ms) / 1e3 for ms in re.findall(r"time ([\d.]+)ms", printed)][10:], memory
+
+
+def train_ours(stage: str, out: Path, steps: int) -> tuple[Path, int]:
+    """Our train.py on the laptop preset; returns the run's folder and its peak memory in bytes."""
+    flags = ["--stage", stage, "--preset", "laptop", "--device", "cpu", "--out", str(out)]
+    if steps != 2000:  # a schedule of the whole length, stopped early, costs the same a step
+        flags += ["--steps", str(steps)]
+    _, memory = timed([stages.ROOT, sys.executable, "train.py", *flags], out)
+    return out, memory
+
+
+def load_nanogpt(nanogpt: Path):
+    """nanoGPT's model.py as a module."""
+    spec = importlib.util.spec_from_file_location("nanogpt_model", nanogpt / "model.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def nanogpt_loss(nanogpt: Path, out: Path, dataset: data.Dataset) -> float:
+    """The loss of nanoGPT's checkpoint over all of the validation split, measured as ours is."""
+    module = load_nanogpt(nanogpt)
+    saved = torch.load(out / "ckpt.pt", weights_only=True)
+    model = module.GPT(module.GPTConfig(**saved["model_args"]))
+    model.load_state_dict(saved["model"])
+
+    class Adapter(torch.nn.Module):
+        config = model.config
+
+        def forward(self, idx, targets):
+            logits, loss = model(idx, targets)
+            return logits, {"next_token": loss}
+
+    autocast = device.autocast(CPU, torch.float32)
+    return evaluation.next_token_loss(Adapter().eval(), np.asarray(dataset.val), 10**6, 64, autocast, CPU)
+
+
+def sampling_speed(nanogpt: Path, settings: Settings, n_tokens: int = 500) -> dict:
+    """Tokens a second with a context of 256 and the laptop preset's sizes, untrained, in turn."""
+    sizes = {"vocab_size": 65, "block_size": 256, "n_layer": 4, "n_head": 4, "n_embd": 128}
+    module, stage = load_nanogpt(nanogpt), stages.load(stages.find(settings.stage))
+    theirs = module.GPT(module.GPTConfig(**sizes, dropout=0.0, bias=False)).eval()
+    ours = stage.GPT(stage.GPTConfig(**sizes)).eval()
+    speed = {"nanogpt": [], "ours": []}
+    for _ in range(settings.rounds):
+        started = time.perf_counter()
+        with torch.no_grad():
+            theirs.generate(torch.zeros(1, 1, dtype=torch.int64), n_tokens, temperature=0.8, top_k=200)
+        speed["nanogpt"].append(n_tokens / (time.perf_counter() - started))
+        started = time.perf_counter()
+        for _ in sampling.generate(ours, [0], n_tokens, 65, temperature=0.8, top_k=200):
+            pass
+        speed["ours"].append(n_tokens / (time.perf_counter() - started))
+    return compare(speed["nanogpt"], speed["ours"])
+
+
+if __name__ == "__main__":
+    cli.run(main)
