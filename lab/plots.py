@@ -8,6 +8,9 @@ matplotlib.use("Agg")  # files alone: no window, no display needed
 
 from matplotlib import pyplot
 
+# One colour a stage, in every picture: Okabe and Ito's, which the colour-blind can tell apart.
+STAGE_COLORS = ["#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#999999"]
+
 
 def loss_curves(metrics: list[dict], title: str, path: Path) -> None:
     """Training and validation loss against tokens, as a PNG."""
@@ -41,5 +44,33 @@ def loss_curves(metrics: list[dict], title: str, path: Path) -> None:
     axes.set_title(title)
     axes.grid(alpha=0.3)
     axes.legend()
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def validation_curves(histories: dict[str, dict[int, list[dict]]], path: Path) -> None:
+    """Validation loss of several stages against tokens, as a PNG.
+
+    histories: by stage's name, by seed, the lines of metrics.jsonl. The line is the mean over seeds, the
+    band reaches from the lowest seed to the highest.
+    """
+    figure, axes = pyplot.subplots(figsize=(8, 4.8), dpi=150, layout="constrained")
+    for name, history in histories.items():
+        evaluated = [[record for record in metrics if "val_loss" in record] for metrics in history.values()]
+        millions = [record["tokens"] / 1e6 for record in evaluated[0]]
+        by_time = list(
+            zip(*([record["val_loss"] for record in metrics] for metrics in evaluated), strict=True)
+        )
+        means = [sum(values) / len(values) for values in by_time]
+        color = STAGE_COLORS[int(name.removeprefix("stage").split("_")[0])]
+        label = f"{name.removeprefix('stage').replace('_', ' ')}  {means[-1]:.3f}"
+        axes.plot(millions, means, color=color, linewidth=1.8, marker="o", markersize=3.5, label=label)
+        lowest, highest = ([pick(values) for values in by_time] for pick in (min, max))
+        axes.fill_between(millions, lowest, highest, color=color, alpha=0.15, linewidth=0)
+    axes.set_xlabel("tokens trained on (millions)")
+    axes.set_ylabel("validation loss (nats per token)")
+    axes.set_title("TinyShakespeare, laptop preset, all of the validation split")
+    axes.grid(alpha=0.3)
+    axes.legend(title="stage, final loss")
     figure.savefig(path)
     pyplot.close(figure)

@@ -19,13 +19,16 @@ def next_token_probs(
     """
     if temperature == 0:
         return F.one_hot(logits.argmax(), len(logits)).float()
-    logits, order = logits.float().sort(descending=True, stable=True)
-    probs = F.softmax(logits / temperature, dim=-1)
-    probs[top_k or len(probs) :] = 0
-    probs /= probs.sum()
-    # A token stays if those before it do not reach top_p yet: the first always does.
-    probs[probs.cumsum(0) - probs >= top_p] = 0
-    return torch.zeros_like(probs).scatter(0, order, probs / probs.sum())
+    probs = F.softmax(logits.float() / temperature, dim=-1)
+    if top_k is not None and top_k < len(probs):
+        kept, tokens = probs.topk(top_k)
+        probs = torch.zeros_like(probs).scatter(0, tokens, kept / kept.sum())
+    if top_p < 1:
+        kept, tokens = probs.sort(descending=True)
+        # A token stays if those before it do not reach top_p yet: the first always does.
+        kept[kept.cumsum(0) - kept >= top_p] = 0
+        probs = torch.zeros_like(probs).scatter(0, tokens, kept / kept.sum())
+    return probs
 
 
 @torch.inference_mode()

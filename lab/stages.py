@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -33,4 +34,6 @@ def listing() -> str:
 
 def load(name: str) -> ModuleType:
     """The module stageN_…/model.py, which has GPTConfig and GPT."""
+    if str(ROOT) not in sys.path:  # a script in another folder asks
+        sys.path.append(str(ROOT))
     return importlib.import_module(f"{name}.model")

@@ -1,12 +1,13 @@
-"""Our stage 0 beside nanoGPT at its own CPU setting, in one run: python results/against_nanogpt.py --nanogpt DIR
+"""Our stage 0 beside nanoGPT at its own CPU setting: python results/against_nanogpt.py --nanogpt DIR
 
 DIR is a checkout of karpathy/nanoGPT. Both train on TinyShakespeare's characters as whole programs, in
-turn; then both sample. Writes results/against_nanogpt.json; takes about 20 minutes on 2 cores.
+turn; then both sample. Writes its part of results/results.json; takes about 20 minutes on 2 cores.
 """
 
 import importlib.util
 import json
 import os
+import pickle
 import re
 import shutil
 import statistics
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 
 import data
-from lab import cli, device, evaluation, log, runs, sampling, stages
+from lab import cli, device, evaluation, lessons, log, runs, sampling, stages
 from lab.errors import UserError
 
 SETTING = "--device=cpu --compile=False --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128"
@@ -50,6 +51,7 @@ def main():
         raise UserError(f"{nanogpt} is no checkout of nanoGPT: it has no train.py")
     dataset = data.load("tinyshakespeare")
     prepare_nanogpt(nanogpt, dataset)
+    sampling_speeds = sampling_speed(nanogpt, settings)
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
         speed = {"nanogpt": [], "ours": []}
@@ -73,10 +75,10 @@ def main():
                 "ours": log.read_metrics(ours / "metrics.jsonl")[-1]["val_loss"],
             },
             "peak_memory_mib": {"nanogpt": their_memory / 2**20, "ours": our_memory / 2**20},
-            "sampling_tokens_per_second_at_context_256": sampling_speed(nanogpt, settings),
+            "sampling_tokens_per_second_at_context_256": sampling_speeds,
             "machine": runs.machine(CPU),
         }
-    runs.write_json(Path(__file__).parent / "against_nanogpt.json", result)
+    runs.write_json(lessons.RESULTS, lessons.read_results() | {"against_nanogpt": result})
     print(json.dumps(result, indent=2))
 
 
@@ -95,8 +97,6 @@ def prepare_nanogpt(nanogpt: Path, dataset: data.Dataset) -> None:
     folder = nanogpt / "data" / "shakespeare_char"
     for split in ("train", "val"):
         shutil.copy(dataset.folder / f"{split}.bin", folder / f"{split}.bin")
-    import pickle
-
     (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": dataset.tokenizer.vocab_size}))
 
 

@@ -17,6 +17,12 @@ TINY_RUN = ["--model.n-layer", "2", "--model.n-head", "2", "--model.n-embd", "16
 TINY_RUN += ["--batch-size", "4"]
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test draws the same random numbers each time."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(params=stages.names().values())
 def stage(request):
     """The module of a stage; a test that asks for it runs once for each stage there is."""

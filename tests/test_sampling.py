@@ -53,11 +53,12 @@ def test_temperature_zero_is_greedy():
 
 
 def uncached(model, prompt, n, context):
-    """Greedy text by the full forward of a window that is halved whenever it is full."""
-    window, made = prompt[-context:], []
+    """Text by the full forward of a window that starts anew with its last half whenever it is full."""
+    window, made, generator = prompt[-context:], [], torch.Generator().manual_seed(3)
     for _ in range(n):
         with torch.no_grad():
-            made.append(model(torch.tensor([window]))[0][0, -1].argmax().item())
+            probs = model(torch.tensor([window]))[0][0, -1].softmax(-1)
+        made.append(torch.multinomial(probs, 1, generator=generator).item())
         window = [*window, made[-1]]
         if len(window) > context:
             window = window[-(context // 2) :]
@@ -68,11 +69,12 @@ def uncached(model, prompt, n, context):
 def test_cached_text_equals_uncached_text_within_the_context_and_past_it(make_model, prompt_length):
     model = make_model()
     for parameter in model.parameters():
-        parameter.data.mul_(4)  # far from uniform, so that no tie decides
+        parameter.data.mul_(2)  # further from uniform, so that what came before matters
     prompt = torch.randint(65, (prompt_length,), generator=torch.Generator().manual_seed(2)).tolist()
-    made = list(sampling.generate(model, prompt, 60, TINY_MODEL["vocab_size"], temperature=0))
+    generator = torch.Generator().manual_seed(3)
+    made = list(sampling.generate(model, prompt, 60, 65, temperature=1.0, generator=generator))
     assert made == uncached(model, prompt, 60, TINY_MODEL["block_size"])
-    assert len(set(made)) > 3
+    assert len(set(made)) > 10
 
 
 def test_a_seed_gives_the_same_text_and_another_seed_another(make_model):

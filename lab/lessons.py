@@ -1,0 +1,114 @@
+"""Writes what can be generated into the lessons and the front page: python -m lab.lessons
+
+Between `<!-- diff -->` and `<!-- end -->` goes the diff of a stage against the one before, and between
+`<!-- table -->` and `<!-- end -->` what was measured (results/results.json). A test fails when a page
+and its source differ.
+"""
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+from lab import stages
+
+RESULTS = stages.ROOT / "results" / "results.json"
+
+
+def read_results() -> dict:
+    """What was measured so far; empty before the first measurement."""
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+
+
+def diff(number: int) -> str:
+    """The diff of a stage's model.py against the stage before, as git prints it."""
+    before, after = (f"{stages.names()[n]}/model.py" for n in (number - 1, number))
+    return git_diff(before, after)
+
+
+def changed_lines(number: int) -> tuple[int, int]:
+    """Lines added to and removed from the model.py of the stage before."""
+    before, after = (f"{stages.names()[n]}/model.py" for n in (number - 1, number))
+    added, removed, _ = git_diff("--numstat", before, after).split(maxsplit=2)
+    return int(added), int(removed)
+
+
+def git_diff(*arguments: str) -> str:
+    """What `git diff --no-index` says of two files of the repository."""
+    command = ["git", "-c", "core.abbrev=7", "diff", "--no-index", "--no-color", "--no-ext-diff", *arguments]
+    return subprocess.run(command, cwd=stages.ROOT, capture_output=True, text=True).stdout
+
+
+def ladder(numbers: list[int], results: dict) -> str:
+    """The table of these stages, a column each measurement."""
+    rows = [
+        "| stage | lines changed | parameters | val loss | bits per byte | FLOPs a token | training tokens/s "
+        "| decoding tokens/s | cache bytes a token |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for number in numbers:
+        measured = results["stages"][str(number)]
+        changed = "–" if number == 0 else str(sum(changed_lines(number)))
+        rows.append(
+            f"| {number} {stages.names()[number].split('_', 1)[1]} | {changed} | {measured['parameters']:,} "
+            f"| {measured['val_loss']['mean']:.3f} ± {measured['val_loss']['std']:.3f} "
+            f"| {measured['bits_per_byte']['mean']:.3f} | {measured['flops_per_token'] / 1e6:.2f} M "
+            f"| {measured['training_tokens_per_second']:,.0f} ({measured['training_ratio']:.2f}×) "
+            f"| {measured['decoding_tokens_per_second']:,.0f} | {measured['cache_bytes_per_token']:,} |"
+        )
+    return "\n".join(rows)
+
+
+def nanogpt(measured: dict) -> str:
+    """The table of our stage beside nanoGPT."""
+    speed, sampling = (
+        measured["training_tokens_per_second"],
+        measured["sampling_tokens_per_second_at_context_256"],
+    )
+    loss, memory = measured["val_loss_after_2000_steps"], measured["peak_memory_mib"]
+    return "\n".join(
+        [
+            "| | nanoGPT | ours | ratio |",
+            "|---|---|---|---|",
+            *(
+                f"| {what} | {row['nanogpt']:,.0f} | {row['ours']:,.0f} | {row['ratio']:.2f} |"
+                for what, row in (("training tokens/s", speed), ("sampling tokens/s, context 256", sampling))
+            ),
+            f"| validation loss, 2000 steps, all of val | {loss['nanogpt']:.3f} | {loss['ours']:.3f} | |",
+            f"| peak memory of the training process, MiB | {memory['nanogpt']:,.0f} | {memory['ours']:,.0f} "
+            f"| {memory['ours'] / memory['nanogpt']:.2f} |",
+        ]
+    )
+
+
+def filled(page: str, number: int | None, results: dict) -> str:
+    """The page with its generated parts made anew; number is the stage of a lesson, None the front page."""
+    if number is None:
+        parts = {
+            "table": ladder(list(stages.names()), results),
+            "nanogpt": nanogpt(results["against_nanogpt"]),
+        }
+    else:
+        parts = {"table": ladder([n for n in (number - 1, number) if n >= 0], results)}
+    if number:
+        parts["diff"] = f"```diff\n{diff(number)}```"
+    for name, content in parts.items():
+        page = re.sub(
+            rf"<!-- {name} -->\n.*?<!-- end -->",
+            lambda match, name=name, content=content: f"<!-- {name} -->\n{content}\n<!-- end -->",
+            page,
+            flags=re.DOTALL,
+        )
+    return page
+
+
+def pages() -> dict[Path, int | None]:
+    """Every page with generated parts, and its stage."""
+    lessons = {stages.ROOT / name / "README.md": number for number, name in stages.names().items()}
+    return {stages.ROOT / "README.md": None} | lessons
+
+
+if __name__ == "__main__":
+    results = read_results()
+    for path, number in pages().items():
+        path.write_text(filled(path.read_text(), number, results))

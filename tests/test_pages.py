@@ -1,0 +1,48 @@
+"""The pages are true: their generated parts, links and commands."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from lab import lessons, settings, stages
+
+PAGES = {str(path.relative_to(stages.ROOT)): (path, number) for path, number in lessons.pages().items()}
+TEXTS = [path for path, _ in PAGES.values()] + [stages.ROOT / "CONTRIBUTING.md"]
+
+
+@pytest.mark.parametrize("path, number", PAGES.values(), ids=PAGES.keys())
+def test_tables_and_diffs_are_those_of_the_code_and_the_measurements(path, number):
+    """If this fails: python -m lab.lessons."""
+    page = path.read_text()
+    results = lessons.read_results()
+    assert lessons.filled(page, number, results) == page
+    parts = set(re.findall(r"<!-- (\w+) -->\n[^<]", page))
+    assert parts == ({"table", "nanogpt"} if number is None else {"table", "diff"} if number else {"table"})
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=str)
+def test_links_lead_somewhere(path):
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", path.read_text()):
+        assert (path.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=str)
+def test_commands_have_flags_that_exist(path):
+    for command in re.findall(r"python train\.py ([^`\n|]*)", path.read_text()):
+        if "--stage" in command and "--help" not in command:
+            settings.parse([*shlex.split(command.replace("my.txt", __file__)), "--device", "cpu"])
+
+
+def test_all_results_are_small_enough_to_carry():
+    sizes = [file.stat().st_size for file in (stages.ROOT / "results").rglob("*") if file.is_file()]
+    assert sum(sizes) < 3 * 2**20
+
+
+def test_the_machine_stands_beside_the_numbers():
+    results = lessons.read_results()
+    for measured in (results, results["against_nanogpt"]):
+        assert measured["machine"]["processor"] and measured["machine"]["versions"]["torch"]
+    assert results["dataset"] == results["against_nanogpt"]["dataset"] == "tinyshakespeare"
+    assert Path(lessons.RESULTS.parent / "val_loss.png").exists()
