@@ -2,6 +2,7 @@
 
 Leaves a folder in runs/: config.json (all that is needed to repeat the run), metrics.jsonl, the
 checkpoints last/ and best/, loss.png and sample.txt. Ctrl-C saves; --resume goes on bit for bit.
+--init-from RUN starts from the weights of another run, trained here or imported (fine-tuning).
 """
 
 import math
@@ -26,6 +27,9 @@ def main():
     if settings.wandb:
         log.import_wandb()  # better known before the run than after its first step
     dataset = data.load(settings.data, settings.tokenizer)
+    known = settings.out if settings.resume else settings.init_from  # a run whose weights know their tokens
+    if known:
+        dataset = data.recode(dataset, runs.read_meta(Path(known)))
     settings.model = fit_to_data(settings.model, dataset)
     device = devices.choose(settings.device)
     dtype = devices.choose_dtype(settings.dtype, device)
@@ -36,7 +40,7 @@ def main():
     model = stage.GPT(settings.model).to(device)
     betas = (settings.beta1, settings.beta2)
     optimizer = optim.adamw(model, settings.lr, settings.weight_decay, betas)
-    flops = cost.flops_per_token(stage.GPT, settings.model)
+    flops = cost.flops_per_token(model)
 
     config = {
         "stage": settings.stage,
@@ -53,6 +57,8 @@ def main():
         progress = restore(folder, model, optimizer, device)
         runs.note_resumed(folder, config, progress["step"])
     else:
+        if settings.init_from:
+            runs.load_weights(Path(settings.init_from), "best", model)
         folder = runs.create(settings.out, settings.stage, dataset, settings.seed, config)
         progress = {"step": 0, "seconds": 0.0, "best_val_loss": math.inf}
     counted = f"{config['parameters']:,} parameters"

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 from data import openshakespeare, owntext, tinyshakespeare
-from data.prepare import Dataset
+from data.prepare import Dataset, recode
 from data.tokenizers import CharTokenizer, GPT2Tokenizer, from_meta
 from lab.errors import UserError
 
-__all__ = ["CharTokenizer", "Dataset", "GPT2Tokenizer", "from_meta", "load"]
+__all__ = ["CharTokenizer", "Dataset", "GPT2Tokenizer", "from_meta", "load", "recode"]
 
 
 def load(data: str, tokenizer: str = "char") -> Dataset:

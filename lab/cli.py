@@ -7,10 +7,11 @@ import os
 import sys
 from collections.abc import Callable
 from itertools import dropwhile, takewhile
+from pathlib import Path
 
 import tyro
 
-from lab.errors import UserError
+from lab.errors import UserError, shown
 
 
 def parse_flags(kind: type, argv: list[str], **options):
@@ -26,7 +27,7 @@ def parse_flags(kind: type, argv: list[str], **options):
     _, *lines = (line.strip("╭╮╰╯│─ ") for line in stderr.getvalue().splitlines())
     lines = dropwhile(is_rule, lines)
     message = " ".join(takewhile(lambda line: not is_rule(line), lines))
-    raise UserError(f"{message.rstrip('.')}. See python {os.path.basename(sys.argv[0])} --help")
+    raise UserError(f"{message.rstrip('.')}. See python {shown(Path(sys.argv[0]))} --help")
 
 
 def is_rule(line: str) -> bool:

@@ -9,15 +9,14 @@ def parameters(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def flops_per_token(model_class: type, config) -> float:
-    """FLOPs of a forward and backward pass, per token, at the full context.
-
-    Counted on the meta device: every operation of a real step happens, on shapes alone.
-    """
-    with torch.device("meta"):
-        model = model_class(config)
-        idx = torch.zeros(1, config.block_size, dtype=torch.int64)
+def flops_per_token(model: torch.nn.Module) -> float:
+    """FLOPs of a forward and backward pass, per token, at the full context: those of a real step."""
+    was_training = model.training
+    model.eval()  # without dropout no random number is drawn
+    idx = torch.zeros(1, model.config.block_size, dtype=torch.int64, device=model.lm_head.weight.device)
     with FlopCounterMode(display=False) as counter:
         _, losses = model(idx, targets=idx)
         sum(losses.values()).backward()
-    return counter.get_total_flops() / config.block_size
+    model.zero_grad(set_to_none=True)
+    model.train(was_training)
+    return counter.get_total_flops() / model.config.block_size

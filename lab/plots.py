@@ -2,19 +2,21 @@
 
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # files alone: no window, no display needed
-
-from matplotlib import pyplot
-
 # One colour a stage, in every picture: Okabe and Ito's, which the colour-blind can tell apart.
 STAGE_COLORS = ["#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#999999"]
 
 
+def new_figure(width: float, height: float):
+    """An empty figure (inches) and its axes. For files alone: it needs no window and no display."""
+    from matplotlib.figure import Figure  # loading it takes most of a second
+
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    return figure, figure.subplots()
+
+
 def loss_curves(metrics: list[dict], title: str, path: Path) -> None:
     """Training and validation loss against tokens, as a PNG."""
-    figure, axes = pyplot.subplots(figsize=(7, 4.3), dpi=150, layout="constrained")
+    figure, axes = new_figure(7, 4.3)
     millions = [record["tokens"] / 1e6 for record in metrics]
     axes.plot(
         millions, [record["loss"] for record in metrics], color="#9ecae1", linewidth=1, label="training batch"
@@ -45,7 +47,6 @@ def loss_curves(metrics: list[dict], title: str, path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path)
-    pyplot.close(figure)
 
 
 def validation_curves(histories: dict[str, dict[int, list[dict]]], path: Path) -> None:
@@ -54,7 +55,7 @@ def validation_curves(histories: dict[str, dict[int, list[dict]]], path: Path) -
     histories: by stage's name, by seed, the lines of metrics.jsonl. The line is the mean over seeds, the
     band reaches from the lowest seed to the highest.
     """
-    figure, axes = pyplot.subplots(figsize=(8, 4.8), dpi=150, layout="constrained")
+    figure, axes = new_figure(8, 4.8)
     for name, history in histories.items():
         evaluated = [[record for record in metrics if "val_loss" in record] for metrics in history.values()]
         millions = [record["tokens"] / 1e6 for record in evaluated[0]]
@@ -73,4 +74,3 @@ def validation_curves(histories: dict[str, dict[int, list[dict]]], path: Path) -
     axes.grid(alpha=0.3)
     axes.legend(title="stage, final loss")
     figure.savefig(path)
-    pyplot.close(figure)

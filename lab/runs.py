@@ -84,7 +84,12 @@ def read_config(folder: Path) -> dict:
 
 def tokenizer(folder: Path):
     """The tokenizer that a run was trained with."""
-    return from_meta(read_json(folder / "meta.json"))
+    return from_meta(read_meta(folder), folder)
+
+
+def read_meta(folder: Path) -> dict:
+    """meta.json of a run: its tokenizer, and the data it was trained on."""
+    return read_json(folder / "meta.json")
 
 
 def read_json(path: Path) -> dict:
@@ -120,8 +125,13 @@ def load(run: Path, name: str, device: torch.device) -> tuple[torch.nn.Module, d
     config = read_config(run)
     stage = stages.load(stages.find(config["stage"]))
     model = stage.GPT(stage.GPTConfig(**config["model"]))
-    checkpoint.load_weights(run, name if checkpoint.find(run, name) else "last", model)
+    load_weights(run, name, model)
     return model.to(device).eval(), config
+
+
+def load_weights(run: Path, name: str, model: torch.nn.Module) -> None:
+    """Fills the model from a run's checkpoint "best" or "last", a run without a best one from its last."""
+    checkpoint.load_weights(run, name if checkpoint.find(run, name) else "last", model)
 
 
 def machine(device: torch.device) -> dict:

@@ -6,7 +6,7 @@ from typing import Generic, Literal, TypeVar
 
 from lab import device, presets, runs, stages
 from lab.cli import parse_flags
-from lab.errors import UserError
+from lab.errors import UserError, shown
 
 ModelConfig = TypeVar("ModelConfig")
 
@@ -61,6 +61,8 @@ class Settings(Generic[ModelConfig]):
     """Steps between lines in metrics.jsonl."""
     out: str | None = None
     """Folder of the run. None: a new one, runs/<stage>-<data>-seed<k>."""
+    init_from: str | None = None
+    """Folder of a run whose best weights to start from (fine-tuning); its sizes become the defaults."""
     resume: bool = False
     """Continue the run in --out, or else the newest unfinished one of this stage, data and seed."""
     wandb: bool = False
@@ -93,6 +95,7 @@ class Choice:
     device: str = "auto"
     seed: int = 0
     out: str | None = None
+    init_from: str | None = None
     resume: bool = False
 
 
@@ -103,8 +106,12 @@ def parse(argv: list[str]) -> Settings:
     """
     wants_help = "-h" in argv or "--help" in argv
     choice, _ = parse_flags(Choice, argv, return_unknown_args=True, add_help=False)
+    if choice.resume and choice.init_from:
+        raise UserError("--resume goes on with a run's own weights: leave out --init-from")
     if choice.resume and not wants_help:
         default = resumed_settings(choice)
+    elif choice.init_from and not wants_help:
+        default = fine_tuning_settings(choice)
     else:
         if not choice.stage and not wants_help:
             raise UserError(f"which stage? --stage N, one of: {stages.listing()}")
@@ -123,12 +130,29 @@ def preset_settings(choice: Choice, stage: str) -> Settings:
     return Settings(model=model, stage=stage, preset=name, compile=device_type == "cuda", **preset)
 
 
+def fine_tuning_settings(choice: Choice) -> Settings:
+    """Settings of a new run that starts from another's weights: a preset's, with that run's sizes."""
+    run = Path(choice.init_from)
+    config, tokenizer = runs.read_config(run), runs.read_meta(run)["tokenizer"]
+    if tokenizer == "hf":
+        raise UserError(f"{choice.init_from} has a tokenizer.json that only sample.py can use, not train.py")
+    settings = preset_settings(choice, stages.find(choice.stage or config["stage"]))
+    settings.model = presets.model_defaults(type(settings.model), config["model"])
+    settings.tokenizer = tokenizer
+    return settings
+
+
 def resumed_settings(choice: Choice) -> Settings:
     """Settings of the run that --resume continues, as its config.json has them."""
     folder = (
         Path(choice.out) if choice.out else runs.newest_unfinished(choice.stage, choice.data, choice.seed)
     )
     config = runs.check_stage(folder, choice.stage)
+    if "imported_from" in config:
+        raise UserError(
+            f"{shown(folder)} was imported, not trained: there is nothing to resume\n"
+            f"to train it: python train.py --init-from {shown(folder)}"
+        )
     model = stages.load(config["stage"]).GPTConfig(**config["model"])
     return Settings(**config["settings"] | {"model": model, "out": str(folder)})
 

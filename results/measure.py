@@ -136,7 +136,7 @@ def costs(name: str) -> dict:
     model = stage.GPT(config)
     return {
         "parameters": cost.parameters(model),
-        "flops_per_token": cost.flops_per_token(stage.GPT, config),
+        "flops_per_token": cost.flops_per_token(model),
         "cache_bytes_per_token": model.new_cache(1, config.block_size).nbytes // config.block_size,
     }
 

@@ -408,7 +408,9 @@ def test_flops_are_those_of_the_matrix_products():
     stage = stages.load("stage0_gpt")
     config = stage.GPTConfig(vocab_size=65, block_size=16, n_layer=2, n_head=4, n_embd=32)
     forward = 2 * (2 * 12 * 32**2 + 65 * 32) + 2 * 2 * (2 * 16 * 32)  # weights; scores and values
-    assert cost.flops_per_token(stage.GPT, config) == 3 * forward
+    model = stage.GPT(config)
+    assert cost.flops_per_token(model) == 3 * forward
+    assert model.training and all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_the_gpt2_preset_is_gpt2():

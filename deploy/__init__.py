@@ -1,0 +1,1 @@
+"""After training: runs to and from the formats that other programs read. Nothing else imports this."""

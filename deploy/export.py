@@ -1,0 +1,81 @@
+"""Turns a run into files for other programs: python deploy/export.py --run runs/… --to hf --out DIR
+
+--to hf: a folder that stock transformers loads: pipeline("text-generation", DIR) continues a prompt with the
+text of `sample.py --temperature 0`, up to the context. (Past it sample.py slides its window; transformers
+stops.) Stage 0 becomes GPT2LMHeadModel, stages 3 and 4 LlamaForCausalLM.
+
+--to llama2c: model.bin and tokenizer.bin for the C program `run` of karpathy/llama2.c; see deploy/llama2c.py.
+"""
+
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import save as safetensors_bytes
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # Python looks in deploy/ alone
+
+from deploy import gpt2, llama, llama2c, tokenizer_json
+from deploy.output import new_folder
+from lab import checkpoint, cli, runs
+from lab.errors import UserError, shown
+
+COUNTERPARTS = {"stage0_gpt": gpt2, "stage3_swiglu": llama, "stage4_gqa": llama}
+
+
+@dataclass
+class Settings:
+    """Turns a run into files for transformers or llama2.c."""
+
+    run: str
+    """Folder of the run."""
+    to: Literal["hf", "llama2c"]
+    """hf: a folder for transformers. llama2c: model.bin and tokenizer.bin for llama2.c's `run`."""
+    out: str
+    """Folder to make."""
+    checkpoint: Literal["best", "last"] = "best"
+    """best (lowest validation loss) or last."""
+
+
+def main():
+    settings = cli.parse_flags(Settings, sys.argv[1:])
+    run, out = Path(settings.run), Path(settings.out)
+    stage, meta = runs.read_config(run)["stage"], runs.read_meta(run)
+    if settings.to == "hf" and stage not in COUNTERPARTS:
+        raise UserError(
+            f"{stage} has no counterpart in transformers; stage 0 (GPT2LMHeadModel) and stages 3 and 4 "
+            "(LlamaForCausalLM) have"
+        )
+    with new_folder(out) as folder:
+        model, _ = runs.load(run, settings.checkpoint, torch.device("cpu"))
+        tensors, sizes = checkpoint.weights(model), asdict(model.config)
+        if settings.to == "hf":
+            write_hf(folder, COUNTERPARTS[stage], tensors, sizes, meta, run)
+            use = f'transformers.pipeline("text-generation", "{shown(out)}")'
+        else:
+            llama2c.write(folder, stage, tensors, sizes, meta)
+            use = f'./run {shown(out)}/model.bin -z {shown(out)}/tokenizer.bin -t 0 -n 0 -i "…"'
+        names = sorted(path.name for path in folder.iterdir())
+    print(f"{stage} from {shown(run)} is in {shown(out)}: {', '.join(names)}")
+    print(f"use it: {use}")
+
+
+def write_hf(folder: Path, counterpart, tensors: dict, sizes: dict, meta: dict, run: Path) -> None:
+    """Writes what transformers loads; counterpart is the module gpt2 or llama."""
+    config = counterpart.to_config(sizes)
+    theirs = {name: t.contiguous() for name, t in counterpart.to_tensors(tensors, sizes).items()}
+    checkpoint.write(folder / "model.safetensors", safetensors_bytes(theirs, {"format": "pt"}))
+    tokenizer_json.write(meta, run, folder, sizes["block_size"])
+    # Greedy and within the context, unless the call says otherwise; never what only pads the vocabulary.
+    generation = {"do_sample": False, "max_length": sizes["block_size"]}
+    padding = list(range(runs.tokenizer(run).vocab_size, sizes["vocab_size"]))
+    if padding:
+        generation["suppress_tokens"] = padding
+    for name, content in (("config.json", config), ("generation_config.json", generation)):
+        runs.write_json(folder / name, content)
+
+
+if __name__ == "__main__":
+    cli.run(main)

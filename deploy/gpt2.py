@@ -1,0 +1,124 @@
+"""Stage 0 and transformers' GPT2LMHeadModel: the config and the tensors of one as those of the other."""
+
+from collections.abc import Iterator
+
+import torch
+
+from deploy import fields
+
+STAGE = "stage0_gpt"
+EMBEDDING = "transformer.wte.weight"
+BUFFERS = r"\.attn\.(masked_)?bias$"  # the causal mask, which early versions of transformers saved
+
+REPRESENTABLE = {
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of one function
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "reorder_and_upcast_attn": (False,),
+    "add_cross_attention": (False,),
+    "pruned_heads": ({},),
+    "quantization_config": (None,),
+}
+DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
+# Without effect on the next token: n_ctx is n_positions once more, the summary belongs to classifiers.
+OTHERS = {"n_ctx", "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels"}
+OTHERS |= {"summary_first_dropout"}
+
+
+def to_config(sizes: dict) -> dict:
+    """config.json for the sizes of a stage 0."""
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "vocab_size": sizes["vocab_size"],
+        "n_positions": sizes["block_size"],
+        "n_embd": sizes["n_embd"],
+        "n_layer": sizes["n_layer"],
+        "n_head": sizes["n_head"],
+        "n_inner": 4 * sizes["n_embd"],
+        "activation_function": "gelu_new",
+        **dict.fromkeys(DROPOUTS, sizes["dropout"]),
+        "layer_norm_epsilon": sizes["norm_eps"],
+        "scale_attn_weights": True,
+        "tie_word_embeddings": sizes["tie_word_embeddings"],
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "dtype": "float32",
+    }
+
+
+def from_config(config: dict) -> tuple[str, dict]:
+    """The stage and its sizes for a config.json; UserError for what stage 0 cannot represent."""
+    config = dict.fromkeys(DROPOUTS, 0.1) | config  # what transformers takes where one is missing
+    n_embd = fields.size(config, "n_embd")
+    dropout = fields.real(config, DROPOUTS[0], 0.1)  # ours is one number for all three
+    representable = REPRESENTABLE | {"n_inner": (4 * n_embd,)} | dict.fromkeys(DROPOUTS[1:], (dropout,))
+    fields.refuse_others(config, representable, "stage 0")
+    sizes = {
+        "vocab_size": fields.size(config, "vocab_size"),
+        "block_size": fields.size(config, "n_positions"),
+        "n_layer": fields.size(config, "n_layer"),
+        "n_head": fields.size(config, "n_head"),
+        "n_embd": n_embd,
+        "dropout": dropout,
+        "norm_eps": fields.real(config, "layer_norm_epsilon", 1e-5),
+        "tie_word_embeddings": fields.flag(config, "tie_word_embeddings", True),
+        "bias": True,
+    }
+    read = {"vocab_size", "n_positions", "n_layer", "n_head", "n_embd", "layer_norm_epsilon"}
+    read |= {"tie_word_embeddings", *DROPOUTS, *representable}
+    fields.say_what_is_unknown(config, read | OTHERS)
+    return STAGE, sizes
+
+
+def modules(n_layer: int) -> Iterator[tuple[list[str], str]]:
+    """Our modules that have a weight and a bias, and theirs that holds those one below the other."""
+    for i in range(n_layer):
+        here, there = f"model.layers.{i}", f"transformer.h.{i}"
+        yield [f"{here}.input_layernorm"], f"{there}.ln_1"
+        yield [f"{here}.self_attn.{name}_proj" for name in "qkv"], f"{there}.attn.c_attn"
+        yield [f"{here}.self_attn.o_proj"], f"{there}.attn.c_proj"
+        yield [f"{here}.post_attention_layernorm"], f"{there}.ln_2"
+        yield [f"{here}.mlp.up_proj"], f"{there}.mlp.c_fc"
+        yield [f"{here}.mlp.down_proj"], f"{there}.mlp.c_proj"
+    yield ["model.norm"], "transformer.ln_f"
+
+
+EMBEDDINGS = {
+    "model.embed_tokens.weight": EMBEDDING,
+    "model.embed_positions.weight": "transformer.wpe.weight",
+    "lm_head.weight": "lm_head.weight",  # where it is not tied
+}
+
+
+def to_tensors(ours: dict[str, torch.Tensor], sizes: dict) -> dict[str, torch.Tensor]:
+    """Their tensors from ours. Biases that the run has not are zero."""
+    theirs = {there: ours[here] for here, there in EMBEDDINGS.items() if here in ours}
+    for here, there in modules(sizes["n_layer"]):
+        weights = [ours[f"{name}.weight"] for name in here]
+        biases = [
+            ours.get(f"{name}.bias", w.new_zeros(w.size(0))) for name, w in zip(here, weights, strict=True)
+        ]
+        weight = torch.cat(weights)
+        theirs[f"{there}.weight"] = weight.t() if weight.dim() == 2 else weight  # Conv1D: (in, out)
+        theirs[f"{there}.bias"] = torch.cat(biases)
+    return theirs
+
+
+def from_tensors(theirs: dict[str, torch.Tensor], sizes: dict) -> dict[str, torch.Tensor]:
+    """Our tensors from theirs: the inverse of to_tensors."""
+    ours = {here: theirs[there] for here, there in EMBEDDINGS.items() if there in theirs}
+    for here, there in modules(sizes["n_layer"]):
+        weight = theirs[f"{there}.weight"]
+        weights = (weight.t() if weight.dim() == 2 else weight).chunk(len(here))
+        biases = theirs[f"{there}.bias"].chunk(len(here))
+        for name, part, bias in zip(here, weights, biases, strict=True):
+            ours[f"{name}.weight"], ours[f"{name}.bias"] = part, bias
+    return ours
+
+
+def full_names(theirs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Their tensors under the names of GPT2LMHeadModel, also where GPT2Model was saved (as OpenAI's was)."""
+    if any(name.startswith("transformer.") for name in theirs):
+        return theirs
+    return {name if name == "lm_head.weight" else f"transformer.{name}": t for name, t in theirs.items()}

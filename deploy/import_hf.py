@@ -1,0 +1,177 @@
+"""Turns a Hugging Face folder into a run: python deploy/import_hf.py DIR --out runs/NAME
+
+GPT-2 becomes stage 0; Llama, and Mistral without its sliding window, stage 3 or, with fewer key/value heads
+than heads, stage 4. The run is for sample.py, deploy/export.py and, where its tokenizer is GPT-2's or of
+characters, train.py --init-from. Nothing is fetched: DIR is on this machine. Weights become float32.
+What no stage can represent is refused by its name. Tokens that end a text in transformers (eos_token_id) end
+none in sample.py.
+"""
+
+import json
+import re
+import shutil
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as safetensors_bytes
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # Python looks in deploy/ alone
+
+from data import from_meta
+from deploy import gpt2, llama, tokenizer_json
+from deploy.output import new_folder
+from lab import checkpoint, cli, cost, runs, stages
+from lab.errors import UserError, shown
+
+COUNTERPARTS = {"gpt2": gpt2, "llama": llama, "mistral": llama}
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+PICKLED = ("pytorch_model*.bin*", "*.pt", "*.pth", "*.ckpt")
+
+
+@dataclass
+class Settings:
+    """Turns a Hugging Face folder into a run."""
+
+    folder: tyro.conf.Positional[str]
+    """Folder with config.json, model.safetensors and tokenizer.json."""
+    out: str
+    """Folder of the run to make."""
+
+
+def main():
+    settings = cli.parse_flags(Settings, sys.argv[1:])
+    source, out = Path(settings.folder), Path(settings.out)
+    config = read_config(source)
+    counterpart = COUNTERPARTS[config["model_type"]]
+    stage, sizes = counterpart.from_config(config)
+    model = empty_model(stage, sizes)
+    sizes = asdict(model.config)
+    meta = {"name": source.resolve().name} | tokenizer_json.read(source)
+    tokenizer = from_meta(meta, source)
+    if tokenizer.vocab_size > sizes["vocab_size"]:
+        raise UserError(
+            f"{shown(source)}: tokenizer.json has {tokenizer.vocab_size:,} tokens, the model in config.json "
+            f"{sizes['vocab_size']:,}"
+        )
+    with new_folder(out) as run:
+        tensors = read_weights(source, counterpart, model, sizes)
+        write_run(run, source, stage, model, tensors, meta | {"vocab_size": tokenizer.vocab_size})
+    print(f"{shown(source)} is {stage} with {cost.parameters(model):,} parameters, in {shown(out)}")
+    print(f"use it: python sample.py --run {shown(out)}")
+
+
+def read_config(folder: Path) -> dict:
+    """config.json of a kind that is known; else UserError."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {shown(path)}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{shown(path)} is damaged: {error}") from None
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind not in COUNTERPARTS:
+        raise UserError(f"{shown(path)} has model_type {kind!r}; known are: {', '.join(COUNTERPARTS)}")
+    return config
+
+
+def empty_model(stage: str, sizes: dict) -> torch.nn.Module:
+    """The stage's model on the meta device: shapes without numbers. UserError for impossible sizes."""
+    module = stages.load(stage)
+    try:
+        with torch.device("meta"):
+            return module.GPT(module.GPTConfig(**sizes))
+    except ValueError as error:
+        raise UserError(f"config.json does not fit {stage}: {error}") from None
+
+
+def read_weights(folder: Path, counterpart, model: torch.nn.Module, sizes: dict) -> dict[str, torch.Tensor]:
+    """Our tensors in float32; UserError that names, as the file does, what is missing, odd or too much."""
+    theirs = counterpart.full_names(read_tensors(folder))
+    buffers = sorted(name for name in theirs if re.search(counterpart.BUFFERS, name))
+    if buffers:
+        print(f"left out, as they are no weights: {', '.join(buffers)}", file=sys.stderr)
+    theirs = {name: tensor for name, tensor in theirs.items() if name not in buffers}
+    expected = counterpart.to_tensors(checkpoint.weights(model), sizes)
+    if "lm_head.weight" in theirs.keys() - expected.keys():  # a tied head that was saved twice
+        head, embedding = theirs.pop("lm_head.weight"), theirs.get(counterpart.EMBEDDING)
+        if embedding is not None and not torch.equal(head, embedding):
+            raise UserError(
+                f"{shown(folder)}: lm_head.weight differs from {counterpart.EMBEDDING}, but config.json has "
+                "tie_word_embeddings = true: set it to false if the head is one of its own"
+            )
+    for name in sorted(expected.keys() | theirs.keys()):
+        here, there = checkpoint.shape(theirs, name), checkpoint.shape(expected, name)
+        if there == "missing":
+            raise UserError(f"{shown(folder)} has a tensor too many, {name} of shape {here}")
+        if here != there:
+            raise UserError(f"{shown(folder)}: {name} is {here}, but config.json asks for {there}")
+        if theirs[name].dtype not in DTYPES:
+            raise UserError(
+                f"{shown(folder)}: {name} is in {str(theirs[name].dtype).removeprefix('torch.')}; float32, "
+                "float16 and bfloat16 can be read"
+            )
+    theirs = {name: tensor.float() for name, tensor in theirs.items()}
+    return {name: t.contiguous() for name, t in counterpart.from_tensors(theirs, sizes).items()}
+
+
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of model.safetensors or, where it is in parts, of those that its index names."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists():
+        paths = [single]
+    elif index.exists():
+        content = runs.read_json(index)
+        try:
+            paths = [folder / name for name in sorted(set(content["weight_map"].values()))]
+        except (KeyError, TypeError, AttributeError):
+            raise UserError(
+                f"{shown(index)} is damaged: it has no weight_map from tensors to files"
+            ) from None
+    else:
+        pickled = sorted(path.name for pattern in PICKLED for path in folder.glob(pattern))
+        if pickled:
+            raise UserError(
+                f"{pickled[0]} is a pickle, which can run any code: only safetensors are read. If trusted, "
+                "convert it:\nAutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
+            )
+        raise UserError(f"{shown(folder)} has no model.safetensors")
+    tensors = {}
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"{shown(folder)} has no {path.name}, which {index.name} names")
+        try:
+            with safe_open(path, "pt") as file:
+                tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise checkpoint.damaged(path, error) from None
+    return tensors
+
+
+def write_run(run: Path, source: Path, stage: str, model, tensors: dict, meta: dict) -> None:
+    """Writes the folder of a run that was trained for no step."""
+    (run / "last").mkdir()
+    metadata = {"stage": stage, "step": "0"}
+    checkpoint.write(run / "last" / checkpoint.WEIGHTS, safetensors_bytes(tensors, metadata))
+    if meta["tokenizer"] == "hf":
+        shutil.copyfile(source / "tokenizer.json", run / "tokenizer.json")
+    runs.write_json(run / "meta.json", meta)
+    config = {
+        "stage": stage,
+        "dataset": meta["name"],
+        "imported_from": str(source.resolve()),
+        "settings": {"data": str(source), "tokenizer": meta["tokenizer"], "seed": 0, "steps": 0},
+        "model": asdict(model.config),
+        "dtype": "float32",
+        "parameters": cost.parameters(model),
+        "machine": runs.machine(torch.device("cpu")),
+    }
+    runs.write_json(run / "config.json", config)
+
+
+if __name__ == "__main__":
+    cli.run(main)

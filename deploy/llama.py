@@ -1,0 +1,125 @@
+"""Stages 3 and 4 and transformers' LlamaForCausalLM: the config of one as that of the other.
+
+The tensors have the same names, shapes and meaning in both. Mistral without its sliding window is the same
+function too.
+"""
+
+import json
+
+import torch
+
+from deploy import fields
+from lab.errors import UserError
+
+EMBEDDING = "model.embed_tokens.weight"
+BUFFERS = r"rotary_emb\.inv_freq$"  # the frequencies, which early versions of transformers saved
+
+REPRESENTABLE = {
+    "hidden_act": ("silu", "swish"),  # two names of one function
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "sliding_window": (None,),
+    "attention_dropout": (0.0,),  # ours drops more than attention weights
+    "partial_rotary_factor": (1.0,),
+    "pruned_heads": ({},),
+    "quantization_config": (None,),
+}
+# What transformers takes where a field is missing.
+MISTRAL = {"num_key_value_heads": 8, "sliding_window": 4096}
+
+
+def to_config(sizes: dict) -> dict:
+    """config.json for the sizes of a stage 3 or 4. Without dropout: Llama has none in the residual stream."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": sizes["vocab_size"],
+        "max_position_embeddings": sizes["block_size"],
+        "hidden_size": sizes["n_embd"],
+        "intermediate_size": sizes["intermediate_size"],
+        "num_hidden_layers": sizes["n_layer"],
+        "num_attention_heads": sizes["n_head"],
+        "num_key_value_heads": sizes.get("n_kv_head", sizes["n_head"]),
+        "head_dim": sizes["n_embd"] // sizes["n_head"],
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "attention_dropout": 0.0,
+        "rms_norm_eps": sizes["norm_eps"],
+        "rope_theta": sizes["rope_theta"],  # for transformers 4 and others, which read it here
+        "rope_parameters": {"rope_type": "default", "rope_theta": sizes["rope_theta"]},  # transformers 5
+        "tie_word_embeddings": sizes["tie_word_embeddings"],
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "dtype": "float32",
+    }
+
+
+def from_config(config: dict) -> tuple[str, dict]:
+    """The stage and its sizes for a config.json; UserError for what the stage cannot represent."""
+    if config["model_type"] == "mistral":
+        config = MISTRAL | config
+    n_embd, n_head = fields.size(config, "hidden_size"), fields.size(config, "num_attention_heads")
+    n_kv_head = fields.size(config, "num_key_value_heads", n_head)
+    stage = "stage3_swiglu" if n_kv_head == n_head else "stage4_gqa"
+    representable = REPRESENTABLE | {"head_dim": (n_embd // n_head,)}
+    fields.refuse_others(config, representable, "stages 3 and 4")
+    if any(kind != "full_attention" for kind in config.get("layer_types") or []):
+        raise UserError(
+            f"config.json has layer_types = {json.dumps(config['layer_types'])}: stages 3 and 4 cannot "
+            'represent that, only "full_attention"'
+        )
+    sizes = {
+        "vocab_size": fields.size(config, "vocab_size"),
+        "block_size": fields.size(config, "max_position_embeddings"),
+        "n_layer": fields.size(config, "num_hidden_layers"),
+        "n_head": n_head,
+        **({"n_kv_head": n_kv_head} if stage == "stage4_gqa" else {}),
+        "n_embd": n_embd,
+        "norm_eps": fields.real(config, "rms_norm_eps", 1e-6),
+        "tie_word_embeddings": fields.flag(config, "tie_word_embeddings", False),
+        "intermediate_size": fields.size(config, "intermediate_size"),
+        "rope_theta": rope_theta(config),
+    }
+    read = {
+        "vocab_size",
+        "max_position_embeddings",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "hidden_size",
+    }
+    read |= {"num_key_value_heads", "rms_norm_eps", "tie_word_embeddings", "intermediate_size"}
+    read |= {"rope_theta", "rope_parameters", "rope_scaling", "layer_types"}
+    # pretraining_tp splits the same products into parts.
+    fields.say_what_is_unknown(config, {*read, *representable, "pretraining_tp"})
+    return stage, sizes
+
+
+def rope_theta(config: dict) -> float:
+    """The base of the frequencies, from rope_parameters (transformers 5) or rope_theta (4 and before)."""
+    name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    rope = config.get(name) or {}
+    plain = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1.0, "rope_theta": None}
+    if not isinstance(rope, dict) or any(
+        value not in (None, plain.get(key)) for key, value in rope.items() if key != "rope_theta"
+    ):
+        raise UserError(
+            f"config.json has {name} = {json.dumps(rope)}: stages 3 and 4 cannot represent that, "
+            'only rope_type "default", which scales nothing'
+        )
+    return fields.real(config | rope, "rope_theta", 10_000.0)
+
+
+def to_tensors(ours: dict[str, torch.Tensor], sizes: dict) -> dict[str, torch.Tensor]:
+    """Their tensors: ours."""
+    return ours
+
+
+def from_tensors(theirs: dict[str, torch.Tensor], sizes: dict) -> dict[str, torch.Tensor]:
+    """Our tensors: theirs."""
+    return theirs
+
+
+def full_names(theirs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Their tensors under the names of LlamaForCausalLM, which they have."""
+    return theirs
