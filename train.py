@@ -8,7 +8,6 @@ checkpoints last/ and best/, loss.png and sample.txt. Ctrl-C saves; --resume goe
 import math
 import sys
 import time
-from collections import defaultdict
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -121,7 +120,7 @@ def train(settings, model, optimizer, dataset, device, dtype, folder, progress, 
                 dataset.train, settings.seed, step, settings.batch_size, settings.model.block_size
             )
             idx, targets = idx.to(device), targets.to(device)
-            losses = accumulate_gradients(compiled, idx, targets, micro_batch, autocast)
+            losses = optim.accumulate_gradients(compiled, idx, targets, micro_batch, autocast)
             grad_norm = optim.update(model, optimizer, lr, settings.grad_clip)
             recent.append((losses, grad_norm))
 
@@ -169,19 +168,6 @@ def train(settings, model, optimizer, dataset, device, dtype, folder, progress, 
             recent.clear()
             started = time.perf_counter()
     return None
-
-
-def accumulate_gradients(model, idx, targets, micro_batch: int, autocast) -> dict[str, torch.Tensor]:
-    """Adds the batch's gradient to the parameters; returns each loss, averaged over all of the batch."""
-    parts = list(zip(idx.split(micro_batch), targets.split(micro_batch), strict=True))
-    totals = defaultdict(float)
-    for idx_part, targets_part in parts:
-        with autocast:
-            _, losses = model(idx_part, targets_part)
-        (sum(losses.values()) / len(parts)).backward()
-        for name, loss in losses.items():
-            totals[name] += loss.detach() / len(parts)
-    return dict(totals)
 
 
 def stop_if_not_finite(recent: list, step: int, folder: Path) -> None:

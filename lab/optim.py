@@ -1,6 +1,7 @@
-"""The optimizer and the learning rate of a step."""
+"""What a training step does: gradients, the learning rate, the optimizer."""
 
 import math
+from collections import defaultdict
 
 import torch
 
@@ -26,6 +27,19 @@ def cosine_lr(step: int, steps: int, warmup_steps: int, lr: float, min_lr: float
         return lr * step / (warmup_steps + 1)
     progress = (step - 1 - warmup_steps) / max(1, steps - 1 - warmup_steps)
     return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (lr - min_lr)
+
+
+def accumulate_gradients(model, idx, targets, micro_batch: int, autocast) -> dict[str, torch.Tensor]:
+    """Adds the batch's gradient to the parameters; returns each loss, averaged over all of the batch."""
+    parts = list(zip(idx.split(micro_batch), targets.split(micro_batch), strict=True))
+    totals = defaultdict(float)
+    for idx_part, targets_part in parts:
+        with autocast:
+            _, losses = model(idx_part, targets_part)
+        (sum(losses.values()) / len(parts)).backward()
+        for name, loss in losses.items():
+            totals[name] += loss.detach() / len(parts)
+    return dict(totals)
 
 
 def update(

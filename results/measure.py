@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 
 import data
-import train
 from lab import (
     batches,
     checkpoint,
@@ -151,7 +150,7 @@ def trainer(name: str, dataset: data.Dataset):
     def steps(n: int) -> None:
         for step in range(n):
             idx, targets = batches.train_batch(dataset.train, 0, step, 12, 64)
-            train.accumulate_gradients(model, idx, targets, 12, autocast)
+            optim.accumulate_gradients(model, idx, targets, 12, autocast)
             optim.update(model, optimizer, 1e-3, 1.0)
 
     return steps

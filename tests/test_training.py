@@ -16,7 +16,6 @@ import torch
 from conftest import TINY_RUN
 from safetensors.torch import load_file
 
-import train
 from lab import batches, checkpoint, cost, device, evaluation, log, optim, stages
 from lab.errors import UserError
 
@@ -120,10 +119,10 @@ def test_accumulated_gradients_and_losses_are_those_of_the_whole_batch(make_mode
     model = make_model().train()
     idx, targets = torch.randint(65, (2, 12, 16), generator=torch.Generator().manual_seed(0))
     autocast = device.autocast(torch.device("cpu"), torch.float32)
-    whole = train.accumulate_gradients(model, idx, targets, 12, autocast)
+    whole = optim.accumulate_gradients(model, idx, targets, 12, autocast)
     expected = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
-    parts = train.accumulate_gradients(model, idx, targets, 3, autocast)
+    parts = optim.accumulate_gradients(model, idx, targets, 3, autocast)
     torch.testing.assert_close(parts["next_token"], whole["next_token"])
     for parameter, gradient in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, atol=1e-6, rtol=1e-4)
@@ -259,7 +258,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run_at_its_step(run_train, worksh
     flags = ("--stage", "0", "--out", "run", "--eval-every", "4", "--log-every", "4")
     assert run_train(*flags, "--steps", "4") == 0
     before = Path("run/last/model.safetensors").read_bytes()
-    real = train.accumulate_gradients
+    real = optim.accumulate_gradients
 
     def broken(*arguments):
         losses = real(*arguments)
@@ -267,7 +266,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run_at_its_step(run_train, worksh
         return {"next_token": losses["next_token"] * (math.nan if len(calls) == 3 else 1)}
 
     calls = []
-    monkeypatch.setattr(train, "accumulate_gradients", broken)
+    monkeypatch.setattr(optim, "accumulate_gradients", broken)
     assert run_train("--resume", "--out", "run", "--steps", "12") == 2
     err = capsys.readouterr().err
     assert "not finite at step 7" in err and "step 4 in run is kept" in err and "Traceback" not in err
