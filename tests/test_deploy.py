@@ -33,7 +33,7 @@ import data
 import train
 from data import files
 from data.tokenizers import CharTokenizer, HuggingFaceTokenizer
-from deploy import export, import_hf, tokenizer_json
+from deploy import export, import_hf, llama2c, tokenizer_json
 from lab import checkpoint, runs, sampling, stages
 from lab.errors import UserError
 
@@ -731,28 +731,29 @@ def test_llama2c_computes_our_logits_from_its_file(run_export, stage, sizes):
     known = len(CHARACTERS)
     characters = slice(len(pieces) - 1 - known, len(pieces) - 1)
     for prompt in LLAMA2C_PROMPTS:
-        idx = torch.from_numpy(CharTokenizer(CHARACTERS).encode("\n" + prompt).astype(np.int64))[None]
+        idx = torch.from_numpy(CharTokenizer(CHARACTERS).encode(prompt or "\n").astype(np.int64))[None]
         tokens = run_c_encode(pieces, prompt)
-        assert len(tokens) == 1 + len(prompt)  # BOS and the prompt: the space between is not seen
+        assert len(tokens) == 1 + len(prompt)  # BOS and space are one token, or BOS is the newline
         with torch.no_grad():
             expected = ours(idx)[0][0, :, :known]
-            logits = run_c_forward(config, w, tokens)
+            logits = run_c_forward(config, w, tokens)[-len(idx[0]) :]
         torch.testing.assert_close(logits[:, characters], expected, atol=1e-4, rtol=0)
-        logits[:, characters] = -torch.inf
-        assert (logits.amax(-1) < expected.amax(-1)).all()  # what is not ours is never the most likely
+        others = logits.softmax(-1)
+        others[:, characters] = 0
+        assert (others == 0).all()  # sampling, too, never makes what is not ours
 
 
 def sample_greedily(folder, prompt):
-    """What sample.py --temperature 0 makes of a newline and the prompt, the newline left out."""
+    """What sample.py --temperature 0 writes for the prompt, as much of it as run.c does."""
     model, _ = runs.load(Path(folder), "best", CPU)
     tokenizer = runs.tokenizer(Path(folder))
-    tokens = tokenizer.encode("\n" + prompt).tolist()
-    n = model.config.block_size + 1 - len(tokens)
+    tokens = tokenizer.encode(prompt).tolist() or sampling.default_prompt(tokenizer)
+    n = model.config.block_size - len(prompt)
     return prompt + tokenizer.decode(list(sampling.generate(model, tokens, n, tokenizer.vocab_size, 0)))
 
 
 @pytest.mark.parametrize("stage, sizes", LLAMA2C)
-def test_llama2c_writes_the_text_of_sample_for_a_newline_and_the_prompt(run_export, stage, sizes):
+def test_llama2c_writes_the_text_of_sample(run_export, stage, sizes):
     make_run("run", stage, **sizes)
     assert run_export("--run", "run", "--to", "llama2c", "--out", "out") == 0
     for prompt in LLAMA2C_PROMPTS:
@@ -794,13 +795,21 @@ def test_the_c_program_writes_the_text_of_sample(llama2c_run, run_export, stage,
         ("2", {}, "llama2.c has no counterpart of stage2_rope"),
         ("3", {"rope_theta": 500_000.0}, "the run has rope_theta 500000.0"),
         ("4", {"norm_eps": 1e-6}, "the run has norm_eps 1e-06"),
-        ("4", {"block_size": 2**28}, "n_layer × block_size × width of the keys is 8,589,934,592"),
+        ("3", {"n_embd": 8, "block_size": 151}, "block_size 151; llama2.c's run can have 150"),
     ],
 )
 def test_what_llama2c_does_not_compute_is_refused_by_name(run_export, capsys, stage, sizes, message):
     make_run("run", stage, **sizes)
     assert run_export("--run", "run", "--to", "llama2c", "--out", "out") == 2
     explained(capsys, message)
+
+
+def test_a_model_too_large_for_the_counters_of_llama2c_is_refused(tmp_path):
+    sizes = {"n_layer": 100, "n_head": 8, "n_embd": 8192, "block_size": 8192}
+    sizes |= {"rope_theta": 10_000.0, "norm_eps": 1e-5}
+    with pytest.raises(UserError, match="width of k is 13,421,772,800"):
+        llama2c.write(tmp_path, "stage3_swiglu", {}, sizes, {"tokenizer": "char", "characters": "ab"})
+    assert not list(tmp_path.iterdir())
 
 
 def test_llama2c_takes_runs_of_characters_alone(run_export, capsys):
