@@ -5,6 +5,7 @@ The text goes to stdout as it is made, the rest to stderr.
 """
 
 import codecs
+import functools
 import os
 import stat
 import sys
@@ -42,6 +43,10 @@ class Settings:
     """Choose among the k most likely tokens only. None: all."""
     top_p: float = 1.0
     """Choose among the fewest most likely tokens whose probabilities reach top_p."""
+    draft: bool = False
+    """Let the block of multi-token prediction draft tokens for the model to check (stage 7)."""
+    draft_tokens: int = 2
+    """Tokens to draft at a time."""
     seed: int = 1337
     """Seed of the choices: the same seed, the same text."""
     device: str = "auto"
@@ -50,8 +55,9 @@ class Settings:
     def __post_init__(self):
         if self.checkpoint not in ("best", "last"):
             raise ValueError(f"checkpoint must be best or last, not {self.checkpoint!r}")
-        if self.max_new_tokens < 1 or self.num_samples < 1:
-            raise ValueError("max_new_tokens and num_samples must be at least 1")
+        for name in ("max_new_tokens", "num_samples", "draft_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.temperature < 0:
             raise ValueError(f"temperature must be 0 or more, not {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
@@ -66,12 +72,24 @@ def main():
     folder = Path(settings.run) if settings.run else runs.newest(settings.stage)
     runs.check_stage(folder, settings.stage)
     model, config = runs.load(folder, settings.checkpoint, where)
+    if settings.draft and not getattr(model.config, "num_nextn_predict_layers", 0):
+        raise UserError(
+            f"--draft needs a block of multi-token prediction; {shown(folder)} ({config['stage']}) has none, "
+            "train one: python train.py --stage 7"
+        )
     tokenizer = runs.tokenizer(folder)
     prompt = read_prompt(settings)
     tokens = tokenizer.encode(prompt).tolist() if prompt else sampling.default_prompt(tokenizer)
     print(f"{config['stage']} from {shown(folder)}", file=sys.stderr)
 
     generator = torch.Generator().manual_seed(settings.seed)
+    counts = sampling.DraftCounts()
+    if settings.draft:
+        generate = functools.partial(
+            sampling.generate_with_drafts, n_drafts=settings.draft_tokens, counts=counts
+        )
+    else:
+        generate = sampling.generate
     n_tokens, seconds = 0, 0.0
     for number in range(settings.num_samples):
         if number:
@@ -79,22 +97,25 @@ def main():
         write(prompt)
         text = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may span tokens
         started = time.perf_counter()
-        for token in sampling.generate(
+        for token in generate(
             model,
             tokens,
             settings.max_new_tokens,
             tokenizer.vocab_size,
-            settings.temperature,
-            settings.top_k,
-            settings.top_p,
-            generator,
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+            generator=generator,
         ):
             write(text.decode(tokenizer.decode_bytes([token])))
             n_tokens += 1
         seconds += time.perf_counter() - started
         write(text.decode(b"", final=True))
     print()
-    print(f"{n_tokens} tokens in {seconds:.1f} s: {n_tokens / seconds:,.0f} tokens/s", file=sys.stderr)
+    speed = f"{n_tokens} tokens in {seconds:.1f} s: {n_tokens / seconds:,.0f} tokens/s"
+    if counts.drafted:
+        speed += f"; {counts.accepted / counts.drafted:.0%} of {counts.drafted} drafts accepted"
+    print(speed, file=sys.stderr)
 
 
 def read_prompt(settings: Settings) -> str:

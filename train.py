@@ -36,6 +36,7 @@ def main():
 
     torch.manual_seed(settings.seed)
     stage = stages.load(settings.stage)
+    attention = stages.attention(stage, settings.model, device, dtype)
     model = stage.GPT(settings.model).to(device)
     betas = (settings.beta1, settings.beta2)
     optimizer = optim.adamw(model, settings.lr, settings.weight_decay, betas)
@@ -47,7 +48,9 @@ def main():
         "settings": command_line.as_json(settings),
         "model": asdict(settings.model),
         "dtype": str(dtype).removeprefix("torch."),
+        "attention": attention,
         "parameters": cost.parameters(model),
+        "active_parameters": cost.active_parameters(model),
         "flops_per_token": flops,
         "machine": runs.machine(device),
     }
@@ -61,7 +64,8 @@ def main():
         folder = runs.create(settings.out, settings.stage, dataset, settings.seed, config)
         progress = {"step": 0, "seconds": 0.0, "best_val_loss": math.inf}
     counted = f"{config['parameters']:,} parameters"
-    print(f"{settings.stage} on {dataset.name}: {counted}, {device}, {config['dtype']}")
+    computed = f", attention: {attention}" if attention else ""
+    print(f"{settings.stage} on {dataset.name}: {counted}, {device}, {config['dtype']}{computed}")
     print(f"the run is in {shown(folder)}")
 
     stopped_by = train(settings, model, optimizer, dataset, device, dtype, folder, progress, flops)
@@ -123,6 +127,8 @@ def train(settings, model, optimizer, dataset, device, dtype, folder, progress, 
             losses = optim.accumulate_gradients(compiled, idx, targets, micro_batch, autocast)
             grad_norm = optim.update(model, optimizer, lr, settings.grad_clip)
             recent.append((losses, grad_norm))
+            # A mixture of experts (stage 6 on) balances itself after a step, and says how busy each was.
+            watched = model.after_step() if hasattr(model, "after_step") else {}
 
             last_step = step == settings.steps
             evaluates = step % settings.eval_every == 0 or last_step
@@ -142,6 +148,7 @@ def train(settings, model, optimizer, dataset, device, dtype, folder, progress, 
                 "lr": lr,
                 "grad_norm": grad_norm.item(),
                 "tokens_per_second": len(recent) * tokens_per_step / seconds,
+                **log.expert_load(watched),
             }
             if evaluates:
                 val_loss = evaluation.next_token_loss(
@@ -190,6 +197,10 @@ def report(folder: Path, dataset: data.Dataset, device: torch.device) -> None:
     metrics = log.read_metrics(folder / "metrics.jsonl")
     model, config = runs.load(folder, "best", device)
     plots.loss_curves(metrics, f"{config['stage']} on {config['dataset']}", folder / "loss.png")
+    pictures = "loss.png"
+    if "expert_tokens" in metrics[-1]:
+        plots.expert_load(metrics, folder / "experts.png")
+        pictures += ", experts.png"
     tokenizer = dataset.tokenizer
     prompt = sampling.default_prompt(tokenizer)
     generator = torch.Generator().manual_seed(config["settings"]["seed"])
@@ -203,7 +214,7 @@ def report(folder: Path, dataset: data.Dataset, device: torch.device) -> None:
         f"best validation loss {best['val_loss']:.4f} ({best['bits_per_byte']:.4f} bits per byte) "
         f"at step {best['step']}, {metrics[-1]['seconds']:.0f} s of training"
     )
-    print(f"{shown(folder)}: loss.png, sample.txt, metrics.jsonl, and the checkpoints best/ and last/")
+    print(f"{shown(folder)}: {pictures}, sample.txt, metrics.jsonl, and the checkpoints best/ and last/")
     print(f"more text: python sample.py --run {shown(folder)}")
 
 

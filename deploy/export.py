@@ -2,7 +2,8 @@
 
 --to hf: a folder that stock transformers loads: pipeline("text-generation", DIR) continues a prompt with the
 text of `sample.py --temperature 0`, up to the context. (Past it sample.py slides its window; transformers
-stops.) Stage 0 becomes GPT2LMHeadModel, stages 3 and 4 LlamaForCausalLM.
+stops.) Stage 0 becomes GPT2LMHeadModel, stages 3 to 5 LlamaForCausalLM,
+stage 6 without shared experts MixtralForCausalLM, and stage 7 DeepseekV3ForCausalLM.
 
 --to llama2c: model.bin and tokenizer.bin for the C program `run` of karpathy/llama2.c; see deploy/llama2c.py.
 """
@@ -17,12 +18,19 @@ from safetensors.torch import save as safetensors_bytes
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # Python looks in deploy/ alone
 
-from deploy import gpt2, llama, llama2c, tokenizer_json
+from deploy import deepseek, gpt2, llama, llama2c, mixtral, tokenizer_json
 from deploy.output import new_folder
 from lab import checkpoint, cli, runs
 from lab.errors import UserError, shown
 
-COUNTERPARTS = {"stage0_gpt": gpt2, "stage3_swiglu": llama, "stage4_gqa": llama}
+COUNTERPARTS = {
+    "stage0_gpt": gpt2,
+    "stage3_swiglu": llama,
+    "stage4_gqa": llama,
+    "stage5_flash": llama,
+    "stage6_moe": mixtral,
+    "stage7_mla_mtp": deepseek,
+}
 
 
 @dataclass
@@ -45,8 +53,8 @@ def main():
     stage, meta = runs.read_config(run)["stage"], runs.read_meta(run)
     if settings.to == "hf" and stage not in COUNTERPARTS:
         raise UserError(
-            f"{stage} has no counterpart in transformers; stage 0 (GPT2LMHeadModel) and stages 3 and 4 "
-            "(LlamaForCausalLM) have"
+            f"{stage} has no counterpart in transformers; stages 0 (GPT2LMHeadModel), 3, 4, 5 "
+            "(LlamaForCausalLM), 6 (MixtralForCausalLM) and 7 (DeepseekV3ForCausalLM) have"
         )
     with new_folder(out) as folder:
         model, _ = runs.load(run, settings.checkpoint, torch.device("cpu"))
@@ -59,11 +67,13 @@ def main():
             use = f'./run {shown(out)}/model.bin -z {shown(out)}/tokenizer.bin -t 0 -n 0 -i "…"'
         names = sorted(path.name for path in folder.iterdir())
     print(f"{stage} from {shown(run)} is in {shown(out)}: {', '.join(names)}")
+    if settings.to == "hf" and COUNTERPARTS[stage] is deepseek:
+        print("rotated dimensions are paired as DeepSeek's: neighbours (rope_interleave = true), not halves")
     print(f"use it: {use}")
 
 
 def write_hf(folder: Path, counterpart, tensors: dict, sizes: dict, meta: dict, run: Path) -> None:
-    """Writes what transformers loads; counterpart is the module gpt2 or llama."""
+    """Writes what transformers loads; counterpart is the module gpt2, llama, mixtral or deepseek."""
     config = counterpart.to_config(sizes)
     theirs = {name: t.contiguous() for name, t in counterpart.to_tensors(tensors, sizes).items()}
     checkpoint.write(folder / "model.safetensors", safetensors_bytes(theirs, {"format": "pt"}))

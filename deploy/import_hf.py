@@ -1,10 +1,10 @@
 """Turns a Hugging Face folder into a run: python deploy/import_hf.py DIR --out runs/NAME
 
 GPT-2 becomes stage 0; Llama, and Mistral without its sliding window, stage 3 or, with fewer key/value heads
-than heads, stage 4. The run is for sample.py, deploy/export.py and, where its tokenizer is GPT-2's or of
-characters, train.py --init-from. Nothing is fetched: DIR is on this machine. Weights become float32.
-What no stage can represent is refused by its name. Tokens that end a text in transformers (eos_token_id) end
-none in sample.py.
+than heads, stage 4; Mixtral becomes stage 6, DeepSeek-V3 stage 7. The run is for sample.py, deploy/export.py
+and, where its tokenizer is GPT-2's or of characters, train.py --init-from. Nothing is fetched: DIR is on this
+machine. Weights become float32. What no stage can represent is refused by its name. Tokens that end a text in
+transformers (eos_token_id) end none in sample.py.
 """
 
 import json
@@ -22,12 +22,12 @@ from safetensors.torch import save as safetensors_bytes
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # Python looks in deploy/ alone
 
 from data import from_meta
-from deploy import gpt2, llama, tokenizer_json
+from deploy import deepseek, gpt2, llama, mixtral, tokenizer_json
 from deploy.output import new_folder
 from lab import checkpoint, cli, cost, runs, stages
 from lab.errors import UserError, shown
 
-COUNTERPARTS = {"gpt2": gpt2, "llama": llama, "mistral": llama}
+COUNTERPARTS = {"gpt2": gpt2, "llama": llama, "mistral": llama, "mixtral": mixtral, "deepseek_v3": deepseek}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PICKLED = ("pytorch_model*.bin*", "*.pt", "*.pth", "*.ckpt")
 
@@ -48,6 +48,9 @@ def main():
     config = read_config(source)
     counterpart = COUNTERPARTS[config["model_type"]]
     stage, sizes = counterpart.from_config(config)
+    if counterpart is deepseek:
+        sizes = deepseek.fit_to_tensors(sizes, tensor_names(source))
+    layout = {"rope_interleave": sizes.pop("rope_interleave")} if "rope_interleave" in sizes else {}
     model = empty_model(stage, sizes)
     sizes = asdict(model.config)
     meta = {"name": source.resolve().name} | tokenizer_json.read(source)
@@ -58,7 +61,7 @@ def main():
             f"{sizes['vocab_size']:,}"
         )
     with new_folder(out) as run:
-        tensors = read_weights(source, counterpart, model, sizes)
+        tensors = read_weights(source, counterpart, model, sizes | layout)
         write_run(run, source, stage, model, tensors, meta | {"vocab_size": tokenizer.vocab_size})
     print(f"{shown(source)} is {stage} with {cost.parameters(model):,} parameters, in {shown(out)}")
     print(f"use it: python sample.py --run {shown(out)}")
@@ -119,8 +122,8 @@ def read_weights(folder: Path, counterpart, model: torch.nn.Module, sizes: dict)
     return {name: t.contiguous() for name, t in counterpart.from_tensors(theirs, sizes).items()}
 
 
-def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of model.safetensors or, where it is in parts, of those that its index names."""
+def tensor_files(folder: Path) -> list[Path]:
+    """model.safetensors or, where it is in parts, those that its index names."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.exists():
         paths = [single]
@@ -140,16 +143,34 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
                 "convert it:\nAutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
             )
         raise UserError(f"{shown(folder)} has no model.safetensors")
-    tensors = {}
     for path in paths:
         if not path.exists():
             raise UserError(f"{shown(folder)} has no {path.name}, which {index.name} names")
+    return paths
+
+
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a folder."""
+    tensors = {}
+    for path in tensor_files(folder):
         try:
             with safe_open(path, "pt") as file:
                 tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise checkpoint.damaged(path, error) from None
     return tensors
+
+
+def tensor_names(folder: Path) -> list[str]:
+    """The names of all tensors of a folder."""
+    names = []
+    for path in tensor_files(folder):
+        try:
+            with safe_open(path, "pt") as file:
+                names += list(file.keys())
+        except (OSError, SafetensorError) as error:
+            raise checkpoint.damaged(path, error) from None
+    return names
 
 
 def write_run(run: Path, source: Path, stage: str, model, tensors: dict, meta: dict) -> None:

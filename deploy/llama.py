@@ -1,4 +1,4 @@
-"""Stages 3 and 4 and transformers' LlamaForCausalLM: the config of one as that of the other.
+"""Stages 3 to 5 and transformers' LlamaForCausalLM: the config of one as that of the other.
 
 The tensors have the same names, shapes and meaning in both. Mistral without its sliding window is the same
 function too.
@@ -29,7 +29,7 @@ MISTRAL = {"num_key_value_heads": 8, "sliding_window": 4096}
 
 
 def to_config(sizes: dict) -> dict:
-    """config.json for the sizes of a stage 3 or 4. Without dropout: Llama has none in the residual stream."""
+    """config.json for the sizes of a stage 3 to 5. Without dropout: Llama has none in the residual stream."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -59,43 +59,50 @@ def from_config(config: dict) -> tuple[str, dict]:
     """The stage and its sizes for a config.json; UserError for what the stage cannot represent."""
     if config["model_type"] == "mistral":
         config = MISTRAL | config
+    sizes = common_sizes(config, REPRESENTABLE, "stages 3 and 4")
+    # pretraining_tp splits the same products into parts.
+    fields.say_what_is_unknown(config, {*READ, *REPRESENTABLE, "head_dim", "pretraining_tp"})
+    if sizes["n_kv_head"] == sizes["n_head"]:
+        del sizes["n_kv_head"]
+        return "stage3_swiglu", sizes
+    return "stage4_gqa", sizes
+
+
+# What common_sizes reads.
+READ = {"vocab_size", "max_position_embeddings", "num_hidden_layers", "num_attention_heads", "hidden_size"}
+READ |= {"num_key_value_heads", "rms_norm_eps", "tie_word_embeddings", "intermediate_size"}
+READ |= {"rope_theta", "rope_parameters", "rope_scaling", "layer_types"}
+
+
+def common_sizes(
+    config: dict, representable: dict, ours: str, theta: float = 10_000.0, eps: float = 1e-6
+) -> dict:
+    """Our sizes for the fields that Llama's relatives share; UserError for what `ours` cannot represent.
+
+    ours names the stages in that error; theta and eps are what transformers takes where they are missing.
+    """
     n_embd, n_head = fields.size(config, "hidden_size"), fields.size(config, "num_attention_heads")
-    n_kv_head = fields.size(config, "num_key_value_heads", n_head)
-    stage = "stage3_swiglu" if n_kv_head == n_head else "stage4_gqa"
-    representable = REPRESENTABLE | {"head_dim": (n_embd // n_head,)}
-    fields.refuse_others(config, representable, "stages 3 and 4")
+    fields.refuse_others(config, representable | {"head_dim": (n_embd // n_head,)}, ours)
     if any(kind != "full_attention" for kind in config.get("layer_types") or []):
         raise UserError(
-            f"config.json has layer_types = {json.dumps(config['layer_types'])}: stages 3 and 4 cannot "
+            f"config.json has layer_types = {json.dumps(config['layer_types'])}: {ours} cannot "
             'represent that, only "full_attention"'
         )
-    sizes = {
+    return {
         "vocab_size": fields.size(config, "vocab_size"),
         "block_size": fields.size(config, "max_position_embeddings"),
         "n_layer": fields.size(config, "num_hidden_layers"),
         "n_head": n_head,
-        **({"n_kv_head": n_kv_head} if stage == "stage4_gqa" else {}),
+        "n_kv_head": fields.size(config, "num_key_value_heads", n_head),
         "n_embd": n_embd,
-        "norm_eps": fields.real(config, "rms_norm_eps", 1e-6),
+        "norm_eps": fields.real(config, "rms_norm_eps", eps),
         "tie_word_embeddings": fields.flag(config, "tie_word_embeddings", False),
         "intermediate_size": fields.size(config, "intermediate_size"),
-        "rope_theta": rope_theta(config),
+        "rope_theta": rope_theta(config, ours, theta),
     }
-    read = {
-        "vocab_size",
-        "max_position_embeddings",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "hidden_size",
-    }
-    read |= {"num_key_value_heads", "rms_norm_eps", "tie_word_embeddings", "intermediate_size"}
-    read |= {"rope_theta", "rope_parameters", "rope_scaling", "layer_types"}
-    # pretraining_tp splits the same products into parts.
-    fields.say_what_is_unknown(config, {*read, *representable, "pretraining_tp"})
-    return stage, sizes
 
 
-def rope_theta(config: dict) -> float:
+def rope_theta(config: dict, ours: str, default: float) -> float:
     """The base of the frequencies, from rope_parameters (transformers 5) or rope_theta (4 and before)."""
     name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     rope = config.get(name) or {}
@@ -104,10 +111,10 @@ def rope_theta(config: dict) -> float:
         value not in (None, plain.get(key)) for key, value in rope.items() if key != "rope_theta"
     ):
         raise UserError(
-            f"config.json has {name} = {json.dumps(rope)}: stages 3 and 4 cannot represent that, "
+            f"config.json has {name} = {json.dumps(rope)}: {ours} cannot represent that, "
             'only rope_type "default", which scales nothing'
         )
-    return fields.real(config | rope, "rope_theta", 10_000.0)
+    return fields.real(config | rope, "rope_theta", default)
 
 
 def to_tensors(ours: dict[str, torch.Tensor], sizes: dict) -> dict[str, torch.Tensor]:

@@ -27,7 +27,7 @@ from data.tokenizers import CharTokenizer
 from lab import sampling
 from lab.errors import UserError
 
-STAGES = ("stage3_swiglu", "stage4_gqa")
+STAGES = ("stage3_swiglu", "stage4_gqa", "stage5_flash")
 BOS = 1  # run.c's number for it
 FIRST_BYTE = 3  # after <unk>, <s> and </s>
 SPACE = FIRST_BYTE + ord(" ")

@@ -2,7 +2,9 @@
 
 import contextlib
 import ctypes
+import re
 import sys
+from pathlib import Path
 
 import torch
 
@@ -116,7 +118,9 @@ def peak_memory(device: torch.device) -> int | None:
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":
         return None
+    if sys.platform == "linux":  # getrusage would count the process that started this one, too
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(r"VmHWM:\s*(\d+) kB", status).group(1)) * 1024
     import resource  # Unix alone has it
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS

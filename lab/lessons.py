@@ -47,8 +47,11 @@ def ladder(numbers: list[int], results: dict) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for number in numbers:
-        measured = results["stages"][str(number)]
         changed = "–" if number == 0 else str(sum(changed_lines(number)))
+        measured = results["stages"].get(str(number))
+        if not measured:
+            rows.append(f"| {number} {stages.names()[number].split('_', 1)[1]} | {changed} |" + " |" * 7)
+            continue
         rows.append(
             f"| {number} {stages.names()[number].split('_', 1)[1]} | {changed} | {measured['parameters']:,} "
             f"| {measured['val_loss']['mean']:.3f} ± {measured['val_loss']['std']:.3f} "
@@ -81,6 +84,51 @@ def nanogpt(measured: dict) -> str:
     )
 
 
+def crossover(measured: dict) -> str:
+    """The table of SDPA's time relative to attention written out, by context."""
+    contexts = list(measured["float32"])
+    return "\n".join(
+        [
+            "| context | " + " | ".join(contexts) + " |",
+            "|---" * (len(contexts) + 1) + "|",
+            *(
+                f"| {dtype} | " + " | ".join(f"{ratio:.2f}" for ratio in by_context.values()) + " |"
+                for dtype, by_context in measured.items()
+            ),
+        ]
+    )
+
+
+def by_context(measured: dict) -> str:
+    """The table of training speed and memory by context, of each way to compute attention."""
+    contexts = list(next(iter(measured.values()))["memory"])
+    rows = ["| context | " + " | ".join(contexts) + " |", "|---" * (len(contexts) + 1) + "|"]
+    for name, values in measured.items():
+        speeds = (f"{speed:,.0f}" for speed in values["tokens_per_second"].values())
+        memory = (f"{number / 2**20:,.0f}" for number in values["memory"].values())
+        rows.append(f"| {name}, tokens/s | " + " | ".join(speeds) + " |")
+        rows.append(f"| {name}, MiB | " + " | ".join(memory) + " |")
+    return "\n".join(rows)
+
+
+def balancing(measured: dict) -> str:
+    """The table of the ways to balance experts."""
+    rows = ["| | val loss | busiest expert's share | entropy of the scores (nats) |", "|---|---|---|---|"]
+    for name, way in measured.items():
+        loss = f"{way['val_loss']['mean']:.3f} ± {way['val_loss']['std']:.3f}"
+        rows.append(f"| {name} | {loss} | {way['busiest_expert']:.0%} | {way['router_entropy']:.2f} |")
+    return "\n".join(rows)
+
+
+def speeds(measured: dict) -> str:
+    """The table of one speed relative to others, a column a precision."""
+    rows = ["| | " + " | ".join(measured) + " |", "|---" * (len(measured) + 1) + "|"]
+    for name in next(iter(measured.values())):
+        values = (f"{by_name[name]:.2f}×" for by_name in measured.values())
+        rows.append(f"| {name.replace('_', ' ')} | " + " | ".join(values) + " |")
+    return "\n".join(rows)
+
+
 def filled(page: str, number: int | None, results: dict) -> str:
     """The page with its generated parts made anew; number is the stage of a lesson, None the front page."""
     if number is None:
@@ -92,6 +140,12 @@ def filled(page: str, number: int | None, results: dict) -> str:
         parts = {"table": ladder([n for n in (number - 1, number) if n >= 0], results)}
     if number:
         parts["diff"] = f"```diff\n{diff(number)}```"
+    if number == 5 and "attention" in results:
+        parts["crossover"] = crossover(results["attention"]["crossover"])
+        parts["context"] = by_context(results["attention"]["by_context"])
+    if number == 6 and "moe" in results:
+        parts["balancing"] = balancing(results["moe"]["balancing"])
+        parts["speeds"] = speeds(results["moe"]["speeds"])
     for name, content in parts.items():
         page = re.sub(
             rf"<!-- {name} -->\n.*?<!-- end -->",

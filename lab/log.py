@@ -71,6 +71,19 @@ class RunLog:
             self.console.print(f"step {record['step']}/{self.steps}  {report}", soft_wrap=True)
 
 
+def expert_load(watched: dict) -> dict:
+    """What a mixture of experts did in a step, ready for a line of metrics; empty for other models.
+
+    expert_tokens: the tokens of each expert, a list for each layer; router_entropy: the mean entropy of a
+    token's scores (nats) by layer; busiest_expert: the largest share of a layer's tokens that one expert had.
+    """
+    if not watched:
+        return {}
+    tokens = watched["expert_tokens"]
+    shares = tokens / tokens.sum(1, keepdim=True)
+    return {name: value.tolist() for name, value in watched.items()} | {"busiest_expert": shares.max().item()}
+
+
 def keep_until(path: Path, step: int) -> None:
     """Drops the lines after a step: those that a killed run wrote after its last checkpoint."""
     kept = [json.dumps(record) + "\n" for record in read_metrics(path) if record["step"] <= step]

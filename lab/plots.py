@@ -2,16 +2,22 @@
 
 from pathlib import Path
 
+import numpy as np
+
 # One colour a stage, in every picture: Okabe and Ito's, which the colour-blind can tell apart.
 STAGE_COLORS = ["#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#999999"]
 
 
-def new_figure(width: float, height: float):
+# Neighbouring experts, in turn; which is which does not matter, how wide each band is does.
+EXPERT_COLORS = ["#0072B2", "#56B4E9", "#009E73", "#F0E442", "#E69F00", "#D55E00", "#CC79A7", "#999999"]
+
+
+def new_figure(width: float, height: float, columns: int = 1, rows: int = 1):
     """An empty figure (inches) and its axes. For files alone: it needs no window and no display."""
     from matplotlib.figure import Figure  # loading it takes most of a second
 
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
-    return figure, figure.subplots()
+    return figure, figure.subplots(rows, columns)
 
 
 def loss_curves(metrics: list[dict], title: str, path: Path) -> None:
@@ -49,6 +55,56 @@ def loss_curves(metrics: list[dict], title: str, path: Path) -> None:
     figure.savefig(path)
 
 
+def expert_load(metrics: list[dict], path: Path) -> None:
+    """Each expert's share of the tokens over the steps, a panel a layer, as a PNG."""
+    loads = [record["expert_tokens"] for record in metrics]  # by time, layer and expert
+    steps = [record["step"] for record in metrics]
+    n_layers = len(loads[0])
+    columns = min(n_layers, 4)
+    rows = -(-n_layers // columns)
+    figure, axes = new_figure(2.6 * columns + 0.8, 2.4 * rows + 0.6, columns, rows)
+    for layer, panel in enumerate(np.atleast_1d(axes).flat):
+        if layer >= n_layers:
+            panel.set_axis_off()
+            continue
+        shares = np.array([load[layer] for load in loads])
+        shares = 100 * shares / shares.sum(axis=1, keepdims=True)  # (times, experts)
+        panel.stackplot(steps, shares.T, colors=EXPERT_COLORS, linewidth=0.3, edgecolor="white")
+        panel.set_title(f"layer {layer}", fontsize=9)
+        panel.set_xlim(steps[0], max(steps[-1], steps[0] + 1))
+        panel.set_ylim(0, 100)
+        panel.tick_params(labelsize=8)
+        if layer % columns:
+            panel.set_yticklabels([])
+    figure.supxlabel("step", fontsize=9)
+    figure.supylabel("tokens of each expert (%)", fontsize=9)
+    figure.savefig(path)
+
+
+def balancing(histories: dict[str, list[dict]], path: Path) -> None:
+    """The share of each layer's busiest expert over the steps, a panel a way to balance, as a PNG.
+
+    histories: by way, the lines of metrics.jsonl.
+    """
+    figure, axes = new_figure(3.1 * len(histories) + 0.6, 3.2, len(histories))
+    for panel, (name, metrics) in zip(np.atleast_1d(axes), histories.items(), strict=True):
+        tokens = np.array([record["expert_tokens"] for record in metrics])  # (times, layers, experts)
+        shares = 100 * tokens.max(axis=2) / tokens.sum(axis=2)
+        steps = [record["step"] for record in metrics]
+        for layer, color in zip(range(shares.shape[1]), EXPERT_COLORS, strict=False):
+            smooth = np.convolve(shares[:, layer], np.ones(5) / 5, mode="valid")
+            panel.plot(steps[4:], smooth, color=color, linewidth=1.2, label=f"layer {layer}")
+        equal = 100 / tokens.shape[2]
+        panel.axhline(equal, color="black", linestyle=":", linewidth=1)
+        panel.set_title(name, fontsize=10)
+        panel.set_ylim(0, 75)
+        panel.grid(alpha=0.3)
+    np.atleast_1d(axes)[0].legend(fontsize=8)
+    figure.supxlabel("step (dotted: all experts equally busy)", fontsize=9)
+    figure.supylabel("tokens of the busiest expert (%)", fontsize=9)
+    figure.savefig(path)
+
+
 def validation_curves(histories: dict[str, dict[int, list[dict]]], path: Path) -> None:
     """Validation loss of several stages against tokens, as a PNG.
 
@@ -63,7 +119,7 @@ def validation_curves(histories: dict[str, dict[int, list[dict]]], path: Path) -
             zip(*([record["val_loss"] for record in metrics] for metrics in evaluated), strict=True)
         )
         means = [sum(values) / len(values) for values in by_time]
-        color = STAGE_COLORS[int(name.removeprefix("stage").split("_")[0])]
+        color = stage_color(name)
         label = f"{name.removeprefix('stage').replace('_', ' ')}  {means[-1]:.3f}"
         axes.plot(millions, means, color=color, linewidth=1.8, marker="o", markersize=3.5, label=label)
         lowest, highest = ([pick(values) for values in by_time] for pick in (min, max))
@@ -74,3 +130,37 @@ def validation_curves(histories: dict[str, dict[int, list[dict]]], path: Path) -
     axes.grid(alpha=0.3)
     axes.legend(title="stage, final loss")
     figure.savefig(path)
+
+
+def against_context(measured: dict[str, dict], contexts: list[int], path: Path) -> None:
+    """Training tokens/s and memory of several ways to compute attention, against the context, as a PNG.
+
+    measured: by name, the stage, and tokens_per_second and memory (bytes) by context.
+    """
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    figure, (speed, memory) = new_figure(9, 4.2, columns=2)
+    for name, values in measured.items():
+        tiled = name.endswith(".py")
+        style = {"linestyle": "--" if tiled else "-", "marker": "s" if tiled else "o", "label": name}
+        style["color"] = STAGE_COLORS[7] if tiled else stage_color(values["stage"])
+        speed.plot(values["tokens_per_second"].keys(), values["tokens_per_second"].values(), **style)
+        memory.plot(values["memory"].keys(), [v / 2**20 for v in values["memory"].values()], **style)
+    for axes in (speed, memory):
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xticks(contexts, [str(context) for context in contexts])
+        axes.set_xlabel("context (tokens)")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:,.0f}")
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.grid(alpha=0.3)
+    speed.set_ylabel("training tokens/s")
+    memory.set_ylabel("memory of a training step (MiB)")
+    memory.legend()
+    figure.savefig(path)
+
+
+def stage_color(name: str) -> str:
+    """The colour of a stage, by its folder's name."""
+    return STAGE_COLORS[int(name.removeprefix("stage").split("_")[0])]

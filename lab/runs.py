@@ -47,9 +47,14 @@ def note_resumed(folder: Path, config: dict, step: int) -> None:
     write_json(folder / "config.json", before | {"settings": config["settings"], "resumed": resumed})
 
 
+def folders() -> list[Path]:
+    """The folders of all runs: those of train.py, and a level down those of compare.py."""
+    return sorted(path.parent for at in ("*", "compare/*/*") for path in RUNS.glob(f"{at}/config.json"))
+
+
 def all_configs() -> list[tuple[Path, dict]]:
     """The runs that have a checkpoint, the newest first, each with its config."""
-    found = [path.parent for path in RUNS.glob("*/config.json") if checkpoint.exists(path.parent)]
+    found = [folder for folder in folders() if checkpoint.exists(folder)]
     found.sort(key=checkpoint.written_at, reverse=True)
     return [(folder, read_config(folder)) for folder in found]
 

@@ -1,6 +1,7 @@
 """Logits to tokens, and tokens one by one out of a model."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -56,12 +57,112 @@ def generate(
     for _ in range(max_new_tokens):
         logits, _ = model(torch.tensor([new], device=device), cache=cache)
         probs = next_token_probs(logits[0, -1, :vocab_size].cpu(), temperature, top_k, top_p)
-        token = int(probs.argmax() if temperature == 0 else torch.multinomial(probs, 1, generator=generator))
+        token = draw(probs, temperature, generator)
         yield token
         window, new = [*window, token], [token]
         if len(window) > context:
             window = window[-(context // 2) or -1 :]
             cache, new = model.new_cache(1, context), window
+
+
+def draw(probs: torch.Tensor, temperature: float, generator: torch.Generator | None) -> int:
+    """A token by its probability; the most likely one at temperature 0."""
+    return int(probs.argmax() if temperature == 0 else torch.multinomial(probs, 1, generator=generator))
+
+
+@dataclass
+class DraftCounts:
+    """What became of the drafts."""
+
+    drafted: int = 0
+    accepted: int = 0
+
+
+@torch.inference_mode()
+def generate_with_drafts(
+    model: torch.nn.Module,
+    prompt: list[int],
+    max_new_tokens: int,
+    vocab_size: int,
+    n_drafts: int,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+    counts: DraftCounts | None = None,
+) -> Iterator[int]:
+    """generate, but the model's block of multi-token prediction drafts n_drafts tokens at a time.
+
+    The model checks them in one forward pass and keeps those that it could have drawn itself: speculative
+    sampling (arXiv 2211.17192, algorithm 1). So tokens follow the model's own distribution, and at
+    temperature 0 they are those of generate. counts is kept up to date. For stage 7.
+    """
+    context = model.config.block_size
+    device = next(model.parameters()).device
+    counts = counts or DraftCounts()
+    options = (temperature, top_k, top_p)
+
+    def distributions(logits: torch.Tensor) -> list[torch.Tensor]:
+        return [next_token_probs(row, *options) for row in logits[0, :, :vocab_size].cpu()]
+
+    window, n_made = prompt[-context:], 0
+    cache, draft_cache = model.new_cache(1, context), model.new_cache(1, context, drafting=True)
+    drafts, guessed = [], []  # tokens, and the distribution that each was drawn from
+    while n_made < max_new_tokens:
+        # The model sees what it has not seen of the window, and the drafts behind it.
+        known = cache.length
+        new = [*window[known:], *drafts]
+        logits, hidden = model(torch.tensor([new], device=device), cache=cache, return_hidden=True)
+        probs = distributions(logits[:, -1 - len(drafts) :])
+        made = verified(probs, drafts, guessed, temperature, generator)
+        counts.drafted += len(drafts)
+        counts.accepted += len(made) - 1
+        made = made[: max_new_tokens - n_made]
+        yield from made
+        n_made += len(made)
+        window = [*window, *made]
+        if len(window) > context:  # a new window, as in generate
+            window = window[-(context // 2) or -1 :]
+            cache, draft_cache = model.new_cache(1, context), model.new_cache(1, context, drafting=True)
+            drafts, guessed = [], []
+            continue
+        # What was computed for rejected drafts is forgotten, and overwritten later.
+        cache.length = len(window) - 1
+        # The block gets the hidden states of the tokens that are certain, each with the token after it.
+        hidden = hidden[:, : len(window) - 1 - known]
+        following = window[known + 1 :]
+        drafts, guessed = [], []
+        for _ in range(min(n_drafts, context - len(window))):
+            logits, hidden = model.draft(hidden, torch.tensor([following], device=device), draft_cache)
+            (guess,) = distributions(logits[:, -1:])
+            drafts.append(draw(guess, temperature, generator))
+            guessed.append(guess)
+            hidden, following = hidden[:, -1:], drafts[-1:]  # a further draft goes on from the block's own
+        draft_cache.length = len(window) - 1
+
+
+def verified(
+    probs: list[torch.Tensor],
+    drafts: list[int],
+    guessed: list[torch.Tensor],
+    temperature: float,
+    generator: torch.Generator | None,
+) -> list[int]:
+    """The drafts up to the first that is rejected, and one token more that the model draws.
+
+    probs: the model's distribution at each draft and after the last. A draft drawn from q is kept with
+    probability p/q; the token in place of a rejected one is drawn from what p has more than q.
+    """
+    made = []
+    for draft, p, q in zip(drafts, probs, guessed, strict=False):
+        if temperature == 0:
+            kept = draft == int(p.argmax())
+        else:
+            kept = float(torch.rand(1, generator=generator)) * q[draft] < p[draft]
+        if not kept:
+            return [*made, draw((p - q).clamp_min(0) if temperature else p, temperature, generator)]
+        made.append(draft)
+    return [*made, draw(probs[-1], temperature, generator)]
 
 
 def default_prompt(tokenizer) -> list[int]:

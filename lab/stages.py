@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import torch
+
 from lab.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,3 +39,23 @@ def load(name: str) -> ModuleType:
     if str(ROOT) not in sys.path:  # a script in another folder asks
         sys.path.append(str(ROOT))
     return importlib.import_module(f"{name}.model")
+
+
+def attention(stage: ModuleType, config, device: torch.device, dtype: torch.dtype) -> str | None:
+    """The name of what computes attention in training, None for a stage without the choice (before 5).
+
+    A UserError where --model.attention asks for what can't be used.
+    """
+    if not hasattr(stage, "choose_attention"):
+        return None
+    head_dim = config.n_embd // config.n_head
+    q = torch.empty((1, config.n_head, config.block_size, head_dim), device=device, dtype=dtype)
+    chosen = stage.choose_attention(config.attention, q, q, None, config.dropout)
+    if config.attention not in ("auto", chosen):
+        needs = {
+            "flash_attn": "CUDA, the package flash-attn (pip install -e '.[flash]') and --dtype bfloat16",
+            "triton": "CUDA and --model.dropout 0",
+        }[config.attention]
+        given = f"here it is {device.type}, {str(dtype).removeprefix('torch.')}, dropout {config.dropout}"
+        raise UserError(f"--model.attention {config.attention} needs {needs}; {given}")
+    return chosen

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -19,12 +20,16 @@ from test_data import gpt2_files  # noqa: F401  a fixture: GPT-2's vocabulary, t
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     pipeline,
 )
 from transformers.utils import logging as transformers_logging
@@ -95,6 +100,30 @@ def llama(kind=LlamaForCausalLM, config=LlamaConfig, **sizes):
     return shake(kind(config(**defaults | {"eos_token_id": None} | sizes)))
 
 
+def mixtral(**sizes):
+    """A tiny random Mixtral."""
+    defaults = {"num_key_value_heads": 2, "num_local_experts": 4, "sliding_window": None}
+    defaults |= {"intermediate_size": 52}  # theirs needs multiples of 16 bytes
+    return llama(MixtralForCausalLM, MixtralConfig, **defaults | sizes)
+
+
+def deepseek(**sizes):
+    """A tiny random DeepSeek-V3, its balancing biases not zero."""
+    defaults = {"kv_lora_rank": 20, "q_lora_rank": None, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4}
+    defaults |= {
+        "v_head_dim": 12,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 20,
+    }
+    defaults |= {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 0, "num_key_value_heads": 4}
+    model = llama(DeepseekV3ForCausalLM, DeepseekV3Config, **defaults | sizes)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.normal_(std=0.3)
+    return model
+
+
 def gpt2(**sizes):
     """A tiny random GPT-2."""
     defaults = {"vocab_size": 61, "n_positions": CONTEXT, "n_embd": 32, "n_layer": 2, "n_head": 4}
@@ -148,6 +177,22 @@ GPT2S = [
 ]
 THEIRS = [(stage, llama, sizes) for stage, several in LLAMAS.items() for sizes in several]
 THEIRS += [("stage0_gpt", gpt2, sizes) for sizes in GPT2S]
+MIXTRALS = [
+    {"num_hidden_layers": 1, "tie_word_embeddings": True, "router_aux_loss_coef": 0.02},
+    {"num_local_experts": 8, "num_experts_per_tok": 3, "intermediate_size": 40, "rope_theta": 500_000.0},
+    {"num_key_value_heads": 4, "num_hidden_layers": 3, "num_local_experts": 3, "rms_norm_eps": 1e-3},
+]
+THEIRS += [("stage6_moe", mixtral, sizes) for sizes in MIXTRALS]
+YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 8}
+YARN |= {"mscale": 1.0, "mscale_all_dim": 0.8, "beta_fast": 32, "beta_slow": 1}
+DEEPSEEKS = [
+    {"num_hidden_layers": 1, "tie_word_embeddings": True},
+    {"q_lora_rank": 12, "first_k_dense_replace": 1, "num_hidden_layers": 3, "rms_norm_eps": 1e-3},
+    {"n_group": 4, "topk_group": 2, "n_shared_experts": 2, "routed_scaling_factor": 1.5},
+    {"rope_parameters": YARN, "q_lora_rank": 10},
+    {"rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0}, "n_group": 2, "topk_group": 1},
+]
+THEIRS += [("stage7_mla_mtp", deepseek, sizes) for sizes in DEEPSEEKS]
 
 
 @pytest.mark.parametrize("stage, make, sizes", THEIRS)
@@ -164,10 +209,11 @@ def test_what_is_imported_has_their_logits_and_exports_as_it_was(run_import, run
     assert type(back) is type(theirs)
     assert_same_logits(ours, back)
     for key, value in json.loads(Path("back/config.json").read_text()).items():
-        if key not in ("rope_theta", "n_inner"):
+        if key not in ("rope_theta", "n_inner", "head_dim", "scoring_func", "topk_method", NEXT):
             assert json.loads(Path("theirs/config.json").read_text())[key] == value, key
 
 
+NEXT = "num_nextn_predict_layers"  # theirs say 1, but save none
 OURS = [
     ("0", {"bias": True, "n_layer": 3}),
     ("0", {"bias": False, "tie_word_embeddings": False, "norm_eps": 1e-3}),
@@ -176,7 +222,15 @@ OURS = [
     ("4", {"n_kv_head": 1, "n_layer": 3, "tie_word_embeddings": False}),
     ("4", {"n_kv_head": 2, "intermediate_size": 51, "norm_eps": 1e-3, "rope_theta": 500_000.0}),
     ("4", {"n_kv_head": 4}),
+    ("5", {"n_kv_head": 2}),
+    ("7", {}),
+    ("7", {"q_lora_rank": 12, "kv_lora_rank": 20, "first_k_dense_replace": 1, "num_nextn_predict_layers": 0}),
+    ("7", {"n_group": 2, "n_shared_experts": 2, "num_nextn_predict_layers": 2, "v_head_dim": 12}),
+    ("7", {"rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 8.0, "mscale_all_dim": 1.0}}),
+    ("6", {"n_shared_experts": 0}),
+    ("6", {"n_shared_experts": 0, "n_routed_experts": 5, "num_experts_per_tok": 4, "rope_theta": 500_000.0}),
 ]
+COUNTERPARTS = {"0": GPT2LMHeadModel, "6": MixtralForCausalLM, "7": DeepseekV3ForCausalLM}
 
 
 @pytest.mark.parametrize("stage, sizes", OURS)
@@ -184,9 +238,137 @@ def test_what_is_exported_has_our_logits_in_stock_transformers(run_export, stage
     ours = make_run("run", stage, **sizes)
     assert run_export("--run", "run", "--to", "hf", "--out", "out") == 0
     theirs, report = AutoModelForCausalLM.from_pretrained("out", output_loading_info=True)
-    assert not any(report.values()), report
-    assert type(theirs) is (GPT2LMHeadModel if stage == "0" else LlamaForCausalLM)
+    further = re.compile(r"model\.layers\.[23]\.")  # multi-token prediction, which is not part of theirs
+    unexpected = [key for key in report.pop("unexpected_keys") if not (stage == "7" and further.match(key))]
+    assert not unexpected and not any(report.values()), report
+    assert type(theirs) is COUNTERPARTS.get(stage, LlamaForCausalLM)
     assert_same_logits(ours, theirs)
+
+
+@pytest.mark.parametrize("q_lora_rank", [None, 12])
+def test_halves_and_neighbours_are_told_apart(run_import, q_lora_rank):
+    """rope_interleave = false is another function of the same weights."""
+    logits = []
+    for interleaved in (True, False):
+        theirs = deepseek(rope_interleave=interleaved, q_lora_rank=q_lora_rank)
+        save_theirs(theirs, f"theirs-{interleaved}")
+        assert run_import(f"theirs-{interleaved}", "--out", f"run-{interleaved}") == 0
+        ours = runs.load(Path(f"run-{interleaved}"), "best", CPU)[0]
+        assert_same_logits(ours, theirs)
+        logits.append(ours(torch.arange(20)[None])[0])
+    assert (logits[0] - logits[1]).abs().max() > 1e-2
+
+
+def test_multi_token_prediction_is_that_of_transformers_and_comes_back(run_export, run_import):
+    """Its weights are exported as DeepSeek's files have them; a run made of those has them all."""
+    from transformers.modeling_layers import MtpModel
+
+    ours = make_run("run", "7", n_layer=2, q_lora_rank=12)
+    assert run_export("--run", "run", "--to", "hf", "--out", "out") == 0
+    tensors = load_file("out/model.safetensors")
+    main = AutoModelForCausalLM.from_pretrained("out").eval()
+    theirs = MtpModel(main, 1).eval()
+    prefix = "model.layers.2."
+    own = {"enorm.weight", "hnorm.weight", "eh_proj.weight"}
+    renamed = {}
+    for name, tensor in tensors.items():
+        rest = name.removeprefix(prefix)
+        if rest == name or ".experts." in rest:
+            continue
+        if rest == "shared_head.norm.weight":
+            renamed["layers.0.post_norm.weight"] = tensor
+        else:
+            renamed[f"layers.0.{'' if rest in own else 'mtp_block.'}{rest}"] = tensor
+    experts = ours.model.layers[2].mlp.experts
+    renamed["layers.0.mtp_block.mlp.experts.gate_up_proj"] = experts.gate_up_proj.detach()
+    renamed["layers.0.mtp_block.mlp.experts.down_proj"] = experts.down_proj.detach()
+    missing, unexpected = theirs.load_state_dict(renamed, strict=False)
+    assert not unexpected and all("layers" not in name for name in missing)
+    text = torch.randint(len(set(CHARACTERS)), (1, 12))
+    with torch.no_grad():
+        hidden = main.model(text[:, :-1]).last_hidden_state
+        positions = torch.arange(1, 12)[None]  # theirs counts from the embedded token
+        expected = theirs.forward_layer(0, hidden, positions, None, input_ids=text[:, 1:])
+        _, ours_hidden = ours(text[:, :-1], return_hidden=True)
+        drafted = ours.draft(ours_hidden, text[:, 1:], ours.new_cache(1, 12, drafting=True))[1]
+    torch.testing.assert_close(drafted, expected, atol=1e-4, rtol=0)
+    shutil.copy("run/meta.json", "out/meta.json")
+    assert run_import("out", "--out", "again") == 0
+    again, _ = runs.load(Path("again"), "best", CPU)
+    assert_same_tensors(again.state_dict(), ours.state_dict())
+
+
+def test_copies_of_the_embedding_and_the_head_are_left_out(run_export, run_import, capsys):
+    """DeepSeek's files have them with multi-token prediction; others than the model's are refused."""
+    ours = make_run("run", "7", tie_word_embeddings=False)
+    assert run_export("--run", "run", "--to", "hf", "--out", "theirs") == 0
+    copies = {"embed_tokens.weight": "model.embed_tokens.weight", "shared_head.head.weight": "lm_head.weight"}
+    change_weights(
+        "theirs", lambda t: t.update({f"model.layers.2.{name}": t[of].clone() for name, of in copies.items()})
+    )
+    assert run_import("theirs", "--out", "again") == 0
+    assert_same_tensors(runs.load(Path("again"), "best", CPU)[0].state_dict(), ours.state_dict())
+    change_weights("theirs", lambda t: t["model.layers.2.shared_head.head.weight"].add_(1))
+    assert run_import("theirs", "--out", "out") == 2
+    explained(capsys, "model.layers.2.shared_head.head.weight differs")
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"norm_topk_prob": False}, "norm_topk_prob = false"),
+        ({"scoring_func": "softmax"}, 'scoring_func = "softmax"'),
+        ({"attention_bias": True}, "attention_bias = true"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, 'rope_scaling = {"type": "linear"'),
+        ({"num_experts_per_tok": 1}, "num_experts_per_tok = 1"),
+        ({"n_group": 3}, "n_group (3)"),
+    ],
+)
+def test_a_deepseek_that_stage_7_cannot_represent_is_refused_by_name(run_import, capsys, changes, message):
+    save_theirs(deepseek(), "theirs")
+    edit_config("theirs", **changes)
+    assert run_import("theirs", "--out", "out") == 2
+    explained(capsys, message)
+
+
+def test_experts_as_transformers_5_stacks_them_are_read_too(run_import):
+    theirs = mixtral()
+    save_theirs(theirs, "theirs")
+    save_file({name: t.contiguous() for name, t in theirs.state_dict().items()}, "theirs/model.safetensors")
+    assert run_import("theirs", "--out", "run") == 0
+    assert_same_logits(runs.load(Path("run"), "best", CPU)[0], theirs)
+
+
+@pytest.mark.parametrize(
+    "sizes, message",
+    [
+        ({}, "n_shared_experts = 1"),
+        ({"n_shared_experts": 0, "router": "sigmoid"}, "router = sigmoid"),
+        ({"n_shared_experts": 0, "first_k_dense_replace": 1}, "first_k_dense_replace = 1"),
+        ({"n_shared_experts": 0, "num_experts_per_tok": 1}, "num_experts_per_tok = 1"),
+    ],
+)
+def test_a_mixture_that_is_no_mixtral_is_not_exported_as_one(run_export, capsys, sizes, message):
+    make_run("run", "6", **sizes)
+    assert run_export("--run", "run", "--to", "hf", "--out", "out") == 2
+    explained(capsys, message)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"router_jitter_noise": 0.1}, "router_jitter_noise = 0.1"),
+        ({"sliding_window": 8}, "sliding_window = 8"),
+        ({"num_experts_per_tok": 1}, "num_experts_per_tok = 1"),
+        ({"num_local_experts": 5}, "experts.4.w1.weight is missing"),
+        ({"num_local_experts": 3}, "a tensor too many, model.layers.0.block_sparse_moe.experts.3."),
+    ],
+)
+def test_a_mixtral_that_stage_6_cannot_represent_is_refused_by_name(run_import, capsys, changes, message):
+    save_theirs(mixtral(), "theirs")
+    edit_config("theirs", **changes)
+    assert run_import("theirs", "--out", "out") == 2
+    explained(capsys, message)
 
 
 def test_mistral_without_its_window_is_imported(run_import):
@@ -284,7 +466,7 @@ def test_a_field_that_nothing_here_knows_is_named(run_import, capsys):
     assert capsys.readouterr().err == "left out, as nothing here knows them: secret_sauce = 0.5\n"
 
 
-@pytest.mark.parametrize("make", [llama, gpt2])
+@pytest.mark.parametrize("make", [llama, gpt2, mixtral, deepseek])
 def test_a_config_as_transformers_writes_it_has_no_unknown_field(run_import, capsys, make):
     save_theirs(make(), "theirs")
     assert run_import("theirs", "--out", "run") == 0
@@ -422,7 +604,11 @@ def test_a_spoilt_folder_is_explained(spoilt, run_import, capsys, spoil, message
 def test_stages_without_counterpart_are_refused_with_those_that_have_one(run_export, capsys, stage):
     make_run("run", stage)
     assert run_export("--run", "run", "--to", "hf", "--out", "out") == 2
-    explained(capsys, stages.find(stage), "stage 0 (GPT2LMHeadModel) and stages 3 and 4 (LlamaForCausalLM)")
+    explained(
+        capsys,
+        stages.find(stage),
+        "stages 0 (GPT2LMHeadModel), 3, 4, 5 (LlamaForCausalLM), 6 (MixtralForCausalLM) and 7",
+    )
 
 
 def test_an_occupied_folder_is_not_touched(run_export, run_import, spoilt, capsys):

@@ -11,7 +11,7 @@ from lab import cost, lessons, presets, stages
 
 NAMES = stages.names()
 # Lines added plus removed in model.py, against the stage before.
-BOUNDS = {1: 45, 2: 55, 3: 30, 4: 40}
+BOUNDS = {1: 45, 2: 55, 3: 30, 4: 40, 5: 60, 6: 170, 7: 260}
 
 
 def source(number):

@@ -1,0 +1,201 @@
+"""Stage 7 and transformers' DeepseekV3ForCausalLM: the config and the tensors of one as those of the other.
+
+The names are DeepSeek-V3's in both, those of multi-token prediction (model.layers.{n_layer} and on) too; its
+files hold every expert's matrices apart. DeepSeek rotates neighbouring dimensions together (rope_interleave),
+we the two halves: the rows of queries and keys that are rotated change places on the way in and out.
+"""
+
+import json
+import re
+
+import torch
+
+from deploy import fields
+from deploy.mixtral import split_experts, stack_experts
+from lab.errors import UserError
+
+STAGE = "stage7_mla_mtp"
+EMBEDDING = "model.embed_tokens.weight"
+BUFFERS = r"rotary_emb\.inv_freq$"
+
+REPRESENTABLE = {
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": (False,),
+    "attention_dropout": (0.0,),
+    "norm_topk_prob": (True,),
+    "scoring_func": ("sigmoid",),
+    "topk_method": ("noaux_tc",),
+    "moe_layer_freq": (1,),
+    "quantization_config": (None,),
+}
+YARN = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+NAMES = "mlp.experts.{}.gate_proj.weight", "mlp.experts.{}.up_proj.weight", "mlp.experts.{}.down_proj.weight"
+SIZES = {  # theirs: ours
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "block_size",
+    "hidden_size": "n_embd",
+    "intermediate_size": "intermediate_size",
+    "moe_intermediate_size": "moe_intermediate_size",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "n_shared_experts": "n_shared_experts",
+    "n_routed_experts": "n_routed_experts",
+    "num_experts_per_tok": "num_experts_per_tok",
+    "n_group": "n_group",
+    "topk_group": "topk_group",
+    "kv_lora_rank": "kv_lora_rank",
+    "qk_nope_head_dim": "qk_nope_head_dim",
+    "qk_rope_head_dim": "qk_rope_head_dim",
+    "v_head_dim": "v_head_dim",
+}
+
+
+def to_config(sizes: dict) -> dict:
+    """config.json for the sizes of a stage 7; UserError where it is no DeepSeek-V3."""
+    if sizes["router"] != "sigmoid" or sizes["n_shared_experts"] < 1 or sizes["num_experts_per_tok"] < 2:
+        raise UserError(
+            f"{STAGE} has a counterpart in transformers, DeepseekV3ForCausalLM, only with router sigmoid, "
+            "n_shared_experts of 1 or more and num_experts_per_tok of 2 or more"
+        )
+    rope = {"rope_type": "default", "rope_theta": sizes["rope_theta"]}
+    if sizes["rope_scaling"]:
+        rope |= {"rope_type": "yarn", **sizes["rope_scaling"]}
+    return {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "model_type": "deepseek_v3",
+        **{theirs: sizes[ours] for theirs, ours in SIZES.items()},
+        "num_key_value_heads": sizes["n_head"],
+        "q_lora_rank": sizes["q_lora_rank"],
+        "first_k_dense_replace": sizes["first_k_dense_replace"],
+        "routed_scaling_factor": sizes["routed_scaling_factor"],
+        "num_nextn_predict_layers": sizes["num_nextn_predict_layers"],
+        "norm_topk_prob": True,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "rms_norm_eps": sizes["norm_eps"],
+        "rope_theta": sizes["rope_theta"],
+        "rope_parameters": rope,
+        "rope_interleave": True,
+        "tie_word_embeddings": sizes["tie_word_embeddings"],
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "dtype": "float32",
+    }
+
+
+def from_config(config: dict) -> tuple[str, dict]:
+    """The stage and its sizes for a config.json; UserError for what stage 7 cannot represent."""
+    n_head = fields.size(config, "num_attention_heads")
+    representable = REPRESENTABLE | {"num_key_value_heads": (n_head,)}
+    fields.refuse_others(config, representable, "stage 7")
+    sizes = {ours: fields.size(config, theirs) for theirs, ours in SIZES.items()}
+    if sizes["num_experts_per_tok"] < 2:
+        raise UserError(
+            "config.json has num_experts_per_tok = 1: stage 7 cannot represent that, only 2 or more"
+        )
+    interleaved = fields.flag(config, "rope_interleave", True)
+    sizes |= {
+        "q_lora_rank": fields.size(config, "q_lora_rank") if config.get("q_lora_rank") else None,
+        "first_k_dense_replace": int(fields.real(config, "first_k_dense_replace", 3)),
+        "routed_scaling_factor": fields.real(config, "routed_scaling_factor", 2.5),
+        "num_nextn_predict_layers": int(fields.real(config, "num_nextn_predict_layers", 0)),
+        "norm_eps": fields.real(config, "rms_norm_eps", 1e-6),
+        "tie_word_embeddings": fields.flag(config, "tie_word_embeddings", False),
+        "router": "sigmoid",
+        **positions(config),
+    }
+    read = {
+        *SIZES,
+        "q_lora_rank",
+        "first_k_dense_replace",
+        "routed_scaling_factor",
+        "num_nextn_predict_layers",
+    }
+    read |= {"rms_norm_eps", "tie_word_embeddings", "rope_theta", "rope_parameters", "rope_scaling"}
+    read |= {"rope_interleave", "head_dim", "qk_head_dim", "pretraining_tp", "output_router_logits"}
+    read |= {"ep_size", "aux_loss_alpha", "seq_aux", "auto_map", "num_mtp_layers"}  # of training and serving
+    fields.say_what_is_unknown(config, {*read, *representable})
+    return STAGE, sizes | {"rope_interleave": interleaved}
+
+
+def positions(config: dict) -> dict:
+    """rope_theta and rope_scaling, from rope_parameters (transformers 5) or rope_scaling (4 and before)."""
+    name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    rope = dict(config.get(name) or {})
+    theta = fields.real(config | rope, "rope_theta", 10_000.0)
+    kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
+    given = {key: value for key, value in rope.items() if value is not None}
+    given.pop("rope_theta", None), given.pop("type", None)
+    scaling = {key: given.pop(key) for key in YARN if key in given}
+    plain = kind == "default" and not scaling
+    yarn = kind == "yarn" and {"factor", "original_max_position_embeddings"} <= scaling.keys()
+    if (
+        not (plain or yarn)
+        or given.pop("truncate", True) is not True
+        or given.pop("partial_rotary_factor", 1) != 1
+        or given
+    ):
+        raise UserError(
+            f"config.json has {name} = {json.dumps(config[name])}: stage 7 cannot represent that, only "
+            f'rope_type "default", or "yarn" with {", ".join(YARN)}'
+        )
+    return {
+        "rope_theta": theta,
+        "rope_scaling": {key: float(value) for key, value in scaling.items()} or None,
+    }
+
+
+def fit_to_tensors(sizes: dict, names: list[str]) -> dict:
+    """The sizes with as many blocks of multi-token prediction as the files have: most have none."""
+    found = len({int(n) for name in names for n in re.findall(r"^model\.layers\.(\d+)\.eh_proj\.", name)})
+    return sizes | {"num_nextn_predict_layers": found}
+
+
+def to_tensors(ours: dict[str, torch.Tensor], sizes: dict) -> dict[str, torch.Tensor]:
+    """Their tensors."""
+    turned = pair_rows(ours, sizes, to_neighbours=True) if sizes.get("rope_interleave", True) else ours
+    return split_experts(turned, NAMES)
+
+
+def from_tensors(theirs: dict[str, torch.Tensor], sizes: dict) -> dict[str, torch.Tensor]:
+    """Our tensors."""
+    stacked = stack_experts(theirs, NAMES, sizes["n_routed_experts"])
+    return pair_rows(stacked, sizes, to_neighbours=False) if sizes.get("rope_interleave", True) else stacked
+
+
+def full_names(theirs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Their tensors as published, also where transformers 5 stacked the experts; without the copies of the
+    embedding and the head that the blocks of multi-token prediction come with."""
+    copies = {"embed_tokens.weight": EMBEDDING, "shared_head.head.weight": "lm_head.weight"}
+    kept = {}
+    for name, tensor in split_experts(theirs, NAMES).items():
+        match = re.fullmatch(r"model\.layers\.\d+\.(embed_tokens\.weight|shared_head\.head\.weight)", name)
+        if match:
+            shared = theirs.get(copies[match.group(1)], theirs.get(EMBEDDING))
+            if shared is None or not torch.equal(shared, tensor):
+                raise UserError(f"{name} differs from the model's own: stage 7 cannot represent that")
+            continue
+        kept[name] = tensor
+    return kept
+
+
+def pair_rows(tensors: dict[str, torch.Tensor], sizes: dict, to_neighbours: bool) -> dict[str, torch.Tensor]:
+    """The tensors with the rotated rows of queries and keys in the other order: halves or neighbours."""
+    rope, nope, rank = (sizes[name] for name in ("qk_rope_head_dim", "qk_nope_head_dim", "kv_lora_rank"))
+    order = torch.arange(rope).view(2, -1).T if to_neighbours else torch.arange(rope).view(-1, 2).T
+    of_head = torch.cat((torch.arange(nope), nope + order.flatten()))
+    of_query = (torch.arange(sizes["n_head"])[:, None] * (nope + rope) + of_head).flatten()
+    of_key = torch.cat((torch.arange(rank), rank + order.flatten()))
+    orders = {
+        "self_attn.q_proj.weight": of_query,
+        "self_attn.q_b_proj.weight": of_query,
+        "self_attn.kv_a_proj_with_mqa.weight": of_key,
+    }
+    turned = {}
+    for name, tensor in tensors.items():
+        rows = next((rows for end, rows in orders.items() if name.endswith(end)), None)
+        turned[name] = tensor if rows is None else tensor[rows.to(tensor.device)]
+    return turned

@@ -1,0 +1,293 @@
+"""Stage 5: FlashAttention: the same attention, but the score matrix is never stored.
+
+Idea: blocks of scores live in fast memory only; a running maximum and sum replace the whole softmax.
+Paper: Dao 2023, "FlashAttention-2: Faster Attention with Better Parallelism", arXiv 2307.08691.
+Changed: the attention call; tiled.py and kernel.py beside this file write the algorithm out.
+It should buy memory linear in the context, and speed at long contexts; the loss stays the same.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+try:
+    from flash_attn import flash_attn_func
+except ImportError:
+    flash_attn_func = None
+
+
+@dataclass
+class GPTConfig:
+    """Sizes of the model; an impossible combination is a ValueError."""
+
+    vocab_size: int = 50304
+    """Number of different tokens."""
+    block_size: int = 1024
+    """Context: the number of positions trained on."""
+    n_layer: int = 12
+    """Number of blocks."""
+    n_head: int = 12
+    """Number of query heads."""
+    n_kv_head: int | None = None
+    """Number of key/value heads. None: half of n_head, or all of an odd number."""
+    n_embd: int = 768
+    """Width of the residual stream."""
+    dropout: float = 0.0
+    """Probability of dropping an activation in training."""
+    norm_eps: float = 1e-5
+    """Added under the root of a norm, against division by zero."""
+    tie_word_embeddings: bool = True
+    """Whether the head shares its weights with the token embedding."""
+    intermediate_size: int | None = None
+    """Width of the MLP. None: 8/3 of n_embd, rounded up to a multiple of 8."""
+    rope_theta: float = 10000.0
+    """Base of the frequencies: pairs turn fully every 2π to almost 2π · rope_theta tokens."""
+    attention: str = "auto"
+    """What computes attention: auto, flash_attn, sdpa, explicit or triton."""
+
+    def __post_init__(self):
+        if self.n_kv_head is None:
+            self.n_kv_head = self.n_head if self.n_head % 2 else self.n_head // 2
+        if self.intermediate_size is None:
+            self.intermediate_size = math.ceil(self.n_embd / 3) * 8
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "intermediate_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd ({self.n_embd}) must be divisible by n_head ({self.n_head})")
+        if self.n_kv_head < 1 or self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head ({self.n_head}) must be divisible by n_kv_head ({self.n_kv_head})")
+        if self.n_embd // self.n_head % 2:
+            raise ValueError(f"n_embd / n_head ({self.n_embd} / {self.n_head}) must be even, for pairs")
+        if self.attention not in (names := ("auto", "flash_attn", "sdpa", "explicit", "triton")):
+            raise ValueError(f"attention must be one of {', '.join(names)}, not {self.attention!r}")
+
+
+class KVCache:
+    """Keys and values of the tokens so far: what attention needs of the past to go on.
+
+    The model asks it for the new tokens' positions and mask, gives each layer's new keys and values
+    to `update` and gets all of them back; how they are stored is the cache's business.
+    """
+
+    def __init__(self, config, batch_size, max_length, device, dtype):
+        shape = (config.n_layer, batch_size, config.n_kv_head, max_length, config.n_embd // config.n_head)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.max_length = max_length
+        self.length = 0
+
+    @property
+    def nbytes(self):
+        return self.keys.nbytes + self.values.nbytes
+
+    def positions(self, n_new):
+        """Positions of the next n_new tokens: (n_new,) int64."""
+        if self.length + n_new > self.max_length:
+            raise ValueError(f"the cache holds {self.max_length} tokens, not {self.length + n_new}")
+        return torch.arange(self.length, self.length + n_new, device=self.keys.device)
+
+    def mask(self, n_new):
+        """Additive mask of the next n_new queries against all keys; None: what causal_mask makes."""
+        return None
+
+    def update(self, layer_idx, k, v):
+        """Stores k and v (B, n_kv_head, n_new, head_dim); returns those of all tokens so far."""
+        end = self.length + k.size(2)
+        keys, values = self.keys[layer_idx, :, :, :end], self.values[layer_idx, :, :, :end]
+        keys[:, :, self.length :] = k
+        values[:, :, self.length :] = v
+        return keys, values  # (B, n_kv_head, length + n_new, head_dim)
+
+    def advance(self, n_new):
+        """Counts the n_new tokens that every layer has stored."""
+        self.length += n_new
+
+
+def causal_mask(n_query, n_key, device):
+    """(n_query, n_key) to add to scores: 0 for keys up to the query's own, -inf for later ones.
+
+    The last query sees every key (lower-right alignment), also when the cache holds earlier tokens.
+    """
+    return torch.full((n_query, n_key), -torch.inf, device=device).triu(n_key - n_query + 1)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) * weight, over the last dimension."""
+
+    def __init__(self, n_embd, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(n_embd))
+        self.eps = eps
+
+    def forward(self, x):
+        x32 = x.float()  # squares overflow and lose digits in 16 bits
+        normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * normed.type_as(x)
+
+
+def rotation(positions, head_dim, theta):
+    """cos and sin, in float32, at positions (T,) or (B, T): (1, T, head_dim/2) or (B, 1, T, head_dim/2)."""
+    pairs = torch.arange(0, head_dim, 2, device=positions.device)
+    frequencies = 1 / theta ** (pairs.float() / head_dim)
+    angles = (positions[..., None] * frequencies).unsqueeze(-3)  # the same for all heads
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, rope):
+    """Turns the pairs (i, i + head_dim/2) of x (B, heads, T, head_dim) by the angles of rope."""
+    cos, sin = rope
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).type_as(x)
+
+
+def choose_attention(name, q, k, mask, dropout):
+    """What computes attention of q and k: what is asked for if it can, else (and for auto) the fastest."""
+    if name in ("sdpa", "explicit") or (name == "triton" and q.is_cuda and mask is None and not dropout):
+        return name
+    if flash_attn_func and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and mask is None:
+        return "flash_attn"
+    # On a CPU the backward of SDPA is slower than that of written-out attention at short contexts.
+    short = q.device.type == "cpu" and torch.is_grad_enabled() and k.size(2) <= 512
+    return "explicit" if short else "sdpa"
+
+
+class Attention(nn.Module):
+    """Multi-head causal self-attention (arXiv 1706.03762, section 3.2)."""
+
+    def __init__(self, config, layer_idx):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.head_dim = config.n_embd // config.n_head
+        self.q_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.k_proj = nn.Linear(config.n_embd, config.n_kv_head * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.n_embd, config.n_kv_head * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
+        self.attention = config.attention
+
+    def forward(self, x, rope, mask, cache):
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_head, T, head_dim)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        q, k = rotate(q, rope), rotate(k, rope)
+        if cache is not None:
+            k, v = cache.update(self.layer_idx, k, v)  # (B, n_kv_head, S, head_dim), S = T + tokens before
+        return self.o_proj(self.attend(q, k, v, mask).transpose(1, 2).reshape(B, T, -1))
+
+    def attend(self, q, k, v, mask):
+        """q (B, n_head, T, head_dim), k and v (B, n_kv_head, S, head_dim) -> (B, n_head, T, head_dim)."""
+        p = self.dropout.p if self.training else 0.0
+        name = choose_attention(self.attention, q, k, mask, p)
+        if name == "flash_attn":  # causal means lower-right here; heads come after positions
+            return flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), p, causal=True).transpose(1, 2)
+        if name == "triton":
+            from stage5_flash.kernel import triton_attention
+
+            return triton_attention(q, k, v)
+        T, S = q.size(2), k.size(2)
+        if name == "sdpa" and mask is None and T in (1, S):  # its is_causal means upper-left
+            return F.scaled_dot_product_attention(q, k, v, None, p, is_causal=T > 1, enable_gqa=True)
+        mask = causal_mask(T, S, q.device) if mask is None else mask
+        if name == "sdpa":
+            return F.scaled_dot_product_attention(q, k, v, mask.to(q.dtype), p, enable_gqa=True)
+        repeats = q.size(1) // k.size(1)  # query heads to a key/value head
+        k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)  # k0, k0, k1, k1
+        # Scaling q instead of the scores gives the same numbers for fewer multiplications.
+        scores = (q * self.head_dim**-0.5) @ k.transpose(2, 3) + mask  # (B, n_head, T, S)
+        weights = self.dropout(F.softmax(scores, dim=-1))
+        return weights @ v
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.n_embd, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.n_embd, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.n_embd, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """Attention, then the MLP; each reads the normed residual stream and adds to it."""
+
+    def __init__(self, config, layer_idx):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.n_embd, config.norm_eps)
+        self.self_attn = Attention(config, layer_idx)
+        self.post_attention_layernorm = RMSNorm(config.n_embd, config.norm_eps)
+        self.mlp = MLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, rope, mask, cache):
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), rope, mask, cache))
+        x = x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
+        return x
+
+
+class GPT(nn.Module):
+    """The language model: logits, losses = model(idx, targets, cache)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = nn.ModuleDict(
+            {
+                "embed_tokens": nn.Embedding(config.vocab_size, config.n_embd),
+                "dropout": nn.Dropout(config.dropout),
+                "layers": nn.ModuleList(Block(config, i) for i in range(config.n_layer)),
+                "norm": RMSNorm(config.n_embd, config.norm_eps),
+            }
+        )
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self.init_weights()
+
+    def init_weights(self):
+        """GPT-2's: normal with std 0.02; what adds to the residual stream 1/sqrt(2 n_layer) of it."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+        for layer in self.model.layers:
+            for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                nn.init.normal_(projection.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
+
+    def new_cache(self, batch_size, max_length):
+        """An empty KVCache for batch_size sequences of up to max_length tokens."""
+        weight = self.lm_head.weight
+        return KVCache(self.config, batch_size, max_length, weight.device, weight.dtype)
+
+    def forward(self, idx, targets=None, cache=None):
+        """idx (B, T) int64 -> logits (B, T, vocab_size) and a dict of scalar losses.
+
+        targets (B, T) hold the token after each of idx, -1 where there is none to learn; without
+        them the dict is empty. With a cache, idx are the tokens that follow those it holds.
+        """
+        T = idx.size(1)
+        if cache is None:
+            positions, mask = torch.arange(T, device=idx.device), None
+        else:
+            positions, mask = cache.positions(T), cache.mask(T)
+        rope = rotation(positions, self.config.n_embd // self.config.n_head, self.config.rope_theta)
+        x = self.model.embed_tokens(idx)  # (B, T, n_embd)
+        x = self.model.dropout(x)
+        for layer in self.model.layers:
+            x = layer(x, rope, mask, cache)
+        if cache is not None:
+            cache.advance(T)
+        logits = self.lm_head(self.model.norm(x))  # (B, T, vocab_size)
+        losses = {}
+        if targets is not None:
+            losses["next_token"] = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        return logits, losses
