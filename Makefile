@@ -1,13 +1,17 @@
 # make train STAGE=0    sets everything up, trains that stage and samples from it
+# make compare          trains all stages and draws them side by side
 # make test             sets everything up, lints and runs the tests
 PYTHON ?= python3
 STAGE ?= 0
 BIN = .venv/bin
 
-.PHONY: train sample test test-gpu lint format clean
+.PHONY: train compare sample test test-gpu lint format clean
 
 train: .venv/installed
 	$(BIN)/python train.py --stage $(STAGE) $(ARGS)
+
+compare: .venv/installed-compare
+	$(BIN)/python compare.py $(ARGS)
 
 sample: .venv/installed
 	$(BIN)/python sample.py --stage $(STAGE) $(ARGS)
@@ -30,6 +34,10 @@ format: .venv/installed-dev
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+.venv/installed-compare: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[compare]'
 	touch $@
 
 .venv/installed-dev: .venv/installed

@@ -7,10 +7,9 @@ and its source differ.
 
 import json
 import re
-import subprocess
 from pathlib import Path
 
-from lab import stages
+from lab import diffs, report, stages
 
 RESULTS = stages.ROOT / "results" / "results.json"
 
@@ -20,46 +19,9 @@ def read_results() -> dict:
     return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
 
 
-def diff(number: int) -> str:
-    """The diff of a stage's model.py against the stage before, as git prints it."""
-    before, after = (f"{stages.names()[n]}/model.py" for n in (number - 1, number))
-    return git_diff(before, after)
-
-
-def changed_lines(number: int) -> tuple[int, int]:
-    """Lines added to and removed from the model.py of the stage before."""
-    before, after = (f"{stages.names()[n]}/model.py" for n in (number - 1, number))
-    added, removed, _ = git_diff("--numstat", before, after).split(maxsplit=2)
-    return int(added), int(removed)
-
-
-def git_diff(*arguments: str) -> str:
-    """What `git diff --no-index` says of two files of the repository."""
-    command = ["git", "-c", "core.abbrev=7", "diff", "--no-index", "--no-color", "--no-ext-diff", *arguments]
-    return subprocess.run(command, cwd=stages.ROOT, capture_output=True, text=True).stdout
-
-
 def ladder(numbers: list[int], results: dict) -> str:
     """The table of these stages, a column each measurement."""
-    rows = [
-        "| stage | lines changed | parameters | val loss | bits per byte | FLOPs a token | training tokens/s "
-        "| decoding tokens/s | cache bytes a token |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for number in numbers:
-        changed = "–" if number == 0 else str(sum(changed_lines(number)))
-        measured = results["stages"].get(str(number))
-        if not measured:
-            rows.append(f"| {number} {stages.names()[number].split('_', 1)[1]} | {changed} |" + " |" * 7)
-            continue
-        rows.append(
-            f"| {number} {stages.names()[number].split('_', 1)[1]} | {changed} | {measured['parameters']:,} "
-            f"| {measured['val_loss']['mean']:.3f} ± {measured['val_loss']['std']:.3f} "
-            f"| {measured['bits_per_byte']['mean']:.3f} | {measured['flops_per_token'] / 1e6:.2f} M "
-            f"| {measured['training_tokens_per_second']:,.0f} ({measured['training_ratio']:.2f}×) "
-            f"| {measured['decoding_tokens_per_second']:,.0f} | {measured['cache_bytes_per_token']:,} |"
-        )
-    return "\n".join(rows)
+    return report.ladder({number: results["stages"].get(str(number), {}) for number in numbers})
 
 
 def nanogpt(measured: dict) -> str:
@@ -129,6 +91,55 @@ def speeds(measured: dict) -> str:
     return "\n".join(rows)
 
 
+def losses(measured: dict) -> str:
+    """The table of final losses of variants."""
+    rows = ["| | val loss |", "|---|---|"]
+    return "\n".join(rows + [f"| {name} | {report.with_std(loss, 3)} |" for name, loss in measured.items()])
+
+
+def caches(results: dict) -> str:
+    """The table of the cache of a token, of the stages that change it."""
+    rows = ["| stage | bytes | relative |", "|---|---|---|"]
+    largest = results["stages"]["3"]["cache_bytes_per_token"]
+    for number in (3, 4, 7):
+        size = results["stages"][str(number)]["cache_bytes_per_token"]
+        rows.append(
+            f"| {number} {stages.names()[number].split('_', 1)[1]} | {size:,.0f} | {size / largest:.3f} |"
+        )
+    return "\n".join(rows)
+
+
+def decoding(measured: dict) -> str:
+    """The table of decoding speed by context."""
+    names = list(next(iter(measured.values())))
+    rows = ["| context | " + " | ".join(measured) + " |", "|---" * (len(measured) + 1) + "|"]
+    for name in names:
+        rows.append(f"| {name} | " + " | ".join(f"{point[name]:,.0f}" for point in measured.values()) + " |")
+    return "\n".join(rows)
+
+
+def drafts(measured: list[dict]) -> str:
+    """The table of drafting."""
+    rows = ["| temperature | drafts at a time | accepted | tokens/s | without drafts | speed-up |"]
+    rows.append("|---|---|---|---|---|---|")
+    for row in measured:
+        rows.append(
+            f"| {row['temperature']:g} | {row['drafts']} | {row['accepted']:.0%} "
+            f"| {row['drafted_tokens_per_second']:,.0f} | {row['plain_tokens_per_second']:,.0f} "
+            f"| {row['speed_up']:.2f}× |"
+        )
+    return "\n".join(rows)
+
+
+def transformers(measured: dict) -> str:
+    """The table of sampling beside transformers."""
+    rows = ["| stage | ours, tokens/s | transformers, tokens/s | ratio |", "|---|---|---|---|"]
+    for name, row in measured.items():
+        ours, theirs = row["ours_tokens_per_second"], row["theirs_tokens_per_second"]
+        rows.append(f"| {name} | {ours:,.0f} | {theirs:,.0f} | {row['ratio']:.2f} |")
+    return "\n".join(rows)
+
+
 def filled(page: str, number: int | None, results: dict) -> str:
     """The page with its generated parts made anew; number is the stage of a lesson, None the front page."""
     if number is None:
@@ -139,13 +150,20 @@ def filled(page: str, number: int | None, results: dict) -> str:
     else:
         parts = {"table": ladder([n for n in (number - 1, number) if n >= 0], results)}
     if number:
-        parts["diff"] = f"```diff\n{diff(number)}```"
+        parts["diff"] = f"```diff\n{diffs.diff(number)}```"
     if number == 5 and "attention" in results:
         parts["crossover"] = crossover(results["attention"]["crossover"])
         parts["context"] = by_context(results["attention"]["by_context"])
     if number == 6 and "moe" in results:
         parts["balancing"] = balancing(results["moe"]["balancing"])
         parts["speeds"] = speeds(results["moe"]["speeds"])
+    if number == 7 and "mla" in results:
+        parts["losses"] = losses(results["mla"]["losses"])
+        parts["caches"] = caches(results)
+        parts["decoding"] = decoding(results["mla"]["decoding"])
+        parts["drafts"] = drafts(results["mla"]["drafts"])
+    if number is None and "against_transformers" in results:
+        parts["transformers"] = transformers(results["against_transformers"]["stages"])
     for name, content in parts.items():
         page = re.sub(
             rf"<!-- {name} -->\n.*?<!-- end -->",

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
-# One colour a stage, in every picture: Okabe and Ito's, which the colour-blind can tell apart.
-STAGE_COLORS = ["#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#999999"]
+# One colour a stage, in every picture, that shows on white and on black: most are Okabe and Ito's, which the
+# colour-blind can tell apart.
+STAGE_COLORS = ["#888888", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#7B61C9"]
 
 
 # Neighbouring experts, in turn; which is which does not matter, how wide each band is does.
@@ -105,33 +106,6 @@ def balancing(histories: dict[str, list[dict]], path: Path) -> None:
     figure.savefig(path)
 
 
-def validation_curves(histories: dict[str, dict[int, list[dict]]], path: Path) -> None:
-    """Validation loss of several stages against tokens, as a PNG.
-
-    histories: by stage's name, by seed, the lines of metrics.jsonl. The line is the mean over seeds, the
-    band reaches from the lowest seed to the highest.
-    """
-    figure, axes = new_figure(8, 4.8)
-    for name, history in histories.items():
-        evaluated = [[record for record in metrics if "val_loss" in record] for metrics in history.values()]
-        millions = [record["tokens"] / 1e6 for record in evaluated[0]]
-        by_time = list(
-            zip(*([record["val_loss"] for record in metrics] for metrics in evaluated), strict=True)
-        )
-        means = [sum(values) / len(values) for values in by_time]
-        color = stage_color(name)
-        label = f"{name.removeprefix('stage').replace('_', ' ')}  {means[-1]:.3f}"
-        axes.plot(millions, means, color=color, linewidth=1.8, marker="o", markersize=3.5, label=label)
-        lowest, highest = ([pick(values) for values in by_time] for pick in (min, max))
-        axes.fill_between(millions, lowest, highest, color=color, alpha=0.15, linewidth=0)
-    axes.set_xlabel("tokens trained on (millions)")
-    axes.set_ylabel("validation loss (nats per token)")
-    axes.set_title("TinyShakespeare, laptop preset, all of the validation split")
-    axes.grid(alpha=0.3)
-    axes.legend(title="stage, final loss")
-    figure.savefig(path)
-
-
 def against_context(measured: dict[str, dict], contexts: list[int], path: Path) -> None:
     """Training tokens/s and memory of several ways to compute attention, against the context, as a PNG.
 
@@ -143,7 +117,7 @@ def against_context(measured: dict[str, dict], contexts: list[int], path: Path) 
     for name, values in measured.items():
         tiled = name.endswith(".py")
         style = {"linestyle": "--" if tiled else "-", "marker": "s" if tiled else "o", "label": name}
-        style["color"] = STAGE_COLORS[7] if tiled else stage_color(values["stage"])
+        style["color"] = "#999999" if tiled else stage_color(values["stage"])
         speed.plot(values["tokens_per_second"].keys(), values["tokens_per_second"].values(), **style)
         memory.plot(values["memory"].keys(), [v / 2**20 for v in values["memory"].values()], **style)
     for axes in (speed, memory):

@@ -72,6 +72,8 @@ def train(name: str, flags: list[str], n_seeds: int) -> list[list[dict]]:
     histories = []
     for seed in range(n_seeds):
         folder = runs.RUNS / "moe" / f"{name.replace(' ', '-')}-seed{seed}"
+        if not flags:  # compare.py trains it
+            folder = runs.RUNS / "compare" / "laptop" / f"stage6_moe-tinyshakespeare-seed{seed}"
         if not (folder / "sample.txt").exists():
             command = [sys.executable, "train.py", "--stage", "6", "--preset", "laptop", "--device", "cpu"]
             command += ["--seed", str(seed), "--out", str(folder), *flags]

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lab import cost, lessons, presets, stages
+from lab import cost, diffs, presets, stages
 
 NAMES = stages.names()
 # Lines added plus removed in model.py, against the stage before.
@@ -20,7 +20,7 @@ def source(number):
 
 @pytest.mark.parametrize("number", [number for number in NAMES if number > 0])
 def test_a_stage_changes_few_lines_of_the_one_before(number):
-    added, removed = lessons.changed_lines(number)
+    added, removed = diffs.changed_lines(number)
     print(f"\n{NAMES[number - 1]} -> {NAMES[number]}: +{added} -{removed} = {added + removed}", end="")
     assert added + removed <= BOUNDS[number]
 
@@ -28,9 +28,9 @@ def test_a_stage_changes_few_lines_of_the_one_before(number):
 @pytest.mark.parametrize("number", [number for number in NAMES if number > 0])
 def test_what_two_stages_share_keeps_its_order(number):
     """Nothing is moved: no line of code that goes away comes back elsewhere."""
-    diff = list(difflib.ndiff(source(number - 1), source(number)))
-    removed = {line[2:].strip() for line in diff if line.startswith("- ")}
-    added = {line[2:].strip() for line in diff if line.startswith("+ ")}
+    changes = list(difflib.ndiff(source(number - 1), source(number)))
+    removed = {line[2:].strip() for line in changes if line.startswith("- ")}
+    added = {line[2:].strip() for line in changes if line.startswith("+ ")}
     assert {line for line in removed & added if len(line) > 3} == set()
 
 

@@ -1,0 +1,161 @@
+"""What a comparison found: the figures of every stage, the ladder table, and the pictures."""
+
+import itertools
+import statistics
+from pathlib import Path
+
+import torch
+
+from lab import comparison, cost, diffs, spread, stages
+
+LOSS_TO_REACH = 1.90
+IDEAS = {
+    0: "GPT-2",
+    1: "RMSNorm, no biases",
+    2: "rotary positions",
+    3: "gated MLP",
+    4: "shared key/value heads",
+    5: "FlashAttention",
+    6: "mixture of experts",
+    7: "latent attention, multi-token prediction",
+}
+
+
+def figures(found: comparison.StageRuns, speeds: dict | None) -> dict:
+    """The figures of one stage, ready for results.json; speeds as compare.py measures them, None without."""
+    config = found.config
+    stage = stages.load(config["stage"])
+    with torch.device("meta"):
+        model = stage.GPT(stage.GPTConfig(**config["model"]))
+    number = next(n for n, name in stages.names().items() if name == config["stage"])
+    finals = [metrics[-1] for metrics in found.history.values()]
+    reached = [seconds_to(metrics, LOSS_TO_REACH) for metrics in found.history.values()]
+    return {
+        "stage": config["stage"],
+        "lines_changed": sum(diffs.changed_lines(number)) if number else None,
+        "parameters": cost.parameters(model),
+        "active_parameters": cost.active_parameters(model),
+        "flops_per_token": config["flops_per_token"],
+        "cache_bytes_per_token": cache_bytes(model),
+        "seeds": list(found.history),
+        "val_loss": spread.summary([record["val_loss"] for record in finals]),
+        "bits_per_byte": spread.summary([record["bits_per_byte"] for record in finals]),
+        "seconds": spread.summary([record["seconds"] for record in finals]),
+        "seconds_to_loss": {"loss": LOSS_TO_REACH, "values": reached}
+        | ({} if None in reached else {"mean": statistics.mean(reached)}),
+        "trained_on": found.machines,
+        **(speeds or {}),
+    }
+
+
+def cache_bytes(model: torch.nn.Module) -> float:
+    """Bytes of a cache in float32, for each token it can hold."""
+    context = model.config.block_size
+    return model.new_cache(1, context).nbytes / context
+
+
+def seconds_to(metrics: list[dict], loss: float) -> float | None:
+    """Seconds of training until the validation loss first was this low, between evaluations by a line."""
+    before = None
+    for record in metrics:
+        if "val_loss" not in record:
+            continue
+        if record["val_loss"] <= loss:
+            if before is None:
+                return record["seconds"]
+            part = (before["val_loss"] - loss) / (before["val_loss"] - record["val_loss"])
+            return before["seconds"] + part * (record["seconds"] - before["seconds"])
+        before = record
+    return None
+
+
+def mark_noise(by_number: dict[int, dict]) -> None:
+    """Says of each stage's figures whether they differ from those of the stage before by more than chance."""
+    numbers = sorted(by_number)
+    for before, number in itertools.pairwise(numbers):
+        one, other = by_number[before], by_number[number]
+        differs = {
+            "from": before,
+            "val_loss": spread.means_differ(*(x["val_loss"]["values"] for x in (one, other))),
+        }
+        for key in ("training_tokens_per_second", "decoding_tokens_per_second"):
+            if key in one and key in other:
+                differs[key] = spread.rounds_differ(*(x[key]["values"] for x in (one, other)))
+        other["differs"] = differs
+
+
+def ladder(by_number: dict[int, dict]) -> str:
+    """The table of the stages in Markdown; ≈ before what differs from the stage before by chance alone."""
+    tuned = any("tuned" in row for row in by_number.values())
+    heads = ["stage", "what changed", "lines changed", "parameters (active)", "FLOPs a token", "val loss"]
+    heads += ["val loss at its best rate"] if tuned else []
+    heads += ["bits per byte", f"seconds to {LOSS_TO_REACH:.2f}", "training tokens/s", "decoding tokens/s"]
+    heads += ["cache bytes a token", "peak memory, MiB"]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for number, row in sorted(by_number.items()):
+        lines.append("| " + " | ".join(cells(number, row, tuned)) + " |")
+    return "\n".join(lines)
+
+
+def cells(number: int, row: dict, tuned: bool) -> list[str]:
+    """One row of the ladder."""
+    name = stages.names()[number].split("_", 1)[1]
+    if not row:
+        return [f"{number} {name}", IDEAS[number], *[""] * (11 if tuned else 10)]
+    millions = f"{row['parameters'] / 1e6:.2f} M"
+    if row["active_parameters"] != row["parameters"]:
+        millions += f" ({row['active_parameters'] / 1e6:.2f} M)"
+    to_loss = row["seconds_to_loss"]
+    missed = sum(value is None for value in to_loss["values"])
+    reached = f"{to_loss['mean']:,.0f}" if not missed else f"not reached by {missed} of {len(row['seeds'])}"
+    made = [
+        f"{number} {name}",
+        IDEAS[number],
+        "–" if row["lines_changed"] is None else str(row["lines_changed"]),
+        millions,
+        f"{row['flops_per_token'] / 1e6:.2f} M",
+        noise(row, "val_loss") + with_std(row["val_loss"], 3),
+    ]
+    if tuned:
+        best = row.get("tuned")
+        made.append(f"{best['val_loss']:.3f} at {best['lr']:g}" if best else "")
+    made += [f"{row['bits_per_byte']['mean']:.3f}", reached]
+    for key in ("training_tokens_per_second", "decoding_tokens_per_second"):
+        made.append(noise(row, key) + f"{row[key]['median']:,.0f}" if key in row else "")
+    made.append(f"{row['cache_bytes_per_token']:,.0f}")
+    made.append(f"{row['peak_memory'] / 2**20:,.0f}" if "peak_memory" in row else "")
+    return made
+
+
+def noise(row: dict, key: str) -> str:
+    """≈ where the figure differs from the stage before by no more than chance."""
+    return "≈ " if row.get("differs", {}).get(key) is False else ""
+
+
+def with_std(summary: dict, digits: int) -> str:
+    """Mean ± standard deviation, the latter where there is one."""
+    mean = f"{summary['mean']:.{digits}f}"
+    return mean if summary["std"] is None else f"{mean} ± {summary['std']:.{digits}f}"
+
+
+def draw(
+    found: dict[str, comparison.StageRuns], by_number: dict[int, dict], speeds: dict, out: Path
+) -> list[str]:
+    """Every picture that the figures suffice for, as PNG and SVG, on light and on dark; their names."""
+    from lab import charts
+
+    drawn = []
+    for dark in (False, True):
+        with charts.theme(dark):
+            pictures = {"loss": charts.losses(found), "cost": charts.cost(by_number)}
+            if any("training_tokens_per_second" in row for row in by_number.values()):
+                pictures["bars"] = charts.bars(by_number)
+            for what in ("training", "decoding"):
+                if speeds.get(f"{what}_by_context"):
+                    pictures[f"{what}_context"] = charts.by_context(speeds[f"{what}_by_context"], what)
+            for name, figure in pictures.items():
+                for kind in ("png", "svg"):
+                    path = out / f"{name}{'-dark' if dark else ''}.{kind}"
+                    figure.savefig(path, **({"metadata": {"Date": None}} if kind == "svg" else {}))
+                    drawn.append(path.name)
+    return drawn

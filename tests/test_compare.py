@@ -1,0 +1,320 @@
+"""compare.py: what is reused, resumed and missing, statistics, table, pictures, and a whole comparison."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import TINY_RUN, call
+
+import compare
+from lab import checkpoint, comparison, diffs, measuring, report, runs, spread, stages
+from lab.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+FLAGS = ["--data", "words.txt", *TINY_RUN, "--steps", "4", "--eval-every", "2", "--log-every", "2"]
+
+
+@pytest.fixture
+def run_compare(workshop, monkeypatch):
+    """run_compare(*flags): calls compare.py on the tiny runs; returns the exit status."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return lambda *flags: call(monkeypatch, compare, *flags, *FLAGS)
+
+
+def made_up(stage, seed, losses, steps=40, folder=None, **changes):
+    """A finished run of the laptop preset as train.py would leave it, with these validation losses."""
+    wanted, _ = comparison.wanted_settings(
+        stages.find(stage), seed, ["--steps", str(steps), *changes.get("flags", [])]
+    )
+    model = wanted.model
+    model.vocab_size = 65
+    model.__post_init__()
+    folder = Path(folder or runs.RUNS / f"{stage}-{seed}")
+    folder.mkdir(parents=True)
+    config = {"stage": stages.find(stage), "dataset": "words", "dtype": "float32", "flops_per_token": 5e6}
+    config |= {
+        "settings": comparison.settings.as_json(wanted),
+        "model": vars(model),
+        "machine": {"threads": 1},
+    }
+    runs.write_json(folder / "config.json", config | changes.get("config", {}))
+    lines = []
+    for i, loss in enumerate(losses, start=1):
+        step = steps * i // len(losses)
+        record = {"step": step, "tokens": 768 * step, "seconds": 0.1 * step, "loss": loss}
+        lines.append(json.dumps(record | {"val_loss": loss, "bits_per_byte": loss / math.log(2)}))
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+DRAW = ("--only-draw", "--steps", "40")
+
+
+@pytest.fixture
+def only_draw(workshop, monkeypatch):
+    return lambda *flags: call(monkeypatch, compare, *DRAW, *flags)
+
+
+def results_of(folder="runs/compare/laptop/results"):
+    return json.loads(Path(folder, "results.json").read_text())
+
+
+# Drawing from made-up runs
+
+
+def test_the_runs_at_hand_are_drawn_and_what_is_missing_is_said(only_draw, capsys):
+    for seed, end in enumerate((1.9, 1.8, 2.0)):
+        made_up("0", seed, [3.0, 2.0, end])
+    made_up("4", 0, [2.9, 1.85, 1.6])
+    assert only_draw() == 0
+    out, err = capsys.readouterr()
+    assert "missing: stage4_gqa seed 1, 2" in err and "missing: stage1_rmsnorm seed 0, 1, 2" in err
+    assert "missing: speeds and memory" in err and "stage0" not in err
+    folder = Path("runs/compare/laptop/results")
+    for name in ("loss", "cost"):
+        for kind in ("png", "svg"):
+            assert (folder / f"{name}.{kind}").stat().st_size > 5000
+            assert (folder / f"{name}-dark.{kind}").stat().st_size > 5000
+    assert "loss.png" in out
+    row = results_of()["stages"]["0"]
+    assert row["val_loss"]["mean"] == pytest.approx(1.9) and row["val_loss"]["std"] == pytest.approx(0.1)
+    assert row["seeds"] == [0, 1, 2]
+    assert "1.900 ± 0.100" in (folder / "ladder.md").read_text()
+
+
+def test_one_point_is_enough(only_draw):
+    made_up("3", 0, [2.5])
+    assert only_draw("--stages", "3") == 0
+    assert results_of()["stages"]["3"]["val_loss"]["std"] is None
+
+
+def test_a_diverged_run_is_named_and_left_out(only_draw, capsys):
+    made_up("0", 0, [3.0, 2.0])
+    made_up("0", 1, [3.0, math.nan])
+    assert only_draw("--stages", "0", "--seeds", "2") == 0
+    assert "runs/0-1 diverged" in capsys.readouterr().err
+    assert results_of()["stages"]["0"]["seeds"] == [0]
+
+
+def test_a_stage_that_is_not_here_and_damaged_runs_are_named(only_draw, capsys):
+    made_up("0", 0, [3.0, 2.0])
+    made_up("0", 1, [3.0], folder="runs/strange", config={"stage": "stage9_magic"})
+    made_up("1", 0, [3.0], folder="runs/torn")
+    Path("runs/torn/metrics.jsonl").write_text('{"step": 40}\n')
+    assert only_draw("--stages", "0", "--seeds", "1") == 0
+    err = capsys.readouterr().err
+    assert "'stage9_magic', a stage that is not here" in err
+    assert "runs/torn/metrics.jsonl is damaged" in err
+
+
+def test_an_empty_folder_says_what_to_do(only_draw, capsys):
+    assert only_draw() == 2
+    err = capsys.readouterr().err
+    assert "there is no finished run to draw" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--stages", "9"], "unknown stage '9'"),
+        (["--stages", "0-9"], "unknown stage '8'"),
+        (["--seeds", "0"], "seeds must be at least 1"),
+        (["--seed", "3"], "--seed is for train.py alone"),
+        (["--wrong", "3"], "wrong"),
+        (["--contexts", "a"], "--contexts a"),
+        (["--diff", "3", "9"], "unknown stage '9'"),
+    ],
+)
+def test_wrong_flags_are_explained(only_draw, capsys, flags, message):
+    made_up("0", 0, [3.0, 2.0])
+    assert only_draw(*flags) == 2
+    err = capsys.readouterr().err
+    assert message in err and len(err.splitlines()) <= 2
+
+
+def test_unfinished_runs_are_said_with_their_step(only_draw, capsys):
+    made_up("0", 0, [3.0, 2.0])
+    made_up("0", 1, [3.0], steps=40)
+    path = Path("runs/0-1/metrics.jsonl")
+    path.write_text(path.read_text().replace('"step": 40', '"step": 20'))
+    assert only_draw("--stages", "0", "--seeds", "2") == 0
+    assert "missing: stage0_gpt seed 1 (runs/0-1 is at step 20 of 40)" in capsys.readouterr().err
+
+
+# The statistics
+
+
+def test_summaries_are_numpys():
+    values = [1.9, 1.7, 2.2, 1.8]
+    made = spread.summary(values)
+    assert made["mean"] == pytest.approx(np.mean(values)) and made["std"] == pytest.approx(
+        np.std(values, ddof=1)
+    )
+    assert spread.summary([2.0])["std"] is None
+
+
+def test_a_difference_is_one_where_it_is_larger_than_the_spread():
+    assert spread.means_differ([1.90, 1.91, 1.89], [1.70, 1.71, 1.69]) is True
+    assert spread.means_differ([1.90, 1.95, 1.85], [1.91, 1.88, 1.93]) is False
+    assert spread.means_differ([1.9], [1.7, 1.8]) is None
+    assert spread.means_differ([1.9, 1.9], [1.9, 1.9]) is False
+
+
+def test_chance_alone_looks_like_a_difference_in_one_case_of_twenty():
+    draw = np.random.default_rng(0)
+    false = [spread.means_differ(*draw.normal(size=(2, 3)).tolist()) for _ in range(600)]
+    assert 0.01 < np.mean(false) < 0.08
+
+
+def test_speeds_measured_in_turn_are_compared_as_pairs():
+    slow, fast = [100.0, 50.0, 80.0, 60.0], [110.0, 55.2, 88.1, 66.0]  # a machine that changes its mood
+    assert spread.means_differ(slow, fast) is False
+    assert spread.rounds_differ(fast, slow) is True
+    assert spread.rounds_differ([1.0], [2.0]) is None
+    assert spread.rounds_differ([1.0, 1.0], [1.0, 1.0]) is False
+
+
+def test_seconds_to_a_loss_lie_between_two_evaluations():
+    metrics = [{"val_loss": 2.4, "seconds": 10.0}, {"seconds": 15.0}, {"val_loss": 1.8, "seconds": 20.0}]
+    assert report.seconds_to(metrics, 1.9) == pytest.approx(10 + 10 * 5 / 6)
+    assert report.seconds_to(metrics, 1.5) is None
+    assert report.seconds_to(metrics, 2.5) == 10.0
+
+
+def test_noise_is_marked(only_draw):
+    for seed, (one, other) in enumerate([(1.90, 1.91), (1.95, 1.89), (1.85, 1.93)]):
+        made_up("3", seed, [3.0, one])
+        made_up("4", seed, [3.0, other])
+        made_up("5", seed, [3.0, other - 0.5])
+    assert only_draw("--stages", "3-5") == 0
+    rows = Path("runs/compare/laptop/results/ladder.md").read_text().splitlines()[2:]
+    assert ["≈" in row for row in rows] == [False, True, False]
+    assert results_of()["stages"]["4"]["differs"]["val_loss"] is False
+
+
+# What is reused
+
+
+def test_finished_runs_are_reused_wherever_they_are(workshop):
+    made_up("0", 0, [3.0, 2.0], folder="runs/mine")
+    made_up("0", 1, [3.0, 2.0], folder="runs/other-rate", flags=["--lr", "0.5"])
+    known = comparison.at_hand([])
+    needed = comparison.plan(["stage0_gpt"], 2, ["--steps", "40"], known, "words")
+    assert [run.folder.name for run in needed] == ["mine", "stage0_gpt-words-seed1"]
+    assert [run.finished() for run in needed] == [True, False]
+
+
+def test_an_imported_run_is_no_part_of_it(workshop):
+    made_up("0", 0, [3.0, 2.0], config={"imported_from": "elsewhere"})
+    assert comparison.at_hand([]) == []
+
+
+# Whole comparisons
+
+
+def test_a_failed_run_is_reported_and_does_not_stop_the_others(run_compare, capfd):
+    """Stage 4 cannot share 2 heads among 3; stage 0 can be trained."""
+    assert run_compare("--stages", "0,4", "--seeds", "1", "--rounds", "0", "--model.n-kv-head", "2") in (1, 2)
+    # a flag that a stage does not know is an error before any run
+    assert "n-kv-head" in capfd.readouterr().err
+
+
+def test_a_run_that_breaks_is_reported_and_the_rest_is_drawn(run_compare, monkeypatch, capfd):
+    real = comparison.Run.command
+
+    def command(self):
+        made = real(self)
+        return [sys.executable, "-c", "raise SystemExit('out of luck')"] if "stage1" in self.name else made
+
+    monkeypatch.setattr(comparison.Run, "command", command)
+    assert run_compare("--stages", "0-1", "--seeds", "1", "--rounds", "0") == 1
+    err = capfd.readouterr().err
+    assert "failed: stage1_rmsnorm seed 0: out of luck" in err
+    assert "missing: stage1_rmsnorm seed 0" in err
+    assert list(results_of("runs/compare/laptop/results")["stages"]) == ["0"]
+
+
+def test_an_interrupted_comparison_goes_on_where_it_was(run_compare, workshop):
+    """The first run is stopped in its middle, by a signal to compare.py and its child, as Ctrl-C gives it."""
+    flags = ["--stages", "0", "--seeds", "1", "--rounds", "0"]
+    script = [
+        sys.executable,
+        str(ROOT / "compare.py"),
+        *flags,
+        *FLAGS,
+        "--steps",
+        "1500",
+        "--eval-every",
+        "100",
+    ]
+    environment = os.environ | {"RUNS_DIR": str(workshop / "runs"), "OMP_NUM_THREADS": "1"}
+    child = subprocess.Popen(
+        script, env=environment, cwd=workshop, start_new_session=True, stderr=subprocess.PIPE
+    )
+    folder = workshop / "runs/compare/laptop/stage0_gpt-words-seed0"
+    deadline = time.monotonic() + 60
+    while not checkpoint.exists(folder) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.killpg(child.pid, 2)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 130 and b"goes on where this stopped" in err, err
+    stopped = checkpoint.step(folder)
+    assert 0 < stopped < 1500
+    assert subprocess.run(script, env=environment, cwd=workshop, timeout=300).returncode == 0
+    resumed = json.loads((folder / "config.json").read_text())["resumed"]
+    assert resumed[0]["step"] == stopped
+
+
+def test_all_stages_are_compared_and_drawn(run_compare, capfd):
+    assert run_compare("--seeds", "1", "--rounds", "2", "--contexts", "16") == 0
+    assert "missing" not in capfd.readouterr().err
+    folder = Path("runs/compare/laptop/results")
+    for name in ("loss", "bars", "cost", "training_context", "decoding_context"):
+        assert (folder / f"{name}.png").stat().st_size > 5000, name
+    results = results_of()
+    assert list(results["stages"]) == [str(number) for number in stages.names()]
+    for row in results["stages"].values():
+        assert row["training_tokens_per_second"]["median"] > 0 and row["peak_memory"] > 2**20
+        assert len(row["decoding_tokens_per_second"]["values"]) == 2
+    assert (
+        results["machine"]["versions"]["torch"]
+        and results["speeds"]["training_by_context"]["stage0_gpt"]["16"]
+    )
+    began = time.perf_counter()
+    assert run_compare("--seeds", "1", "--only-draw") == 0  # nothing is trained again
+    assert time.perf_counter() - began < 60
+    assert results_of()["stages"]["7"]["val_loss"] == results["stages"]["7"]["val_loss"]
+
+
+def test_the_memory_of_a_measurement_is_its_own():
+    """Not that of the process that started it."""
+    ballast = np.ones(2**26)  # 512 MiB
+    made = measuring.throughput.measure(stage="stage0_gpt", context=8, steps=1, dtype="float32")
+    assert made["peak_memory"] < 500 * 2**20 < ballast.nbytes
+
+
+# The diff
+
+
+def test_the_diff_counts_lines_and_names(capsys, monkeypatch):
+    assert call(monkeypatch, compare, "--diff", "3", "4") == 0
+    out = capsys.readouterr().out
+    added, removed = diffs.changed_lines(4)
+    assert f"{added} lines added, {removed} removed" in out
+    assert "n_kv_head" in out.split("came: ")[1] and "repeats" in out.split("came: ")[1]
+
+
+def test_names_are_those_of_the_code_alone():
+    assert diffs.names(["def f(x):", "    return y  # z", '"""w"""']) == {"f", "x", "y"}
+
+
+def test_an_unknown_range_of_stages_is_refused():
+    with pytest.raises(UserError, match="unknown stage 'x'"):
+        comparison.chosen_stages("x")
+    assert comparison.chosen_stages("2,0-1") == ["stage0_gpt", "stage1_rmsnorm", "stage2_rope"]
