@@ -410,8 +410,8 @@ class Experts(nn.Module):
     def forward(self, x, weights, chosen):
         """x (N, n_embd), weights and chosen (N, k) -> (N, n_embd): the experts' answers, weighted."""
         N, k = chosen.shape
-        if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # it does not know grouped_mm
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if x.is_cuda and torch.is_autocast_enabled("cuda"):  # it leaves grouped_mm alone; on a CPU so do we
+            x = x.to(torch.get_autocast_dtype("cuda"))
         gate_up, down = self.gate_up_proj.mT.to(x.dtype), self.down_proj.mT.to(x.dtype)
         if not grouped_mm_takes(x, down):  # every expert for every token, and 0 for those not chosen
             gate, up = (x @ gate_up).chunk(2, dim=-1)  # (E, N, width)

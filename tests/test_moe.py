@@ -95,7 +95,7 @@ def test_the_grouped_product_is_used_where_it_can_be(monkeypatch):
     made(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         made(x)
-    assert calls == [torch.float32] * 2 + [torch.bfloat16] * 2  # a product for gate and up, one for down
+    assert calls == [torch.float32] * 4  # a product for gate and up, one for down; on a CPU always in float32
     assert not STAGE6.grouped_mm_takes(torch.zeros(1, 8, device="meta"), torch.zeros(1, 8, 8))
     for name in ("for expert", "nonzero", ".item()", ".tolist()", "bincount", ".cpu()"):
         assert name not in Path(STAGE6.__file__).read_text()  # no loop over experts, no waiting for the GPU
