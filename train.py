@@ -39,7 +39,7 @@ def main():
     attention = stages.attention(stage, settings.model, device, dtype)
     model = stage.GPT(settings.model).to(device)
     betas = (settings.beta1, settings.beta2)
-    optimizer = optim.adamw(model, settings.lr, settings.weight_decay, betas)
+    optimizer = optim.make(settings.optimizer, model, settings.lr, settings.weight_decay, betas)
     flops = cost.flops_per_token(model)
 
     config = {

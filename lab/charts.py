@@ -102,19 +102,17 @@ def cost(by_number: dict[int, dict]):
     figure, panel = new_figure(8, 5)
     rows = {n: row for n, row in sorted(by_number.items()) if row}
     largest = max(row["cache_bytes_per_token"] for row in rows.values())
-    for number, row in rows.items():
+    for number, row in sorted(rows.items(), key=lambda item: -item[1]["cache_bytes_per_token"]):
         x, y = row["seconds"]["mean"], row["val_loss"]["mean"]
         area = 1400 * row["cache_bytes_per_token"] / largest
-        panel.scatter(x, y, s=area, color=STAGE_COLORS[number], alpha=0.55, linewidth=0)
-        panel.scatter(x, y, s=14, color=STAGE_COLORS[number], marker=MARKERS[number])
-        panel.annotate(
-            label_of(row["stage"]),
-            (x, y),
-            xytext=(area**0.5 / 2 + 3, 3),
-            textcoords="offset points",
-            fontsize=9,
-        )
-    panel.margins(0.22)
+        color = STAGE_COLORS[number]
+        panel.scatter(x, y, s=area, color=color, alpha=0.25, linewidth=0)
+        panel.scatter(x, y, s=area, facecolor="none", edgecolor=color, linewidth=1.4)
+        panel.scatter(x, y, s=30, color=color, marker=MARKERS[number], label=label_of(row["stage"]), zorder=3)
+    panel.margins(0.15)
+    handles, labels = panel.get_legend_handles_labels()
+    order = sorted(range(len(labels)), key=lambda i: labels[i])
+    panel.legend([handles[i] for i in order], [labels[i] for i in order], fontsize=9)
     panel.set_xlabel("seconds of training")
     panel.set_ylabel("final validation loss (nats per token)")
     panel.set_title("lower and further left is better; the area is the cache of a token", fontsize=10)

@@ -39,6 +39,17 @@ def nanogpt(measured: dict) -> str:
                 f"| {what} | {row['nanogpt']:,.0f} | {row['ours']:,.0f} | {row['ratio']:.2f} |"
                 for what, row in (("training tokens/s", speed), ("sampling tokens/s, context 256", sampling))
             ),
+            *(
+                f"| training tokens/s, our stage {int(name[5])} | | | {ratio:.2f} |"
+                for name, ratio in measured.get("training_ratio_by_stage", {}).items()
+                if name != measured["stage"]
+            ),
+            *(
+                f"| seconds to nanoGPT's final loss, our stage {int(row['stage'][5])} | {row['nanogpt']:.0f} "
+                f"| {row['ours']:.0f} | {row['ratio']:.2f} |"
+                for row in [measured.get("seconds_to_nanogpts_loss")]
+                if row
+            ),
             f"| validation loss, 2000 steps, all of val | {loss['nanogpt']:.3f} | {loss['ours']:.3f} | |",
             f"| peak memory of the training process, MiB | {memory['nanogpt']:,.0f} | {memory['ours']:,.0f} "
             f"| {memory['ours'] / memory['nanogpt']:.2f} |",

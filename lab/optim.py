@@ -6,19 +6,115 @@ from collections import defaultdict
 import torch
 
 
+def make(name: str, model: torch.nn.Module, lr: float, weight_decay: float, betas: tuple[float, float]):
+    """The optimizer called name, adamw or muon, for all parameters of the model."""
+    return (MuonAndAdamW if name == "muon" else adamw)(model, lr, weight_decay, betas)
+
+
 def adamw(
     model: torch.nn.Module, lr: float, weight_decay: float, betas: tuple[float, float]
+) -> torch.optim.AdamW:
+    """Fused AdamW for all parameters of the model."""
+    return adamw_of(list(model.parameters()), lr, weight_decay, betas)  # a tied matrix comes once
+
+
+def adamw_of(
+    parameters: list[torch.nn.Parameter], lr: float, weight_decay: float, betas: tuple[float, float]
 ) -> torch.optim.AdamW:
     """Fused AdamW (arXiv 1711.05101); only parameters of two dimensions or more decay.
 
     A norm's weight or a bias has its best value away from zero; pulling it there helps nothing.
     """
-    parameters = list(model.parameters())  # a tied matrix comes once
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+
+
+class BatchedMuon(torch.optim.Muon):
+    """torch's Muon, but matrices of equal shape are orthogonalized as one batch, stacks of them too.
+
+    A model has many small matrices of few shapes; one after the other they would leave the processor idle.
+    """
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            by_shape = defaultdict(list)  # of (parameter, its update, whether that lies on its side)
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p.grad))
+                momentum.lerp_(p.grad, 1 - group["momentum"])
+                update = p.grad.lerp(momentum, group["momentum"])  # Nesterov's
+                for matrix, change in zip(
+                    p.view(-1, *p.shape[-2:]), update.view(-1, *p.shape[-2:]), strict=True
+                ):
+                    tall = matrix.size(0) > matrix.size(1)
+                    change = change.T if tall else change
+                    by_shape[change.shape].append((matrix, change, tall))
+            for parts in by_shape.values():
+                updates = orthogonalized(
+                    torch.stack([change for _, change, _ in parts]),
+                    group["ns_coefficients"],
+                    group["ns_steps"],
+                )
+                for (matrix, _, tall), update in zip(parts, updates, strict=True):
+                    # As large, by root mean square, as AdamW's: the same learning rate fits both.
+                    size = 0.2 * math.sqrt(max(matrix.shape))
+                    matrix.mul_(1 - group["lr"] * group["weight_decay"])
+                    matrix.add_(update.T if tall else update, alpha=-group["lr"] * size)
+
+
+def orthogonalized(x: torch.Tensor, coefficients: tuple[float, float, float], steps: int) -> torch.Tensor:
+    """Newton and Schulz's iteration on each matrix of x (N, rows, columns): singular values become near 1."""
+    a, b, c = coefficients
+    x = x.bfloat16()
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+class MuonAndAdamW:
+    """Muon (arXiv 2502.16982) for the matrices of the blocks, AdamW for the rest, as one optimizer."""
+
+    def __init__(self, model: torch.nn.Module, lr: float, weight_decay: float, betas: tuple[float, float]):
+        matrices = {id(p) for p in model.model.layers.parameters() if p.dim() >= 2}
+        flat = [p for p in model.parameters() if id(p) in matrices and p.dim() == 2]
+        options = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": 0.95,
+            "adjust_lr_fn": "match_rms_adamw",
+        }
+        self.muon = BatchedMuon(flat, **options)
+        stacks = [p for p in model.parameters() if id(p) in matrices and p.dim() > 2]
+        if stacks:
+            self.muon.add_param_group({"params": stacks})
+        rest = [p for p in model.parameters() if id(p) not in matrices]
+        self.adamw = adamw_of(rest, lr, weight_decay, betas)
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return self.muon.param_groups + self.adamw.param_groups
+
+    def step(self) -> None:
+        self.muon.step()
+        self.adamw.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.muon.zero_grad(set_to_none)
+        self.adamw.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict:
+        return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.muon.load_state_dict(state["muon"])
+        self.adamw.load_state_dict(state["adamw"])
 
 
 def cosine_lr(step: int, steps: int, warmup_steps: int, lr: float, min_lr: float) -> float:

@@ -39,6 +39,8 @@ class Settings(Generic[ModelConfig]):
     """Sequences in an optimizer step."""
     micro_batch_size: int | None = None
     """Sequences in one forward and backward pass; gradients add up to batch_size. None: all at once."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw, or muon for the matrices of the blocks and adamw for the rest."""
     lr: float = 1e-3
     """Highest learning rate, reached after the warm-up."""
     min_lr: float = 1e-4

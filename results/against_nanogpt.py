@@ -1,7 +1,7 @@
-"""Our stage 0 beside nanoGPT at its own CPU setting: python results/against_nanogpt.py --nanogpt DIR
+"""Our stages beside nanoGPT at its own CPU setting: python results/against_nanogpt.py --nanogpt DIR
 
-DIR is a checkout of karpathy/nanoGPT. Both train on TinyShakespeare's characters as whole programs, in
-turn; then both sample. Writes its part of results/results.json; takes about 20 minutes on 2 cores.
+DIR is a checkout of karpathy/nanoGPT. All train on TinyShakespeare's characters as whole programs, in turn;
+then nanoGPT and stage 0 sample. Writes its part of results/results.json; takes about 15 minutes on 2 cores.
 """
 
 import importlib.util
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 import data
-from lab import cli, device, evaluation, lessons, log, runs, sampling, stages
+from lab import cli, device, evaluation, lessons, log, report, runs, sampling, stages
 from lab.errors import UserError
 
 SETTING = "--device=cpu --compile=False --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128"
@@ -36,10 +36,12 @@ class Settings:
 
     nanogpt: str
     """Checkout of karpathy/nanoGPT."""
-    stage: str = "0"
-    """Our stage: its number or its folder's name."""
-    rounds: int = 5
-    """Times that each of the two is measured, in turn; the medians are reported."""
+    stages: str = "0,1,2,3,4,5"
+    """Our stages; the first is compared in loss, memory and sampling too."""
+    best: str = "4"
+    """Our stage that has to reach nanoGPT's final loss."""
+    rounds: int = 3
+    """Times that each is measured, in turn; the medians are reported."""
     steps: int = 300
     """Training steps in a round."""
 
@@ -51,27 +53,40 @@ def main():
         raise UserError(f"{nanogpt} is no checkout of nanoGPT: it has no train.py")
     dataset = data.load("tinyshakespeare")
     prepare_nanogpt(nanogpt, dataset)
-    sampling_speeds = sampling_speed(nanogpt, settings)
+    names = [stages.find(stage) for stage in settings.stages.split(",")]
+    sampling_speeds = sampling_speed(nanogpt, names[0], settings.rounds)
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
-        speed = {"nanogpt": [], "ours": []}
+        speed = {"nanogpt": []} | {name: [] for name in names}
         for number in range(settings.rounds):
             seconds, _ = train_nanogpt(nanogpt, scratch / f"theirs{number}", settings.steps, 1)
             speed["nanogpt"].append(12 * 64 / statistics.median(seconds))
-            folder, _ = train_ours(settings.stage, scratch / f"ours{number}", settings.steps)
-            lines = log.read_metrics(folder / "metrics.jsonl")
-            speed["ours"].append(statistics.median(line["tokens_per_second"] for line in lines))
-            print({name: round(values[-1]) for name, values in speed.items()})
+            for name in names:
+                folder, _ = train_ours(name, scratch / f"{name}{number}", settings.steps)
+                lines = log.read_metrics(folder / "metrics.jsonl")
+                speed[name].append(statistics.median(line["tokens_per_second"] for line in lines))
+            print({name: round(values[-1]) for name, values in speed.items()}, flush=True)
         theirs = scratch / "theirs"
         _, their_memory = train_nanogpt(nanogpt, theirs, 2000, 100)
-        ours, our_memory = train_ours(settings.stage, scratch / "ours", 2000)
+        ours, our_memory = train_ours(names[0], scratch / "ours", 2000)
+        best, _ = train_ours(stages.find(settings.best), scratch / "best", 2000, "--eval-every", "50")
+        their_loss = nanogpt_loss(nanogpt, theirs, dataset)
+        their_seconds = 2000 * 12 * 64 / statistics.median(speed["nanogpt"])
+        our_seconds = report.seconds_to(log.read_metrics(best / "metrics.jsonl"), their_loss)
         result = {
-            "stage": stages.find(settings.stage),
+            "stage": names[0],
             "dataset": dataset.name,
             "rounds": settings.rounds,
-            "training_tokens_per_second": compare(speed["nanogpt"], speed["ours"]),
+            "training_tokens_per_second": compare(speed["nanogpt"], speed[names[0]]),
+            "training_ratio_by_stage": {n: compare(speed["nanogpt"], speed[n])["ratio"] for n in names},
+            "seconds_to_nanogpts_loss": {
+                "stage": stages.find(settings.best),
+                "nanogpt": their_seconds,
+                "ours": our_seconds,
+                "ratio": our_seconds / their_seconds,
+            },
             "val_loss_after_2000_steps": {
-                "nanogpt": nanogpt_loss(nanogpt, theirs, dataset),
+                "nanogpt": their_loss,
                 "ours": log.read_metrics(ours / "metrics.jsonl")[-1]["val_loss"],
             },
             "peak_memory_mib": {"nanogpt": their_memory / 2**20, "ours": our_memory / 2**20},
@@ -120,9 +135,9 @@ def train_nanogpt(nanogpt: Path, out: Path, steps: int, log_interval: int) -> tu
     return [float(ms) / 1e3 for ms in re.findall(r"time ([\d.]+)ms", printed)][10:], memory
 
 
-def train_ours(stage: str, out: Path, steps: int) -> tuple[Path, int]:
+def train_ours(stage: str, out: Path, steps: int, *more: str) -> tuple[Path, int]:
     """Our train.py on the laptop preset; returns the run's folder and its peak memory in bytes."""
-    flags = ["--stage", stage, "--preset", "laptop", "--device", "cpu", "--out", str(out)]
+    flags = ["--stage", stage, "--preset", "laptop", "--device", "cpu", "--out", str(out), *more]
     if steps != 2000:  # a schedule of the whole length, stopped early, costs the same a step
         flags += ["--steps", str(steps)]
     _, memory = timed([stages.ROOT, sys.executable, "train.py", *flags], out)
@@ -155,14 +170,14 @@ def nanogpt_loss(nanogpt: Path, out: Path, dataset: data.Dataset) -> float:
     return evaluation.next_token_loss(Adapter().eval(), np.asarray(dataset.val), 10**6, 64, autocast, CPU)
 
 
-def sampling_speed(nanogpt: Path, settings: Settings, n_tokens: int = 500) -> dict:
+def sampling_speed(nanogpt: Path, name: str, rounds: int, n_tokens: int = 500) -> dict:
     """Tokens a second with a context of 256 and the laptop preset's sizes, untrained, in turn."""
     sizes = {"vocab_size": 65, "block_size": 256, "n_layer": 4, "n_head": 4, "n_embd": 128}
-    module, stage = load_nanogpt(nanogpt), stages.load(stages.find(settings.stage))
+    module, stage = load_nanogpt(nanogpt), stages.load(name)
     theirs = module.GPT(module.GPTConfig(**sizes, dropout=0.0, bias=False)).eval()
     ours = stage.GPT(stage.GPTConfig(**sizes)).eval()
     speed = {"nanogpt": [], "ours": []}
-    for _ in range(settings.rounds):
+    for _ in range(rounds):
         started = time.perf_counter()
         with torch.no_grad():
             theirs.generate(torch.zeros(1, 1, dtype=torch.int64), n_tokens, temperature=0.8, top_k=200)

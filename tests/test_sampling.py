@@ -137,6 +137,6 @@ def test_a_character_of_several_tokens_is_shown_whole(run_train, run_sample, wor
     assert run_train("--stage", "0", "--steps", "1", "--model.vocab-size", "256") == 0
     capsys.readouterr()
     monkeypatch.setattr("lab.runs.tokenizer", lambda folder: Bytes)
-    monkeypatch.setattr(sampling, "generate", lambda *arguments: iter("né€".encode()))
+    monkeypatch.setattr(sampling, "generate", lambda *arguments, **options: iter("né€".encode()))
     assert run_sample("--prompt", "a") == 0
     assert capsys.readouterr().out == "ané€\n"

@@ -40,6 +40,67 @@ def stop_at(monkeypatch, step, number=signal.SIGTERM):
     monkeypatch.setattr(batches, "train_batch", train_batch)
 
 
+# Muon
+
+
+def muon_models(stage):
+    """Two equal models with equal gradients."""
+    made = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = stage.GPT(stage.GPTConfig(vocab_size=65, block_size=16, n_layer=2, n_head=4, n_embd=32))
+        idx = torch.arange(64).view(4, 16)
+        sum(model(idx, targets=idx)[1].values()).backward()
+        made.append(model)
+    return made
+
+
+def test_muon_in_batches_is_torchs_muon():
+    ours, theirs = muon_models(stages.load("stage4_gqa"))
+    options = (1e-2, 0.1, (0.9, 0.99))
+    both = optim.make("muon", ours, *options)
+    matrices = [p for p in theirs.model.layers.parameters() if p.dim() == 2]
+    muon = torch.optim.Muon(
+        matrices, lr=1e-2, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+    )
+    for _ in range(3):
+        both.step()
+        muon.step()
+    names = [name for name, p in theirs.named_parameters() if any(p is matrix for matrix in matrices)]
+    assert len(names) == 14
+    for name, parameter in ours.named_parameters():
+        moved = parameter - muon_models(stages.load("stage4_gqa"))[0].state_dict()[name]
+        assert moved.abs().max() > 1e-4, name  # AdamW moves the rest
+        if name in names:
+            torch.testing.assert_close(parameter, theirs.state_dict()[name], atol=2e-3, rtol=0)
+
+
+def test_muon_takes_every_expert_as_a_matrix_of_its_own():
+    ours, theirs = muon_models(stages.load("stage6_moe"))
+    optim.make("muon", ours, 1e-2, 0.1, (0.9, 0.99)).step()
+    for stack, moved in zip(
+        theirs.model.layers[0].mlp.experts.parameters(),
+        ours.model.layers[0].mlp.experts.parameters(),
+        strict=True,
+    ):
+        for expert, gradient, after in zip(stack.detach(), stack.grad, moved, strict=True):
+            alone = torch.nn.Parameter(expert.clone())
+            alone.grad = gradient
+            torch.optim.Muon([alone], lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw").step()
+            torch.testing.assert_close(after, alone, atol=2e-3, rtol=0)
+            assert (after - expert).abs().max() > 2.5e-3  # it moved by more than the two may differ
+
+
+def test_muon_resumes_bit_for_bit(run_train, workshop, monkeypatch):
+    flags = ("--stage", "4", "--optimizer", "muon", "--steps", "10", "--eval-every", "4", "--log-every", "1")
+    assert run_train(*flags, "--out", "whole") == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, 6)
+        assert run_train(*flags, "--out", "stopped") == 128 + signal.SIGTERM
+    assert run_train("--resume", "--out", "stopped") == 0
+    assert metrics("stopped") == metrics("whole")
+
+
 # Batches
 
 
@@ -117,6 +178,8 @@ def test_only_matrices_decay_and_a_tied_one_once(make_model):
 
 def test_accumulated_gradients_and_losses_are_those_of_the_whole_batch(make_model):
     model = make_model().train()
+    if hasattr(model.config, "router_aux_loss_coef"):  # counts the tokens of what is done at once: not a mean
+        model.config.router_aux_loss_coef = 0.0
     idx, targets = torch.randint(65, (2, 12, 16), generator=torch.Generator().manual_seed(0))
     autocast = device.autocast(torch.device("cpu"), torch.float32)
     whole = optim.accumulate_gradients(model, idx, targets, 12, autocast)
