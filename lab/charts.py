@@ -88,13 +88,18 @@ def bars(by_number: dict[int, dict]):
         values = {n: measure(row) for n, row in sorted(by_number.items()) if row and measure(row) is not None}
         places = range(len(values))
         drawn = panel.bar(places, values.values(), color=[STAGE_COLORS[n] for n in values])
-        panel.bar_label(drawn, [f"{value:,.0f}" for value in values.values()], fontsize=7, padding=2)
+        panel.bar_label(drawn, [short(value) for value in values.values()], fontsize=7, padding=2)
         panel.set_xticks(places, [str(n) for n in values])
         panel.set_xlabel("stage")
         panel.set_title(title, fontsize=10)
         panel.margins(y=0.12)
         panel.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def short(value: float) -> str:
+    """A number over a bar, no wider than the bar."""
+    return f"{value / 1000:.1f}k" if value >= 10_000 else f"{value:,.0f}"
 
 
 def cost(by_number: dict[int, dict]):
@@ -144,5 +149,5 @@ def by_context(measured: dict[str, dict], what: str):
         panel.set_xlabel("context (tokens)")
         panel.set_ylabel(title)
         panel.grid(alpha=0.3)
-    panels[0].legend(fontsize=8, ncols=2)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", fontsize=8, ncols=8)
     return figure

@@ -88,7 +88,7 @@ def balancing(measured: dict) -> str:
     """The table of the ways to balance experts."""
     rows = ["| | val loss | busiest expert's share | entropy of the scores (nats) |", "|---|---|---|---|"]
     for name, way in measured.items():
-        loss = f"{way['val_loss']['mean']:.3f} ± {way['val_loss']['std']:.3f}"
+        loss = report.with_std(way["val_loss"], 3)
         rows.append(f"| {name} | {loss} | {way['busiest_expert']:.0%} | {way['router_entropy']:.2f} |")
     return "\n".join(rows)
 
@@ -127,6 +127,12 @@ def decoding(measured: dict) -> str:
     for name in names:
         rows.append(f"| {name} | " + " | ".join(f"{point[name]:,.0f}" for point in measured.values()) + " |")
     return "\n".join(rows)
+
+
+def mla_training(measured: dict) -> str:
+    """The table of training speed relative to stage 6."""
+    rows = ["| | of stage 6's tokens/s |", "|---|---|"]
+    return "\n".join(rows + [f"| {name} | {ratio:.2f}× |" for name, ratio in measured.items()])
 
 
 def drafts(measured: list[dict]) -> str:
@@ -172,6 +178,7 @@ def filled(page: str, number: int | None, results: dict) -> str:
         parts["losses"] = losses(results["mla"]["losses"])
         parts["caches"] = caches(results)
         parts["decoding"] = decoding(results["mla"]["decoding"])
+        parts["training"] = mla_training(results["mla"]["training"])
         parts["drafts"] = drafts(results["mla"]["drafts"])
     if number is None and "against_transformers" in results:
         parts["transformers"] = transformers(results["against_transformers"]["stages"])

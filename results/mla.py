@@ -13,6 +13,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import moe
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # Python looks in results/ alone
@@ -57,6 +58,7 @@ def main():
     results = lessons.read_results()
     results["mla"] = {
         "losses": losses(settings.seeds),
+        "training": training(settings.rounds),
         "decoding": decoding(settings.rounds),
         "drafts": drafts(trained, settings.rounds),
         "rounds": settings.rounds,
@@ -106,6 +108,16 @@ def losses(seeds: int) -> dict:
         if done:
             finals[name] = spread.summary(done)
     return finals
+
+
+def training(rounds: int) -> dict:
+    """Training speed as a multiple of stage 6's, with the block of multi-token prediction and without."""
+    dtype = device.choose_dtype("auto", CPU)
+    six = moe.training_step("stage6_moe", dtype, router="sigmoid")
+    return {
+        name: moe.ratio(rounds, moe.training_step("stage7_mla_mtp", dtype, **fields), six)
+        for name, fields in {"stage 7": {}, "without MTP": {"num_nextn_predict_layers": 0}}.items()
+    }
 
 
 def decoding(rounds: int) -> dict:

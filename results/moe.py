@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from lab import cli, device, lessons, log, optim, plots, presets, runs, stages
+from lab import cli, device, lessons, log, optim, plots, presets, runs, spread, stages
 
 CPU = torch.device("cpu")
 VARIANTS = {
@@ -60,7 +60,7 @@ def summary(seeds: list[list[dict]]) -> dict:
     busiest = [statistics.mean(r["busiest_expert"] for r in m[-len(m) // 10 :]) for m in seeds]
     entropy = [statistics.mean(m[-1]["router_entropy"]) for m in seeds]
     return {
-        "val_loss": {"mean": statistics.mean(losses), "std": statistics.stdev(losses) if seeds[1:] else 0.0},
+        "val_loss": spread.summary(losses),
         "busiest_expert": statistics.mean(busiest),
         "router_entropy": statistics.mean(entropy),
         "seeds": len(seeds),
@@ -85,7 +85,7 @@ def train(name: str, flags: list[str], n_seeds: int) -> list[list[dict]]:
 def compare_speeds(rounds: int, dtype: torch.dtype) -> dict:
     """How many times as fast stage 6 is as the others, forward and backward, all in turn."""
     return {
-        "of_stage_5": ratio(rounds, *training_steps(dtype)),
+        "of_stage_5": ratio(rounds, training_step("stage6_moe", dtype), training_step("stage5_flash", dtype)),
         "of_a_loop_over_64_experts": ratio(rounds, *mixtures(dtype, 64, 6, loop_over_experts)),
         "of_transformers_mixtral": ratio(rounds, *mixtures(dtype, 8, 2, transformers_mixtral, 344)),
         "of_transformers_mixtral_64_experts": ratio(rounds, *mixtures(dtype, 64, 6, transformers_mixtral)),
@@ -105,24 +105,20 @@ def ratio(rounds: int, ours, theirs) -> float:
     return statistics.median(ratios[2:])
 
 
-def training_steps(dtype: torch.dtype):
-    """An optimizer step of stage 6 and one of stage 5, laptop preset."""
+def training_step(name: str, dtype: torch.dtype, **fields):
+    """A function that does an optimizer step of a stage, laptop preset but for these fields."""
+    stage = stages.load(name)
+    model = stage.GPT(stage.GPTConfig(vocab_size=65, **presets.PRESETS["laptop"]["model"], **fields))
+    optimizer, autocast = optim.adamw(model, 1e-3, 0.1, (0.9, 0.99)), device.autocast(CPU, dtype)
+    idx = torch.randint(65, (12, 64))
 
-    def stepper(name):
-        stage = stages.load(name)
-        model = stage.GPT(stage.GPTConfig(vocab_size=65, **presets.PRESETS["laptop"]["model"]))
-        optimizer, autocast = optim.adamw(model, 1e-3, 0.1, (0.9, 0.99)), device.autocast(CPU, dtype)
-        idx = torch.randint(65, (12, 64))
+    def step():
+        optim.accumulate_gradients(model, idx, idx, 12, autocast)
+        optim.update(model, optimizer, 1e-3, 1.0)
+        if hasattr(model, "after_step"):
+            model.after_step()
 
-        def step():
-            optim.accumulate_gradients(model, idx, idx, 12, autocast)
-            optim.update(model, optimizer, 1e-3, 1.0)
-            if hasattr(model, "after_step"):
-                model.after_step()
-
-        return step
-
-    return stepper("stage6_moe"), stepper("stage5_flash")
+    return step
 
 
 def mixtures(dtype: torch.dtype, n_experts: int, k: int, make_other, width: int = 64):

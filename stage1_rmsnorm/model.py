@@ -2,7 +2,7 @@
 
 Idea: divide x by its root mean square and multiply by a learned weight: no mean, no shift.
 Paper: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization", arXiv 1910.07467.
-Changed: LayerNorm becomes RMSNorm, and every bias goes. It should buy a little speed.
+Changed: LayerNorm becomes RMSNorm, and every bias goes. It should buy simplicity, and speed once fused.
 """
 
 import math
