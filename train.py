@@ -3,18 +3,32 @@
 Leaves a folder in runs/: config.json (all that is needed to repeat the run), metrics.jsonl, the
 checkpoints last/ and best/, loss.png and sample.txt. Ctrl-C saves; --resume goes on bit for bit.
 --init-from RUN starts from the weights of another run, trained here or imported (fine-tuning).
+torchrun --nproc-per-node N train.py … does the same with N processes, on one machine or many.
 """
 
 import math
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 import data
-from lab import batches, checkpoint, cli, cost, evaluation, log, optim, plots, runs, sampling, stages
+from lab import (
+    batches,
+    checkpoint,
+    cli,
+    cost,
+    evaluation,
+    log,
+    optim,
+    parallel,
+    plots,
+    runs,
+    sampling,
+    stages,
+)
 from lab import device as devices
 from lab import settings as command_line
 from lab.errors import UserError, shown
@@ -25,12 +39,12 @@ def main():
     settings = command_line.parse(sys.argv[1:])
     if settings.wandb:
         log.import_wandb()  # better known before the run than after its first step
-    dataset = data.load(settings.data, settings.tokenizer)
+    device = parallel.start(devices.choose(settings.device))
+    dataset = parallel.in_turn(lambda: data.load(settings.data, settings.tokenizer))
     known = settings.out if settings.resume else settings.init_from  # a run whose weights know their tokens
     if known:
         dataset = data.recode(dataset, runs.read_meta(Path(known)))
-    settings.model = fit_to_data(settings.model, dataset)
-    device = devices.choose(settings.device)
+    settings.model = command_line.fit_to_data(settings.model, dataset)
     dtype = devices.choose_dtype(settings.dtype, device)
     devices.prepare(device)
 
@@ -38,8 +52,6 @@ def main():
     stage = stages.load(settings.stage)
     attention = stages.attention(stage, settings.model, device, dtype)
     model = stage.GPT(settings.model).to(device)
-    betas = (settings.beta1, settings.beta2)
-    optimizer = optim.make(settings.optimizer, model, settings.lr, settings.weight_decay, betas)
     flops = cost.flops_per_token(model)
 
     config = {
@@ -52,63 +64,73 @@ def main():
         "parameters": cost.parameters(model),
         "active_parameters": cost.active_parameters(model),
         "flops_per_token": flops,
+        "processes": parallel.WORLD_SIZE,
         "machine": runs.machine(device),
     }
+    if settings.init_from:
+        runs.load_weights(Path(settings.init_from), "best", model)
+    joined, optimizer = prepare_training(settings, model, dtype)
     if settings.resume:
         folder = Path(settings.out)
         progress = restore(folder, model, optimizer, device)
-        runs.note_resumed(folder, config, progress["step"])
+        parallel.from_first(lambda: runs.note_resumed(folder, config, progress["step"]))
     else:
-        if settings.init_from:
-            runs.load_weights(Path(settings.init_from), "best", model)
-        folder = runs.create(settings.out, settings.stage, dataset, settings.seed, config)
+        folder = parallel.from_first(
+            lambda: runs.create(settings.out, settings.stage, dataset, settings.seed, config)
+        )
         progress = {"step": 0, "seconds": 0.0, "best_val_loss": math.inf}
     counted = f"{config['parameters']:,} parameters"
     computed = f", attention: {attention}" if attention else ""
-    print(f"{settings.stage} on {dataset.name}: {counted}, {device}, {config['dtype']}{computed}")
+    processes = f", {parallel.WORLD_SIZE} processes" if parallel.WORLD_SIZE > 1 else ""
+    print(f"{settings.stage} on {dataset.name}: {counted}, {device}, {config['dtype']}{computed}{processes}")
     print(f"the run is in {shown(folder)}")
 
-    stopped_by = train(settings, model, optimizer, dataset, device, dtype, folder, progress, flops)
+    stopped_by = train(settings, model, joined, optimizer, dataset, device, dtype, folder, progress, flops)
+    parallel.stop()
     if stopped_by:
         print(f"stopped after step {progress['step']}; go on with: {checkpoint.resume_command(folder)}")
         sys.exit(128 + stopped_by)
-    report(folder, dataset, device)
+    if parallel.RANK == 0:
+        report(folder, dataset, device)
 
 
-def fit_to_data(config, dataset: data.Dataset):
-    """The model's sizes with the vocabulary of the data; a UserError where they do not go together."""
-    needed = dataset.tokenizer.vocab_size
-    if config.vocab_size == type(config).vocab_size and needed < 50257:
-        config = replace(config, vocab_size=needed)  # only GPT-2's vocabulary is padded, to 50304
-    if config.vocab_size < needed:
-        raise UserError(
-            f"--model.vocab-size {config.vocab_size} is less than the {needed} tokens of {dataset.name}"
-        )
-    shortest = min(len(dataset.train), len(dataset.val))
-    if shortest <= config.block_size:
-        raise UserError(
-            f"--model.block-size {config.block_size} is too long for {dataset.name}: its shorter split has "
-            f"{shortest} tokens; use {max(1, shortest - 1)} or less, or more text"
-        )
-    return config
+def prepare_training(settings, model, dtype) -> tuple:
+    """The model to train with, on its own or with other processes, and the optimizer."""
+    if settings.activation_checkpointing:
+        parallel.recompute_blocks(model)
+    joined = parallel.join(model, settings.parallel, dtype)
+    if settings.optimizer == "muon" and parallel.is_sharded(model):
+        raise UserError("--optimizer muon needs whole matrices, and fsdp has parts: use --parallel ddp")
+    betas = (settings.beta1, settings.beta2)
+    optimizer = optim.make(settings.optimizer, model, settings.lr, settings.weight_decay, betas)
+    if parallel.RANK:  # the same weights everywhere, from here on another dropout
+        torch.manual_seed(settings.seed + parallel.RANK * 2**32)
+    return torch.compile(joined) if settings.compile else joined, optimizer
 
 
 def restore(folder: Path, model, optimizer, device: torch.device) -> dict:
     """Puts everything back to where the last checkpoint was; returns the run's progress."""
-    checkpoint.load_weights(folder, "last", model)
     state = checkpoint.load_state(folder)
-    optimizer.load_state_dict(state["optimizer"])
-    devices.set_rng_state(state["rng"], device)
+    if "optimizer" in state:
+        checkpoint.load_weights(folder, "last", model)
+        optimizer.load_state_dict(state["optimizer"])
+    else:
+        checkpoint.load_parts(folder, model, optimizer)
+    if len(state["rngs"]) > parallel.RANK:
+        devices.set_rng_state(state["rngs"][parallel.RANK], device)
     return state["progress"]
 
 
-def train(settings, model, optimizer, dataset, device, dtype, folder, progress, flops) -> int | None:
-    """Runs the remaining steps, updating progress; returns the signal that stopped it early, or None."""
-    compiled = torch.compile(model) if settings.compile else model
+def train(settings, model, joined, optimizer, dataset, device, dtype, folder, progress, flops) -> int | None:
+    """Runs the remaining steps, updating progress; returns the signal that stopped it early, or None.
+
+    joined is the model as it trains: compiled, and with the other processes.
+    """
     autocast = devices.autocast(device, dtype)
-    micro_batch = settings.micro_batch_size or settings.batch_size
+    micro_batch = parallel.micro_batch(settings.batch_size, settings.micro_batch_size)
+    rows = parallel.my_rows(settings.batch_size, micro_batch)
     tokens_per_step = settings.batch_size * settings.model.block_size
-    peak_flops = devices.peak_flops(device)
+    peak_flops = (devices.peak_flops(device) or 0) * parallel.WORLD_SIZE
     wandb_config = runs.read_config(folder) if settings.wandb else None
     recent = []  # losses and gradient norms since the last look at them, still on the device
 
@@ -121,10 +143,10 @@ def train(settings, model, optimizer, dataset, device, dtype, folder, progress, 
         for step in range(progress["step"] + 1, settings.steps + 1):
             lr = optim.cosine_lr(step, settings.steps, settings.warmup_steps, settings.lr, settings.min_lr)
             idx, targets = batches.train_batch(
-                dataset.train, settings.seed, step, settings.batch_size, settings.model.block_size
+                dataset.train, settings.seed, step, settings.batch_size, settings.model.block_size, rows
             )
             idx, targets = idx.to(device), targets.to(device)
-            losses = optim.accumulate_gradients(compiled, idx, targets, micro_batch, autocast)
+            losses = optim.accumulate_gradients(joined, idx, targets, micro_batch, autocast)
             grad_norm = optim.update(model, optimizer, lr, settings.grad_clip)
             recent.append((losses, grad_norm))
             # A mixture of experts (stage 6 on) balances itself after a step, and says how busy each was.
@@ -132,11 +154,13 @@ def train(settings, model, optimizer, dataset, device, dtype, folder, progress, 
 
             last_step = step == settings.steps
             evaluates = step % settings.eval_every == 0 or last_step
-            if not (step % settings.log_every == 0 or evaluates or request.signal):
+            stop_signal = parallel.largest(request.signal)
+            if not (step % settings.log_every == 0 or evaluates or stop_signal):
                 continue
             devices.synchronize(device)
             seconds = time.perf_counter() - started
             stop_if_not_finite(recent, step, folder)
+            losses = {name: parallel.total(loss / parallel.WORLD_SIZE) for name, loss in losses.items()}
             progress["step"] = step
             progress["seconds"] += seconds
             record = {
@@ -166,12 +190,13 @@ def train(settings, model, optimizer, dataset, device, dtype, folder, progress, 
                 if val_loss < progress["best_val_loss"]:
                     progress["best_val_loss"] = val_loss
                     checkpoint.save(folder, "best", model, metadata, state=None)
-            if evaluates or request.signal:
-                rng = devices.rng_state(device)
-                state = {"optimizer": optimizer.state_dict(), "rng": rng, "progress": progress}
-                checkpoint.save(folder, "last", model, metadata, state)
-            if request.signal and not last_step:
-                return request.signal
+            if evaluates or stop_signal:
+                state = {"rngs": parallel.of_all(devices.rng_state(device)), "progress": progress}
+                if not parallel.is_sharded(model):
+                    state["optimizer"] = optimizer.state_dict()
+                checkpoint.save(folder, "last", model, metadata, state, optimizer)
+            if stop_signal and not last_step:
+                return stop_signal
             recent.clear()
             started = time.perf_counter()
     return None

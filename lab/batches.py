@@ -6,14 +6,18 @@ import numpy as np
 import torch
 
 
-def train_batch(tokens: np.ndarray, seed: int, step: int, batch_size: int, block_size: int) -> tuple:
+def train_batch(
+    tokens: np.ndarray, seed: int, step: int, batch_size: int, block_size: int, rows: np.ndarray | None = None
+) -> tuple:
     """The batch of an optimizer step: idx and targets, each (batch_size, block_size) int64.
 
     A pure function of its arguments: evaluating, resuming or another model never shifts the data.
-    Reads only these windows of a memory-mapped file.
+    Reads only these windows of a memory-mapped file; only the rows given, which are those of one process.
     """
     random = np.random.default_rng((seed, step))
     starts = random.integers(len(tokens) - block_size, size=batch_size)
+    if rows is not None:
+        starts = starts[rows]
     windows = tokens[starts[:, None] + np.arange(block_size + 1)]  # (batch_size, block_size + 1)
     windows = torch.from_numpy(windows.astype(np.int64))
     return windows[:, :-1], windows[:, 1:]

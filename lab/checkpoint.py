@@ -2,10 +2,12 @@
 
 A run holds two: last/ to resume from and best/, the one of the lowest validation loss. Each has
 model.safetensors (the weights under Hugging Face's names, with the step and the loss as metadata);
-last/ has state.pt as well (optimizer, random generators, clock).
+last/ has state.pt as well (optimizer, random generators, clock). With FSDP last/ has, instead of the model
+and the optimizer in one file, a file of each process's part (see sharded.py), and metadata.json.
 """
 
 import io
+import json
 import os
 import shutil
 from pathlib import Path
@@ -16,22 +18,43 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 
+from lab import parallel, sharded
 from lab.errors import UserError, shown
 
 WEIGHTS = "model.safetensors"
 STATE = "state.pt"
+METADATA = "metadata.json"
 
 
-def save(run: Path, name: str, model: torch.nn.Module, metadata: dict[str, str], state: dict | None) -> None:
+def save(
+    run: Path,
+    name: str,
+    model: torch.nn.Module,
+    metadata: dict[str, str],
+    state: dict | None,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> None:
     """Writes the checkpoint run/name ("last" or "best"), or leaves the one before as it was.
 
-    Raises UserError where the disk is full.
+    Every process calls it, and the first one writes; of a sharded model and an optimizer each writes its
+    part. Raises UserError where the disk is full.
     """
     folder, unfinished, old = (run / f"{name}{suffix}" for suffix in ("", ".tmp", ".old"))
-    shutil.rmtree(unfinished, ignore_errors=True)
+    in_parts = optimizer is not None and parallel.is_sharded(model)
+    tensors = {} if in_parts else whole_weights(model)
     try:
-        unfinished.mkdir()
-        write(unfinished / WEIGHTS, safetensors_bytes(weights(model), metadata))
+        if parallel.RANK == 0:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir()
+        if in_parts:
+            parallel.from_first(lambda: None)  # the folder is there
+            sharded.save(unfinished, weights(model), model, optimizer)
+        if parallel.RANK:
+            return
+        if in_parts:
+            write(unfinished / METADATA, json.dumps(metadata).encode())
+        else:
+            write(unfinished / WEIGHTS, safetensors_bytes(tensors, metadata))
         if state is not None:
             buffer = io.BytesIO()
             torch.save(state, buffer)
@@ -70,6 +93,16 @@ def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
+def whole_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The model's tensors, gathered in the first process where they are in parts; empty in the others."""
+    tensors = {}
+    for name, tensor in weights(model).items():
+        tensor = parallel.whole(tensor)  # by all of them, one tensor at a time
+        if parallel.RANK == 0:
+            tensors[name] = tensor.cpu()
+    return tensors
+
+
 def find(run: Path, name: str) -> Path | None:
     """The folder of the checkpoint run/name, None where there is none."""
     for folder in (run / name, run / f"{name}.old"):
@@ -85,21 +118,29 @@ def exists(run: Path) -> bool:
 
 def written_at(run: Path) -> float:
     """When the last checkpoint was written, in seconds since the epoch."""
-    return (find(run, "last") / WEIGHTS).stat().st_mtime
+    return find(run, "last").stat().st_mtime
 
 
 def step(run: Path) -> int:
     """The optimizer step of the last checkpoint."""
-    return int(metadata(find(run, "last") / WEIGHTS)["step"])
+    return int(metadata(find(run, "last"))["step"])
 
 
-def metadata(path: Path) -> dict[str, str]:
+def metadata(folder: Path) -> dict[str, str]:
     """What was saved with the weights: stage, step, val_loss."""
+    path = folder / (METADATA if is_in_parts(folder) else WEIGHTS)
     try:
+        if path.name == METADATA:
+            return json.loads(path.read_text())
         with safetensors.safe_open(path, "pt") as file:
             return file.metadata() or {}
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         raise damaged(path, error) from None
+
+
+def is_in_parts(folder: Path) -> bool:
+    """Whether a checkpoint was written by several processes."""
+    return (folder / METADATA).exists()
 
 
 def load_weights(run: Path, name: str, model: torch.nn.Module) -> dict[str, str]:
@@ -107,8 +148,11 @@ def load_weights(run: Path, name: str, model: torch.nn.Module) -> dict[str, str]
     folder = find(run, name)
     if folder is None:
         raise UserError(f"{shown(run)} has no checkpoint {name!r}")
+    saved = metadata(folder)
+    if is_in_parts(folder):
+        load_parts(run, model, None)
+        return saved
     path = folder / WEIGHTS
-    saved = metadata(path)
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
@@ -125,6 +169,15 @@ def load_weights(run: Path, name: str, model: torch.nn.Module) -> dict[str, str]
         )
     model.load_state_dict(tensors, strict=False)  # strict but for the tied head: checked above
     return saved
+
+
+def load_parts(run: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    """Fills the model, and the optimizer unless None, from the last checkpoint of a run with FSDP."""
+    folder = find(run, "last")
+    try:
+        sharded.load(folder, weights(model), model, optimizer)
+    except Exception as error:  # a missing part, another shape: torch raises a different kind for each
+        raise damaged(folder, error) from None
 
 
 def shape(tensors: dict[str, torch.Tensor], key: str) -> str:

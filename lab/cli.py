@@ -56,5 +56,6 @@ def run(main: Callable[[], None]) -> None:
 
 def fail(message: str) -> int:
     """Prints the error; returns the exit status."""
-    print(f"error: {message}", file=sys.stderr)
+    process = f"process {os.environ['RANK']}: " if "RANK" in os.environ else ""  # one of torchrun's
+    print(f"error: {process}{message}", file=sys.stderr, flush=True)
     return 2

@@ -5,25 +5,33 @@ import math
 import numpy as np
 import torch
 
-from lab import batches
+from lab import batches, parallel
 
 
 @torch.no_grad()
 def next_token_loss(
     model: torch.nn.Module, tokens: np.ndarray, limit: int, batch_size: int, autocast, device: torch.device
 ) -> float:
-    """Mean cross-entropy in nats over the first `limit` targets of tokens, in windows of the context."""
+    """Mean cross-entropy in nats over the first `limit` targets of tokens, in windows of the context.
+
+    Several processes share the batches; each gets the same number.
+    """
     was_training = model.training
     model.eval()
-    total, n_targets = 0.0, 0
-    for idx, targets in batches.eval_batches(tokens, limit, batch_size, model.config.block_size):
+    everything = list(batches.eval_batches(tokens, limit, batch_size, model.config.block_size))
+    sums, sizes = [], []
+    for first in range(0, len(everything), parallel.WORLD_SIZE):
+        mine = first + parallel.RANK
+        # With FSDP all must compute in step: who has no batch left repeats the last one, uncounted.
+        idx, targets = everything[min(mine, len(everything) - 1)]
         with autocast:
             _, losses = model(idx.to(device), targets.to(device))
-        n = (targets != -1).sum().item()
-        total += losses["next_token"].double() * n
-        n_targets += n
+        sizes.append((targets != -1).sum().item() if mine < len(everything) else 0)
+        sums.append(losses["next_token"] * sizes[-1])
     model.train(was_training)
-    return (total / n_targets).item()
+    found = torch.stack([torch.stack(sums).cpu().double().sum(), torch.tensor(sum(sizes)).double()])
+    loss, n_targets = parallel.total(found)
+    return (loss / n_targets).item()
 
 
 def bits_per_byte(loss: float, meta: dict) -> float:

@@ -2,9 +2,14 @@
 
 import signal
 
+from lab import parallel
+
 
 class StopRequest:
-    """A context manager; .signal is the signal received, or None. A second one stops at once."""
+    """A context manager; .signal is the signal received, or None. A second one stops at once.
+
+    Not under torchrun: the terminal sends Ctrl-C to every process, and torchrun passes it on once more.
+    """
 
     def __enter__(self):
         self.signal = None
@@ -18,6 +23,6 @@ class StopRequest:
             signal.signal(number, handler)
 
     def receive(self, number, frame):
-        if self.signal is not None:
+        if self.signal is not None and parallel.WORLD_SIZE == 1:
             raise KeyboardInterrupt
         self.signal = number

@@ -8,17 +8,19 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from lab import parallel
 from lab.errors import UserError
 
 SECONDS_BETWEEN_LINES = 10
 
 
 class RunLog:
-    """The metrics of one run; a context manager around the training loop."""
+    """The metrics of one run; a context manager around the training loop. Only the first process writes."""
 
     def __init__(self, folder: Path, steps: int, first_step: int, wandb_config: dict | None):
-        self.path = folder / "metrics.jsonl"
-        keep_until(self.path, first_step)
+        self.path = folder / "metrics.jsonl" if parallel.RANK == 0 else Path(os.devnull)
+        if parallel.RANK == 0:
+            keep_until(self.path, first_step)
         self.console = Console(highlight=False)
         self.live = self.console.is_terminal
         self.steps = steps
@@ -35,7 +37,7 @@ class RunLog:
         self.val_loss = None
         self.printed_at = 0.0
         self.wandb = None
-        if wandb_config is not None:
+        if wandb_config is not None and parallel.RANK == 0:
             self.wandb = import_wandb().init(
                 project="eight-small-diffs", name=folder.name, dir=folder, config=wandb_config
             )

@@ -5,6 +5,8 @@ from collections import defaultdict
 
 import torch
 
+from lab import parallel
+
 
 def make(name: str, model: torch.nn.Module, lr: float, weight_decay: float, betas: tuple[float, float]):
     """The optimizer called name, adamw or muon, for all parameters of the model."""
@@ -126,10 +128,14 @@ def cosine_lr(step: int, steps: int, warmup_steps: int, lr: float, min_lr: float
 
 
 def accumulate_gradients(model, idx, targets, micro_batch: int, autocast) -> dict[str, torch.Tensor]:
-    """Adds the batch's gradient to the parameters; returns each loss, averaged over all of the batch."""
+    """Adds the batch's gradient to the parameters; returns each loss, averaged over all of the batch.
+
+    With several processes the gradient is the mean of theirs, the losses are this one's.
+    """
     parts = list(zip(idx.split(micro_batch), targets.split(micro_batch), strict=True))
     totals = defaultdict(float)
-    for idx_part, targets_part in parts:
+    for number, (idx_part, targets_part) in enumerate(parts, 1):
+        parallel.synchronize_gradients(model, number == len(parts))  # once, when the last part is added
         with autocast:
             _, losses = model(idx_part, targets_part)
         (sum(losses.values()) / len(parts)).backward()
@@ -145,6 +151,7 @@ def update(
     for group in optimizer.param_groups:
         group["lr"] = lr
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or float("inf"))
+    grad_norm = parallel.whole(grad_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return grad_norm

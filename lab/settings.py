@@ -1,9 +1,10 @@
 """Every setting of a training run: from the command line, a preset, or the run that is resumed."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
+from data import Dataset
 from lab import device, presets, runs, stages
 from lab.cli import parse_flags
 from lab.errors import UserError, shown
@@ -31,6 +32,10 @@ class Settings(Generic[ModelConfig]):
     """cuda, mps or cpu; auto: the first of these that is present."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of matrix products; auto: bfloat16 where the hardware has it, else float32."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """What torchrun's processes share: ddp: gradients; fsdp: weights and the optimizer's state, too."""
+    activation_checkpointing: bool = False
+    """Keep only the inputs of blocks for the backward pass: less memory, a third more arithmetic."""
     compile: bool = False
     """Compile the model with torch.compile; by default on CUDA only."""
     steps: int = 2000
@@ -38,7 +43,7 @@ class Settings(Generic[ModelConfig]):
     batch_size: int = 12
     """Sequences in an optimizer step."""
     micro_batch_size: int | None = None
-    """Sequences in one forward and backward pass; gradients add up to batch_size. None: all at once."""
+    """Sequences that a process computes at once; gradients add up to batch_size. None: all of its share."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """adamw, or muon for the matrices of the blocks and adamw for the rest."""
     lr: float = 1e-3
@@ -157,6 +162,24 @@ def resumed_settings(choice: Choice) -> Settings:
         )
     model = stages.load(config["stage"]).GPTConfig(**config["model"])
     return Settings(**config["settings"] | {"model": model, "out": str(folder)})
+
+
+def fit_to_data(config, dataset: Dataset):
+    """The model's sizes with the vocabulary of the data; a UserError where they do not go together."""
+    needed = dataset.tokenizer.vocab_size
+    if config.vocab_size == type(config).vocab_size and needed < 50257:
+        config = replace(config, vocab_size=needed)  # only GPT-2's vocabulary is padded, to 50304
+    if config.vocab_size < needed:
+        raise UserError(
+            f"--model.vocab-size {config.vocab_size} is less than the {needed} tokens of {dataset.name}"
+        )
+    shortest = min(len(dataset.train), len(dataset.val))
+    if shortest <= config.block_size:
+        raise UserError(
+            f"--model.block-size {config.block_size} is too long for {dataset.name}: its shorter split has "
+            f"{shortest} tokens; use {max(1, shortest - 1)} or less, or more text"
+        )
+    return config
 
 
 def as_json(settings: Settings) -> dict:

@@ -282,8 +282,8 @@ def test_best_is_never_overwritten_by_worse(run_train, workshop, monkeypatch):
     values = iter([3.0, 2.0, 2.5, 2.2])
     monkeypatch.setattr(evaluation, "next_token_loss", lambda *arguments: next(values))
     assert run_train("--stage", "0", "--steps", "4", "--eval-every", "1", "--out", "run") == 0
-    assert checkpoint.metadata(Path("run/best/model.safetensors"))["step"] == "2"
-    assert checkpoint.metadata(Path("run/last/model.safetensors"))["step"] == "4"
+    assert checkpoint.metadata(Path("run/best"))["step"] == "2"
+    assert checkpoint.metadata(Path("run/last"))["step"] == "4"
 
 
 def test_a_compiled_run_saves_plain_names(run_train, workshop, monkeypatch):

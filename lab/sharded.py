@@ -1,0 +1,58 @@
+"""Checkpoints of a model that is in parts (FSDP): each process writes its own, any number of them reads.
+
+torch.distributed.checkpoint does it, into safetensors: a file a process, with the weights under their usual
+names and what the optimizer keeps of a weight under optimizer.<name>.<what>. A single process reads them,
+too, so the last checkpoint of a sharded run is a plain model wherever one is wanted.
+"""
+
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+
+def save(folder: Path, weights: dict, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Writes this process's part into folder; every process must call it. weights: the model's, by name."""
+    import torch.distributed.checkpoint as dcp
+
+    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    dcp.save(weights | optimizer_state(model, optimizer), storage_writer=writer)
+
+
+def load(
+    folder: Path, weights: dict, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None
+) -> None:
+    """Fills the model, whole or in parts, and the optimizer unless None, from the parts in folder."""
+    import torch.distributed.checkpoint as dcp
+
+    tensors = dict(weights)
+    if optimizer is not None:
+        make_state(optimizer)
+        tensors |= optimizer_state(model, optimizer)
+    reader = dcp.HuggingFaceStorageReader(str(folder))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # one process: "assuming the intent is to load in a single process"
+        dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+
+
+def optimizer_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The optimizer's tensors by name, the very ones that it computes with."""
+    return {
+        f"optimizer.{name}.{what}": value
+        for name, parameter in model.named_parameters()
+        for what, value in optimizer.state[parameter].items()
+    }
+
+
+def make_state(optimizer: torch.optim.Optimizer) -> None:
+    """Lets an optimizer that has not stepped yet make its state, without moving a weight."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
