@@ -67,7 +67,7 @@ def main():
         "processes": parallel.WORLD_SIZE,
         "machine": runs.machine(device),
     }
-    if settings.init_from:
+    if settings.init_from and not settings.resume:
         runs.load_weights(Path(settings.init_from), "best", model)
     joined, optimizer = prepare_training(settings, model, dtype)
     if settings.resume:
@@ -110,12 +110,13 @@ def prepare_training(settings, model, dtype) -> tuple:
 
 def restore(folder: Path, model, optimizer, device: torch.device) -> dict:
     """Puts everything back to where the last checkpoint was; returns the run's progress."""
-    state = checkpoint.load_state(folder)
-    if "optimizer" in state:
-        checkpoint.load_weights(folder, "last", model)
-        optimizer.load_state_dict(state["optimizer"])
-    else:
+    if checkpoint.is_in_parts(checkpoint.find(folder, "last")):
         checkpoint.load_parts(folder, model, optimizer)
+        state = checkpoint.load_state(folder)
+    else:
+        checkpoint.load_weights(folder, "last", model)
+        state = checkpoint.load_state(folder)
+        optimizer.load_state_dict(state["optimizer"])
     if len(state["rngs"]) > parallel.RANK:
         devices.set_rng_state(state["rngs"][parallel.RANK], device)
     return state["progress"]

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
 from data import Dataset
-from lab import device, presets, runs, stages
+from lab import checkpoint, device, presets, runs, stages
 from lab.cli import parse_flags
 from lab.errors import UserError, shown
 
@@ -160,6 +160,8 @@ def resumed_settings(choice: Choice) -> Settings:
             f"{shown(folder)} was imported, not trained: there is nothing to resume\n"
             f"to train it: python train.py --init-from {shown(folder)}"
         )
+    if not checkpoint.exists(folder):
+        raise UserError(f"{shown(folder)} stopped before its first checkpoint: delete it and start anew")
     model = stages.load(config["stage"]).GPTConfig(**config["model"])
     return Settings(**config["settings"] | {"model": model, "out": str(folder)})
 

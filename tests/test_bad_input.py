@@ -1,6 +1,7 @@
 """What goes wrong on a command line: a line or two on stderr, status 2, nothing half-written."""
 
 import subprocess
+import shutil
 import sys
 from pathlib import Path
 
@@ -78,6 +79,12 @@ def trained(run_train, capsys):
     assert run_train("--stage", "0", "--steps", "1", "--out", "run") == 0
     capsys.readouterr()
     return Path("run")
+
+
+def test_a_run_without_a_checkpoint_cannot_be_resumed(run_train, trained, capsys):
+    shutil.rmtree(trained / "last")
+    assert run_train("--resume", "--out", "run") == 2
+    explained(capsys, "run stopped before its first checkpoint")
 
 
 BAD_SAMPLING = {
