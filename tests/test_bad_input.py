@@ -1,7 +1,7 @@
 """What goes wrong on a command line: a line or two on stderr, status 2, nothing half-written."""
 
-import subprocess
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
