@@ -92,7 +92,10 @@ class GPT2Tokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """uint16 ids. All text is ordinary: "<|endoftext|>" is encoded as the characters it consists of."""
-        return np.array(self._encoding.encode_ordinary(text), dtype=np.uint16)
+        try:
+            return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
+        except UnicodeEncodeError:  # half of a surrogate pair, which encode_ordinary replaces
+            return np.array(self._encoding.encode_ordinary(text), dtype=np.uint16)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Bytes that are not UTF-8, such as part of a character, become U+FFFD."""
