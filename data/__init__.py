@@ -4,14 +4,15 @@ from pathlib import Path
 
 from data import openshakespeare, owntext, tinyshakespeare
 from data.prepare import Dataset, recode
+from data.shards import Shards
 from data.tokenizers import CharTokenizer, GPT2Tokenizer, from_meta
 from lab.errors import UserError
 
-__all__ = ["CharTokenizer", "Dataset", "GPT2Tokenizer", "from_meta", "load", "recode"]
+__all__ = ["CharTokenizer", "Dataset", "GPT2Tokenizer", "Shards", "from_meta", "load", "recode"]
 
 
 def load(data: str, tokenizer: str = "char") -> Dataset:
-    """The dataset named "tinyshakespeare" or "openshakespeare", or of the text file or folder at a path.
+    """The dataset "tinyshakespeare", "openshakespeare" or "openwebtext", or of the file or folder at a path.
 
     `tokenizer` is "char" or "gpt2". UserError for all that the user can mend. Where TinyShakespeare cannot be
     reached, the dataset returned is openshakespeare, and a line on stderr says so.
@@ -22,10 +23,15 @@ def load(data: str, tokenizer: str = "char") -> Dataset:
         return tinyshakespeare.load(tokenizer)
     if data == "openshakespeare":
         return openshakespeare.load(tokenizer)
+    if data == "openwebtext":
+        from data import openwebtext  # here, so that it is not there yet for python -m data.openwebtext
+
+        return openwebtext.load(tokenizer)
     path = Path(data).expanduser()
     if not data or not path.exists():
         raise UserError(
             f"there is no dataset or file {data!r}\n"
-            f"name tinyshakespeare, openshakespeare, or a path to a UTF-8 text file or a folder of .txt files"
+            f"name tinyshakespeare, openshakespeare, openwebtext, or a path to a UTF-8 text file or a folder "
+            f"of .txt, .jsonl or .parquet files"
         )
     return owntext.load(path, tokenizer)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from data import files
+from data.shards import Shards
 from data.tokenizers import CharTokenizer, GPT2Tokenizer, from_meta
 from lab.errors import UserError
 
@@ -22,11 +23,11 @@ SPLITS = ("train", "val")
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    name: str  # "tinyshakespeare", "openshakespeare", or the stem of one's own file
-    folder: Path  # holds train.bin, val.bin, meta.json
+    name: str  # "tinyshakespeare", "openshakespeare", "openwebtext", or the stem of one's own file
+    folder: Path  # holds the token files and meta.json
     meta: dict
-    train: np.memmap  # (tokens,) uint16, read-only
-    val: np.memmap
+    train: np.memmap | Shards  # (tokens,) uint16, read-only
+    val: np.memmap | Shards
     tokenizer: CharTokenizer | GPT2Tokenizer
 
 

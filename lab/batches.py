@@ -5,25 +5,32 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from data import Shards
+
 
 def train_batch(
-    tokens: np.ndarray, seed: int, step: int, batch_size: int, block_size: int, rows: np.ndarray | None = None
+    tokens: np.ndarray | Shards,
+    seed: int,
+    step: int,
+    batch_size: int,
+    block_size: int,
+    rows: np.ndarray | None = None,
 ) -> tuple:
     """The batch of an optimizer step: idx and targets, each (batch_size, block_size) int64.
 
     A pure function of its arguments: evaluating, resuming or another model never shifts the data.
-    Reads only these windows of a memory-mapped file; only the rows given, which are those of one process.
+    Reads only these windows of memory-mapped files; only the rows given, which are those of one process.
     """
     random = np.random.default_rng((seed, step))
     starts = random.integers(len(tokens) - block_size, size=batch_size)
     if rows is not None:
         starts = starts[rows]
-    windows = tokens[starts[:, None] + np.arange(block_size + 1)]  # (batch_size, block_size + 1)
-    windows = torch.from_numpy(windows.astype(np.int64))
+    windows = np.stack([tokens[start : start + block_size + 1] for start in starts])
+    windows = torch.from_numpy(windows.astype(np.int64))  # (batch_size, block_size + 1)
     return windows[:, :-1], windows[:, 1:]
 
 
-def eval_batches(tokens: np.ndarray, limit: int, batch_size: int, block_size: int) -> Iterator[tuple]:
+def eval_batches(tokens: np.ndarray | Shards, limit: int, batch_size: int, block_size: int) -> Iterator[tuple]:
     """Windows side by side over the first `limit` targets: idx and targets (batch_size, block_size).
 
     Every token but the first is a target exactly once; the last windows are filled with targets of -1.

@@ -21,9 +21,10 @@ class Settings(Generic[ModelConfig]):
     stage: str
     """Stage to train: its number or its folder's name."""
     data: str = "tinyshakespeare"
-    """tinyshakespeare, openshakespeare, or the path of a text file or a folder of .txt files."""
+    """tinyshakespeare, openshakespeare, openwebtext, or a path: a text file, or a folder of .txt, .jsonl or
+    .parquet files."""
     tokenizer: Literal["char", "gpt2"] = "char"
-    """What a token is: a character, or one of GPT-2's 50257 pieces of words."""
+    """What a token is: a character, or one of GPT-2's 50257 pieces of words (openwebtext knows no other)."""
     preset: Literal["auto", "laptop", "baby", "gpt2"] = "auto"
     """Sizes and schedule to start from; auto: baby on CUDA, else laptop (gpt2 for openwebtext)."""
     seed: int = 0
@@ -134,7 +135,9 @@ def preset_settings(choice: Choice, stage: str) -> Settings:
     name = presets.choose(choice.data, device_type) if choice.preset == "auto" else choice.preset
     preset = dict(presets.PRESETS[name])
     model = presets.model_defaults(stages.load(stage).GPTConfig, preset.pop("model"))
-    return Settings(model=model, stage=stage, preset=name, compile=device_type == "cuda", **preset)
+    tokenizer = "gpt2" if choice.data == "openwebtext" else "char"
+    compiles = device_type == "cuda"
+    return Settings(model=model, stage=stage, tokenizer=tokenizer, preset=name, compile=compiles, **preset)
 
 
 def fine_tuning_settings(choice: Choice) -> Settings:

@@ -191,13 +191,15 @@ def test_a_text_that_cannot_be_used_is_named_with_the_reason(tmp_path, content, 
 
 
 def test_a_folder_without_texts_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"has no \.txt files"):
+    with pytest.raises(UserError, match=r"has no \.parquet, \.jsonl or \.txt files"):
         data.load(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["tinyshakespear", "no/such/file.txt", ""])
 def test_an_unknown_dataset_is_answered_with_the_known_ones(name):
-    with pytest.raises(UserError, match="name tinyshakespeare, openshakespeare, or a path") as error:
+    with pytest.raises(
+        UserError, match="name tinyshakespeare, openshakespeare, openwebtext, or a path"
+    ) as error:
         data.load(name)
     assert repr(name) in str(error.value)
 
