@@ -30,7 +30,9 @@ def train_batch(
     return windows[:, :-1], windows[:, 1:]
 
 
-def eval_batches(tokens: np.ndarray | Shards, limit: int, batch_size: int, block_size: int) -> Iterator[tuple]:
+def eval_batches(
+    tokens: np.ndarray | Shards, limit: int, batch_size: int, block_size: int
+) -> Iterator[tuple]:
     """Windows side by side over the first `limit` targets: idx and targets (batch_size, block_size).
 
     Every token but the first is a target exactly once; the last windows are filled with targets of -1.
