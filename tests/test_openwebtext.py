@@ -283,9 +283,11 @@ def test_killed_at_any_moment_it_goes_on_and_ends_with_the_same_bytes(parquet):
 
 
 def test_the_tokenizing_processes_end_with_a_killed_driver(parquet):
-    killed = run_until(parquet, "killed", "save", 1)
+    command = [sys.executable, "-c", SCRIPT, str(parquet), "killed", "save", "1"]
+    with open(parquet / "pids", "w") as told:  # no pipe, whose end would be awaited
+        killed = subprocess.run(command, cwd=REPOSITORY, stdout=told, stderr=subprocess.DEVNULL)
     assert killed.returncode == -signal.SIGKILL
-    pids = [int(pid) for pid in killed.stdout.split()]
+    pids = [int(pid) for pid in (parquet / "pids").read_text().split()]
     assert len(pids) == 2
     until = time.monotonic() + 20
     while any(is_running(pid) for pid in pids):
