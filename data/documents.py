@@ -10,6 +10,7 @@ import functools
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -172,7 +173,9 @@ class _Writer:
         self.files = {}
         try:
             self._cut_off()
-        except (OSError, ValueError):  # no state, or files that do not go with it: from the start
+        except (OSError, ValueError) as error:
+            if self.state:
+                print(f"{unfinished} cannot be continued ({error}): from the start", file=sys.stderr)
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir()
             self.state = {
@@ -188,7 +191,10 @@ class _Writer:
         self.saved_at = time.monotonic()
 
     def _cut_off(self) -> None:
-        """Opens each split's last shard to go on at the state's token. ValueError if one is too short."""
+        """Opens each split's last shard to go on at the state's token.
+
+        ValueError if there is no state, or the files do not go with it.
+        """
         if not self.state:
             raise ValueError("no state")
         expected = set(self.state["shards"])
@@ -200,9 +206,11 @@ class _Writer:
                 raise ValueError(f"{path.name} is too short")
             self.files[split].truncate(2 * tokens)
             expected.add(path.name)
-        for name in self.state["shards"]:
-            if seen(self.folder / name) != self.state["seen"][name]:
+        for name, shard in self.state["shards"].items():
+            path, known = self.folder / name, self.state["seen"]
+            if seen(path) != known[name] and sha256_of_file(path) != shard["sha256"]:
                 raise ValueError(f"{name} has changed")
+            known[name] = seen(path)  # another one where the folder was copied
         for path in self.folder.iterdir():
             if path.name not in expected:
                 path.unlink()

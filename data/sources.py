@@ -124,7 +124,7 @@ def on_hub(repository: str, revision: str | None) -> Source:
             f"cannot reach the dataset {repository} on the Hugging Face hub: {reason[0]}\n"
             f"put its parquet files into a folder and run: python -m data.openwebtext --source FOLDER"
         ) from None
-    listed = sorted((file.rfilename, file.size) for file in found.siblings)
+    listed = sorted((file.rfilename, file.size or 0) for file in found.siblings)
     listed = [(name, size) for name, size in listed if name.endswith(".parquet")]
     if not listed:
         raise UserError(f"the dataset {repository} on the Hugging Face hub has no parquet files")

@@ -324,6 +324,37 @@ def test_a_tokenizing_process_that_dies_is_said_and_loses_nothing(parquet, monke
     assert prepared(parquet).train[:].tolist() == expected(TEXTS, 10)["train"]
 
 
+def test_an_unfinished_preparation_may_be_copied_but_not_changed(made, parquet, capsys):
+    tokens = files.root() / "tokens"
+    assert run_until(parquet, "half", "_close", 4).returncode == -signal.SIGKILL
+    begun = documents.read_state(tokens / ".unfinished-half")
+    assert begun["parts"] > 50 and len(begun["shards"]) == 3
+    shutil.copytree(tokens / ".unfinished-half", tokens / ".unfinished-other")
+    assert same_tokens(made, prepared(parquet, name="other"))
+    assert "going on after" in capsys.readouterr().err
+    damage(tokens / ".unfinished-half" / "tokens" / "train-00001.bin", "changed")
+    assert same_tokens(made, prepared(parquet, name="half"))
+    assert "train-00001.bin has changed): from the start" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_said_and_loses_nothing(made, parquet, monkeypatch):
+    add, calls = documents._Writer.add, []
+
+    def full(self, split, tokens, n_bytes):
+        calls.append(None)
+        if len(calls) == 12:
+            self.files[split].write(tokens[:1].tobytes())
+            raise OSError(28, "No space left on device")
+        add(self, split, tokens, n_bytes)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(documents._Writer, "add", full)
+        with pytest.raises(UserError, match=r"No space left on device\)\nmake room and run again"):
+            prepared(parquet, name="other")
+    assert documents.read_state(files.root() / "tokens" / ".unfinished-other")["parts"] > 0
+    assert same_tokens(made, prepared(parquet, name="other"))
+
+
 def test_two_processes_do_not_prepare_the_same_folder_at_once(parquet):
     unfinished = files.root() / "tokens" / ".unfinished-made"
     with documents._alone(unfinished), pytest.raises(UserError, match="another process is preparing"):
