@@ -37,6 +37,7 @@ from lab.interrupt import StopRequest
 
 def main():
     settings = command_line.parse(sys.argv[1:])
+    parallel.micro_batch(settings.batch_size, settings.micro_batch_size)  # or an error, before all else
     if settings.wandb:
         log.import_wandb()  # better known before the run than after its first step
     device = parallel.start(devices.choose(settings.device))
@@ -104,19 +105,13 @@ def prepare_training(settings, model, dtype) -> tuple:
     betas = (settings.beta1, settings.beta2)
     optimizer = optim.make(settings.optimizer, model, settings.lr, settings.weight_decay, betas)
     if parallel.RANK:  # the same weights everywhere, from here on another dropout
-        torch.manual_seed(settings.seed + parallel.RANK * 2**32)
+        torch.manual_seed(parallel.my_seed(settings.seed))
     return torch.compile(joined) if settings.compile else joined, optimizer
 
 
 def restore(folder: Path, model, optimizer, device: torch.device) -> dict:
     """Puts everything back to where the last checkpoint was; returns the run's progress."""
-    if checkpoint.is_in_parts(checkpoint.find(folder, "last")):
-        checkpoint.load_parts(folder, model, optimizer)
-        state = checkpoint.load_state(folder)
-    else:
-        checkpoint.load_weights(folder, "last", model)
-        state = checkpoint.load_state(folder)
-        optimizer.load_state_dict(state["optimizer"])
+    state = checkpoint.load_last(folder, model, optimizer)
     if len(state["rngs"]) > parallel.RANK:
         devices.set_rng_state(state["rngs"][parallel.RANK], device)
     return state["progress"]

@@ -52,7 +52,8 @@ def save(
         if parallel.RANK:
             return
         if in_parts:
-            write(unfinished / METADATA, json.dumps(metadata).encode())
+            n_parts = len(list(unfinished.glob("*.safetensors")))
+            write(unfinished / METADATA, json.dumps(metadata | {"parts": str(n_parts)}).encode())
         else:
             write(unfinished / WEIGHTS, safetensors_bytes(tensors, metadata))
         if state is not None:
@@ -167,17 +168,37 @@ def load_weights(run: Path, name: str, model: torch.nn.Module) -> dict[str, str]
             f"{shown(path)} ({saved.get('stage', 'of an unknown stage')}) does not fit this model: {key} "
             f"is {shape(tensors, key)} there and {shape(expected, key)} here"
         )
+    tensors = {name: parallel.my_part(tensor, expected[name]) for name, tensor in tensors.items()}
     model.load_state_dict(tensors, strict=False)  # strict but for the tied head: checked above
     return saved
+
+
+def load_last(run: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+    """Fills the model and the optimizer from the last checkpoint, whoever wrote it; returns its state.pt."""
+    if is_in_parts(find(run, "last")):
+        load_parts(run, model, optimizer)
+        return load_state(run)
+    load_weights(run, "last", model)
+    state = load_state(run)
+    saved = state["optimizer"]
+    optimizer.load_state_dict(sharded.divided(saved, optimizer) if parallel.is_sharded(model) else saved)
+    return state
 
 
 def load_parts(run: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
     """Fills the model, and the optimizer unless None, from the last checkpoint of a run with FSDP."""
     folder = find(run, "last")
+    parts, n_parts = sorted(folder.glob("*.safetensors")), metadata(folder)["parts"]
+    if len(parts) != int(n_parts):
+        raise damaged(folder, f"{len(parts)} of {n_parts} parts (*.safetensors) are there")
+    path = folder
     try:
+        for path in parts:
+            safetensors.safe_open(path, "pt")  # compares the length with what the header says
+        path = folder
         sharded.load(folder, weights(model), model, optimizer)
-    except Exception as error:  # a missing part, another shape: torch raises a different kind for each
-        raise damaged(folder, error) from None
+    except Exception as error:  # another shape, say: torch raises a different kind for each
+        raise damaged(path, error) from None
 
 
 def shape(tensors: dict[str, torch.Tensor], key: str) -> str:
@@ -194,7 +215,7 @@ def load_state(run: Path) -> dict:
         raise damaged(path, error) from None
 
 
-def damaged(path: Path, error: Exception) -> UserError:
+def damaged(path: Path, error: Exception | str) -> UserError:
     """The error for a file that can't be read."""
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return UserError(f"{shown(path)} is damaged or incomplete: {reason}")
@@ -202,4 +223,4 @@ def damaged(path: Path, error: Exception) -> UserError:
 
 def resume_command(run: Path) -> str:
     """The command that goes on with the run."""
-    return f"python train.py --resume --out {shown(run)}"
+    return f"{parallel.command()} train.py --resume --out {shown(run)}"

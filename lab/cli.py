@@ -5,6 +5,7 @@ import errno
 import io
 import os
 import sys
+import time
 from collections.abc import Callable
 from itertools import dropwhile, takewhile
 from pathlib import Path
@@ -12,6 +13,8 @@ from pathlib import Path
 import tyro
 
 from lab.errors import UserError, shown
+
+SECONDS_FOR_THE_FIRST = 3
 
 
 def parse_flags(kind: type, argv: list[str], **options):
@@ -55,7 +58,12 @@ def run(main: Callable[[], None]) -> None:
 
 
 def fail(message: str) -> int:
-    """Prints the error; returns the exit status."""
-    process = f"process {os.environ['RANK']}: " if "RANK" in os.environ else ""  # one of torchrun's
+    """Prints the error; returns the exit status.
+
+    Where all of torchrun's processes fail alike, the first speaks for them: it ends the others as they wait.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    time.sleep(SECONDS_FOR_THE_FIRST if rank else 0)
+    process = f"process {rank}: " if "RANK" in os.environ else ""
     print(f"error: {process}{message}", file=sys.stderr, flush=True)
     return 2

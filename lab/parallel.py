@@ -5,6 +5,7 @@ does anything. Errors and the ends of processes are torchrun's business: when on
 """
 
 import contextlib
+import ctypes
 import functools
 import os
 import sys
@@ -47,6 +48,7 @@ def start(device: torch.device) -> torch.device:
     elif device.type != "cpu":
         raise UserError(f"torchrun works on cuda and cpu, not on {device.type}: use --device cpu")
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    keep(dist.group.WORLD)
     if RANK:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     return device
@@ -55,13 +57,24 @@ def start(device: torch.device) -> torch.device:
 @functools.cache
 def patient_group() -> dist.ProcessGroup:
     """The same processes, who on the CPU wait for each other as long as preparing data may take."""
-    return dist.new_group(backend="gloo", timeout=timedelta(days=2))
+    return keep(dist.new_group(backend="gloo", timeout=timedelta(days=2)))
+
+
+def keep(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """The group, which Python will never delete.
+
+    Deleting one of gloo's holds Python's lock and waits for its threads, of which one may be waiting for that
+    lock, to let go of the last tensor: the process would not end.
+    """
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+    return group
 
 
 def stop() -> None:
     """Leaves the group."""
     if dist.is_initialized():
         dist.destroy_process_group()
+        patient_group.cache_clear()
 
 
 def in_turn(function: Callable[[], Result]) -> Result:
@@ -112,6 +125,15 @@ def of_all(thing: Result) -> list[Result]:
     return things
 
 
+def command() -> str:
+    """What starts a driver with as many processes as there are now."""
+    if WORLD_SIZE == 1:
+        return "python"
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD_SIZE))
+    several = f"--nnodes {WORLD_SIZE // local} … " if local < WORLD_SIZE else ""
+    return f"torchrun {several}--nproc-per-node {local}"
+
+
 def micro_batch(batch_size: int, micro_batch_size: int | None) -> int:
     """Sequences that a process computes at once. UserError where the batch cannot be divided so."""
     size = micro_batch_size or batch_size // WORLD_SIZE
@@ -133,6 +155,11 @@ def my_rows(batch_size: int, micro_batch: int) -> np.ndarray:
     return np.arange(batch_size).reshape(-1, WORLD_SIZE, micro_batch)[:, RANK].ravel()
 
 
+def my_seed(seed: int) -> int:
+    """A seed for this process alone. (The CPU's generator takes 32 bits; adding rank · 2³² changes none.)"""
+    return int(np.random.SeedSequence((seed, RANK)).generate_state(1)[0])
+
+
 def join(model: torch.nn.Module, how: str, dtype: torch.dtype) -> torch.nn.Module:
     """The model to train with: its gradients become the mean over the processes. how: ddp or fsdp."""
     if WORLD_SIZE == 1:
@@ -150,8 +177,10 @@ def shard(model: torch.nn.Module, dtype: torch.dtype) -> None:
     Matrices of the blocks travel in dtype. Embedding and head stay in float32, as autocast leaves them, so
     that the residual stream does; routers, because rounding could send a token to another expert.
     """
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    mesh = init_device_mesh(next(model.parameters()).device.type, (WORLD_SIZE,))
     exact = MixedPrecisionPolicy(cast_forward_inputs=False)
     travelling = MixedPrecisionPolicy(
         param_dtype=None if dtype == torch.float32 else dtype,
@@ -160,9 +189,9 @@ def shard(model: torch.nn.Module, dtype: torch.dtype) -> None:
     )
     for layer in model.model.layers:
         if hasattr(layer.mlp, "gate"):
-            fully_shard(layer.mlp.gate, mp_policy=exact)
-        fully_shard(layer, mp_policy=travelling)
-    fully_shard(model, mp_policy=exact)
+            fully_shard(layer.mlp.gate, mesh=mesh, mp_policy=exact)
+        fully_shard(layer, mesh=mesh, mp_policy=travelling)
+    fully_shard(model, mesh=mesh, mp_policy=exact)
 
 
 def is_sharded(model: torch.nn.Module) -> bool:
@@ -173,6 +202,15 @@ def is_sharded(model: torch.nn.Module) -> bool:
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """All of a tensor that the processes hold in parts; all of them must ask for it."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def my_part(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Of a whole tensor what this process holds of like, which may be in parts; all of it otherwise."""
+    if not hasattr(like, "full_tensor") or tensor.shape != like.shape:  # such as a count of steps
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def synchronize_gradients(model: torch.nn.Module, wanted: bool) -> None:
@@ -205,7 +243,10 @@ def only_once(router: torch.nn.Module) -> tuple:
     @contextlib.contextmanager
     def uncounted():
         before = router.watched.clone()
-        yield
-        router.watched.copy_(before)
+        try:
+            yield
+        finally:  # it ends in an exception as soon as all is there that the backward pass needs
+            router.watched.copy_(before)
+            router.balance_loss = None
 
     return contextlib.nullcontext(), uncounted()

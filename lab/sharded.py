@@ -5,11 +5,14 @@ names and what the optimizer keeps of a weight under optimizer.<name>.<what>. A 
 too, so the last checkpoint of a sharded run is a plain model wherever one is wanted.
 """
 
+import contextlib
 import warnings
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+from lab import parallel
 
 
 def save(folder: Path, weights: dict, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -17,7 +20,8 @@ def save(folder: Path, weights: dict, model: torch.nn.Module, optimizer: torch.o
     import torch.distributed.checkpoint as dcp
 
     writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    dcp.save(weights | optimizer_state(model, optimizer), storage_writer=writer)
+    with plain_errors():
+        dcp.save(weights | optimizer_state(model, optimizer), storage_writer=writer)
 
 
 def load(
@@ -31,9 +35,31 @@ def load(
         make_state(optimizer)
         tensors |= optimizer_state(model, optimizer)
     reader = dcp.HuggingFaceStorageReader(str(folder))
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), plain_errors():
         warnings.simplefilter("ignore")  # one process: "assuming the intent is to load in a single process"
         dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+
+
+@contextlib.contextmanager
+def plain_errors():
+    """One process's error is that of all; torch wraps it into what is not even an Exception."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except CheckpointException as wrapped:
+        error, _ = next(iter(wrapped.failures.values()))
+        raise error from None
+
+
+def divided(whole: dict, optimizer: torch.optim.Optimizer) -> dict:
+    """An optimizer's whole state, as state_dict gives it, in the parts that this process holds."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    mine = {
+        number: {what: parallel.my_part(value, parameters[number]) for what, value in state.items()}
+        for number, state in whole["state"].items()
+    }
+    return whole | {"state": mine}
 
 
 def optimizer_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
