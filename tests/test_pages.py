@@ -17,7 +17,7 @@ MEASURED = {
     (None, "against_transformers"): {"transformers"},
     (5, "attention"): {"crossover", "context"},
     (6, "moe"): {"balancing", "speeds"},
-    (7, "mla"): {"losses", "caches", "decoding", "drafts"},
+    (7, "mla"): {"losses", "training", "caches", "decoding", "drafts"},
 }
 
 
