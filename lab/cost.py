@@ -30,14 +30,24 @@ def grouped_mm_flops(a_shape, b_shape, *args, out_shape=None, **kwargs) -> int:
 
 
 def flops_per_token(model: torch.nn.Module) -> float:
-    """FLOPs of a forward and backward pass, per token, at the full context: those of a real step."""
-    was_training = model.training
-    model.eval()  # without dropout no random number is drawn
-    idx = torch.zeros(1, model.config.block_size, dtype=torch.int64, device=model.lm_head.weight.device)
+    """FLOPs of a forward and backward pass, per token, at the full context: those of a real step.
+
+    Counted on the same model without memory (the meta device), and so the same on every device. There SDPA is
+    the matrix products that it stands for; of a fused kernel the counter may know nothing.
+    """
+    with torch.device("meta"):
+        bare = type(model)(model.config).eval()  # without dropout no random number is drawn
+        idx = torch.zeros(1, model.config.block_size, dtype=torch.int64)
+    group_experts(bare)
     unknown = {torch.ops.aten._grouped_mm: grouped_mm_flops}
     with FlopCounterMode(display=False, custom_mapping=unknown) as counter:
-        _, losses = model(idx, targets=idx)
+        _, losses = bare(idx, targets=idx)
         sum(losses.values()).backward()
-    model.zero_grad(set_to_none=True)
-    model.train(was_training)
     return counter.get_total_flops() / model.config.block_size
+
+
+def group_experts(bare: torch.nn.Module) -> None:
+    """Makes a model on the meta device compute only the chosen experts, which there takes bfloat16."""
+    for layer in bare.model.layers:
+        if hasattr(layer.mlp, "experts"):
+            layer.mlp.experts.register_forward_pre_hook(lambda _, given: (given[0].bfloat16(), *given[1:]))
