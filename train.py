@@ -192,6 +192,7 @@ def train(settings, model, joined, optimizer, dataset, device, dtype, folder, pr
                     state["optimizer"] = optimizer.state_dict()
                 checkpoint.save(folder, "last", model, metadata, state, optimizer)
             if stop_signal and not last_step:
+                request.signal = stop_signal  # this process may have to learn of it yet
                 return stop_signal
             recent.clear()
             started = time.perf_counter()

@@ -8,7 +8,8 @@ from lab import parallel
 class StopRequest:
     """A context manager; .signal is the signal received, or None. A second one stops at once.
 
-    Not under torchrun: the terminal sends Ctrl-C to every process, and torchrun passes it on once more.
+    Not under torchrun: a terminal sends Ctrl-C to every process, and torchrun passes it on once more, perhaps
+    when the run is already saved: what has been signalled once ignores the rest.
     """
 
     def __enter__(self):
@@ -19,8 +20,9 @@ class StopRequest:
         return self
 
     def __exit__(self, *exception):
+        stopping = self.signal is not None and parallel.WORLD_SIZE > 1
         for number, handler in self.before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if stopping else handler)
 
     def receive(self, number, frame):
         if self.signal is not None and parallel.WORLD_SIZE == 1:

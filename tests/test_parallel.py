@@ -11,6 +11,7 @@ import sys
 import time
 import traceback
 from collections import Counter
+from multiprocessing import connection
 from pathlib import Path
 from unittest import mock
 
@@ -27,6 +28,7 @@ import train
 from deploy import export
 from lab import checkpoint, cli, device, evaluation, optim, parallel, runs, stages
 from lab import settings as command_line
+from lab.interrupt import StopRequest
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -62,14 +64,15 @@ class Group:
         for pipe in self.pipes:
             pipe.send((Path.cwd(), environment, function, arguments))
         deadline = time.monotonic() + timeout
-        answers = []
-        for pipe in self.pipes:
-            if pipe.poll(max(0.0, deadline - time.monotonic())):
-                answers.append(pipe.recv())
-            if not answers or not answers[-1][0] or len(answers) <= self.pipes.index(pipe):
+        answers = {}
+        while len(answers) < len(self.pipes):
+            silent = [pipe for rank, pipe in enumerate(self.pipes) if rank not in answers]
+            ready = connection.wait(silent, max(0.0, deadline - time.monotonic()))
+            answers |= {self.pipes.index(pipe): pipe.recv() for pipe in ready}
+            if not ready or not all(worked for worked, _ in answers.values()):
                 self.end()
-                pytest.fail(f"a process failed or hangs; the others: {answers}")
-        return [result for _, result in answers]
+                pytest.fail(f"a process failed or hangs; what they answered, by rank: {answers}")
+        return [answers[rank][1] for rank in sorted(answers)]
 
     def end(self):
         for process in self.processes:
@@ -511,6 +514,20 @@ def test_a_signal_to_torchrun_saves_once_and_says_how_to_go_on(number, how, torc
     assert metrics("run")[-1]["step"] == step and process.returncode != 0
     run_all(group, "--resume", "--out", "run", "--steps", str(step + 2))
     assert [line["step"] for line in metrics("run")] == list(range(1, step + 3))
+
+
+def test_what_torchrun_passes_on_is_no_second_ctrl_c(monkeypatch):
+    monkeypatch.setattr(parallel, "WORLD_SIZE", 2)
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    try:
+        with StopRequest() as request:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)  # the run is saved, but has not said so yet
+        assert request.signal == signal.SIGINT
+    finally:
+        signal.signal(signal.SIGINT, before[0])
+        signal.signal(signal.SIGTERM, before[1])
 
 
 DYING = """
