@@ -258,11 +258,11 @@ def test_an_interrupted_comparison_goes_on_where_it_was(run_compare, workshop):
         script, env=environment, cwd=workshop, start_new_session=True, stderr=subprocess.PIPE
     )
     folder = workshop / "runs/compare/laptop/stage0_gpt-words-seed0"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while not checkpoint.exists(folder) and time.monotonic() < deadline:
         time.sleep(0.1)
     os.killpg(child.pid, 2)
-    _, err = child.communicate(timeout=60)
+    _, err = child.communicate(timeout=180)
     assert child.returncode == 130 and b"goes on where this stopped" in err, err
     stopped = checkpoint.step(folder)
     assert 0 < stopped < 1500
