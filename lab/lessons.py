@@ -9,7 +9,7 @@ import json
 import re
 from pathlib import Path
 
-from lab import diffs, report, stages
+from lab import diffs, report, scale, stages
 
 RESULTS = stages.ROOT / "results" / "results.json"
 
@@ -162,16 +162,21 @@ def transformers(measured: dict) -> str:
     return "\n".join(rows)
 
 
-def filled(page: str, number: int | None, results: dict) -> str:
-    """The page with its generated parts made anew; number is the stage of a lesson, None the front page."""
-    if number is None:
+def filled(page: str, number: int | str | None, results: dict) -> str:
+    """The page with its generated parts made anew.
+
+    number is the stage of a lesson, None for the front page, "scale" for docs/scale.md.
+    """
+    if number == "scale":
+        parts = scale.tables(results)
+    elif number is None:
         parts = {
             "table": ladder(list(stages.names()), results),
             "nanogpt": nanogpt(results["against_nanogpt"]),
         }
     else:
         parts = {"table": ladder([n for n in (number - 1, number) if n >= 0], results)}
-    if number:
+    if number in stages.names() and number:
         parts["diff"] = f"```diff\n{diffs.diff(number)}```"
     if number == 5 and "attention" in results:
         parts["crossover"] = crossover(results["attention"]["crossover"])
@@ -197,10 +202,10 @@ def filled(page: str, number: int | None, results: dict) -> str:
     return page
 
 
-def pages() -> dict[Path, int | None]:
-    """Every page with generated parts, and its stage."""
+def pages() -> dict[Path, int | str | None]:
+    """Every page with generated parts, and what `filled` calls it."""
     lessons = {stages.ROOT / name / "README.md": number for number, name in stages.names().items()}
-    return {stages.ROOT / "README.md": None} | lessons
+    return {stages.ROOT / "README.md": None, stages.ROOT / "docs" / "scale.md": "scale"} | lessons
 
 
 if __name__ == "__main__":

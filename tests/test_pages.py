@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 
-from lab import lessons, settings, stages
+from lab import lessons, scale, settings, stages
 
 PAGES = {str(path.relative_to(stages.ROOT)): (path, number) for path, number in lessons.pages().items()}
 TEXTS = [path for path, _ in PAGES.values()] + [stages.ROOT / "CONTRIBUTING.md"]
@@ -29,6 +29,8 @@ def test_tables_and_diffs_are_those_of_the_code_and_the_measurements(path, numbe
     assert lessons.filled(page, number, results) == page
     parts = set(re.findall(r"<!-- (\w+) -->\n[^<]", page)) - {"end"}
     expected = {"table"} | ({"diff"} if number else set())
+    if number == "scale":
+        expected = set(scale.tables(results))
     for (page_number, part_of), names in MEASURED.items():
         if page_number == number and part_of in results:
             expected |= names

@@ -1,0 +1,16 @@
+"""Computes what larger models need, on no device at all: python results/scale.py
+
+Writes the part "scale" of results/results.json; then `python -m lab.lessons` writes the tables into
+docs/scale.md. Takes about a minute. The figures depend on the code alone, not on the machine.
+"""
+
+from lab import cli, lessons, planning, runs
+
+
+def main():
+    plans = planning.all_plans()
+    runs.write_json(lessons.RESULTS, lessons.read_results() | {"scale": plans})
+
+
+if __name__ == "__main__":
+    cli.run(main)
