@@ -7,6 +7,7 @@ changed between two stages.
 """
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from lab import cli, comparison, diffs, measuring, report, runs, spread, stages
 from lab.errors import UserError, shown
 
 LEFT_OUT = ("what changed", "lines changed", "parameters (active)", "FLOPs a token", "bits per byte")
+STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # statuses of a run that a signal ended
 RATES = (5e-4, 1e-3, 2e-3, 3e-3)  # those that --tune tries
 
 
@@ -124,6 +126,7 @@ def train(needed: list[comparison.Run], console: Console) -> None:
             began, first_step = time.perf_counter(), run.step()
             if not console.is_terminal:
                 print(f"{run.name}: {shown(run.folder)}", flush=True)
+            interrupted = False
             with open(log, "w") as output:
                 child = subprocess.Popen(run.command(), stdout=output, stderr=subprocess.STDOUT)
                 try:
@@ -134,9 +137,12 @@ def train(needed: list[comparison.Run], console: Console) -> None:
                             spent[run.settings.stage] = (time.perf_counter() - began) / steps
                         live.update(progress_table(needed, run, spent), refresh=True)
                 except KeyboardInterrupt:
+                    interrupted = True
                     child.wait()  # it got the signal too, and saves
-                    print("interrupted; the same command goes on where this stopped", file=sys.stderr)
-                    raise
+            # By its status: where the signal arrives inside a callback, Python drops our KeyboardInterrupt.
+            if interrupted or child.returncode in STOPPED:
+                print("interrupted; the same command goes on where this stopped", file=sys.stderr)
+                raise KeyboardInterrupt
             if child.returncode:
                 lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
                 run.failure = (lines or [f"exit status {child.returncode}"])[-1]
