@@ -56,7 +56,8 @@ def duration(seconds: float) -> str:
     for unit, length in (("days", 86400), ("hours", 3600)):
         if seconds >= 2 * length:
             return f"{seconds / length:.0f} {unit}"
-    return f"{seconds / 60:.0f} minutes"
+    minutes = round(seconds / 60)
+    return f"{minutes} minute{'' if minutes == 1 else 's'}"
 
 
 def sizes(plans: list[tuple[str, dict]]) -> str:
