@@ -17,6 +17,7 @@ import torch
 
 from lab import cli, device, runs, sampling
 from lab.errors import UserError, shown
+from lab.static import CompiledStep
 
 
 @dataclass
@@ -47,6 +48,8 @@ class Settings:
     """Let the block of multi-token prediction draft tokens for the model to check (stage 7)."""
     draft_tokens: int = 2
     """Tokens to draft at a time."""
+    compile: bool = False
+    """Compile the step to the next token: takes some 20 s, then tokens come faster. Not with --draft."""
     seed: int = 1337
     """Seed of the choices: the same seed, the same text."""
     device: str = "auto"
@@ -60,6 +63,8 @@ class Settings:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.temperature < 0:
             raise ValueError(f"temperature must be 0 or more, not {self.temperature}")
+        if self.compile and self.draft:
+            raise ValueError("--compile and --draft do not go together; leave one of them out")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be at least 1, not {self.top_k}")
         if not 0 < self.top_p <= 1:
@@ -69,6 +74,7 @@ class Settings:
 def main():
     settings = cli.parse_flags(Settings, sys.argv[1:])
     where = device.choose(settings.device)
+    device.prepare(where)
     folder = Path(settings.run) if settings.run else runs.newest(settings.stage)
     runs.check_stage(folder, settings.stage)
     model, config = runs.load(folder, settings.checkpoint, where)
@@ -88,6 +94,11 @@ def main():
         generate = functools.partial(
             sampling.generate_with_drafts, n_drafts=settings.draft_tokens, counts=counts
         )
+    elif settings.compile:
+        print("compiling the model ...", file=sys.stderr)
+        step = CompiledStep(model)
+        print(f"compiled in {step.seconds:.0f} s", file=sys.stderr)
+        generate = functools.partial(sampling.generate, step=step)
     else:
         generate = sampling.generate
     n_tokens, seconds = 0, 0.0

@@ -37,7 +37,11 @@ def nanogpt(measured: dict) -> str:
             "|---|---|---|---|",
             *(
                 f"| {what} | {row['nanogpt']:,.0f} | {row['ours']:,.0f} | {row['ratio']:.2f} |"
-                for what, row in (("training tokens/s", speed), ("sampling tokens/s, context 256", sampling))
+                for what, row in (
+                    ("training tokens/s", speed),
+                    ("sampling tokens/s, context 256", sampling),
+                    ("sampling tokens/s, context 256, with `--compile`", sampling["compiled"]),
+                )
             ),
             *(
                 f"| training tokens/s, our stage {int(name[5])} | | | {ratio:.2f} |"
@@ -155,10 +159,14 @@ def drafts(measured: list[dict]) -> str:
 
 def transformers(measured: dict) -> str:
     """The table of sampling beside transformers."""
-    rows = ["| stage | ours, tokens/s | transformers, tokens/s | ratio |", "|---|---|---|---|"]
+    rows = [
+        "| stage | ours, tokens/s | with `--compile` | transformers, tokens/s | ratio | with `--compile` |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, row in measured.items():
-        ours, theirs = row["ours_tokens_per_second"], row["theirs_tokens_per_second"]
-        rows.append(f"| {name} | {ours:,.0f} | {theirs:,.0f} | {row['ratio']:.2f} |")
+        speeds = (row[f"{way}_tokens_per_second"] for way in ("ours", "compiled", "theirs"))
+        cells = " | ".join(f"{speed:,.0f}" for speed in speeds)
+        rows.append(f"| {name} | {cells} | {row['ratio']:.2f} | {row['compiled_ratio']:.2f} |")
     return "\n".join(rows)
 
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from lab.errors import UserError
+from lab.static import CompiledStep
 
 
 def next_token_probs(
@@ -42,27 +43,31 @@ def generate(
     top_k: int | None = None,
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
+    step: CompiledStep | None = None,
 ) -> Iterator[int]:
     """Yields up to max_new_tokens tokens that continue the prompt (at least one token).
 
     Once the context (block_size) is full, its last half starts a new window: positions that were never
     trained are never used, and the cost of going on is one short prefill per half window. Only the
     first vocab_size logits count (the rest pads the vocabulary). Random numbers are drawn on the CPU,
-    so that a seed gives the same text on every device.
+    so that a seed gives the same text on every device. step, made of the model, makes the tokens that
+    follow a prefill faster.
     """
     context = model.config.block_size
     device = next(model.parameters()).device
     window = prompt[-context:]
-    cache, new = model.new_cache(1, context), window
+    cache, new = step.cache if step else model.new_cache(1, context), window
+    cache.length = 0
     for _ in range(max_new_tokens):
-        logits, _ = model(torch.tensor([new], device=device), cache=cache)
+        idx = torch.tensor([new], device=device)
+        logits = step(idx) if step and len(new) == 1 else model(idx, cache=cache)[0]
         probs = next_token_probs(logits[0, -1, :vocab_size].cpu(), temperature, top_k, top_p)
         token = draw(probs, temperature, generator)
         yield token
         window, new = [*window, token], [token]
         if len(window) > context:
             window = window[-(context // 2) or -1 :]
-            cache, new = model.new_cache(1, context), window
+            cache.length, new = 0, window
 
 
 def draw(probs: torch.Tensor, temperature: float, generator: torch.Generator | None) -> int:

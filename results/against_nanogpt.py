@@ -24,6 +24,7 @@ import torch
 import data
 from lab import cli, device, evaluation, lessons, log, report, runs, sampling, stages
 from lab.errors import UserError
+from lab.static import CompiledStep
 
 SETTING = "--device=cpu --compile=False --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128"
 SETTING += " --lr_decay_iters=2000 --dropout=0.0"
@@ -50,6 +51,8 @@ class Settings:
     """Times that each is measured, in turn; the medians are reported."""
     steps: int = 300
     """Training steps in a round."""
+    only_sampling: bool = False
+    """Measure sampling alone, in a minute, and keep the other figures."""
 
 
 def main():
@@ -61,6 +64,12 @@ def main():
     prepare_nanogpt(nanogpt, dataset)
     names = [stages.find(stage) for stage in settings.stages.split(",")]
     sampling_speeds = sampling_speed(nanogpt, names[0], settings.rounds)
+    if settings.only_sampling:
+        results = lessons.read_results()
+        results["against_nanogpt"]["sampling_tokens_per_second_at_context_256"] = sampling_speeds
+        runs.write_json(lessons.RESULTS, results)
+        print(json.dumps(sampling_speeds, indent=2))
+        return
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
         speed = {"nanogpt": []} | {name: [] for name in names}
@@ -189,17 +198,24 @@ def sampling_speed(nanogpt: Path, name: str, rounds: int, n_tokens: int = 500) -
     module, stage = load_nanogpt(nanogpt), stages.load(name)
     theirs = module.GPT(module.GPTConfig(**sizes, dropout=0.0, bias=False)).eval()
     ours = stage.GPT(stage.GPTConfig(**sizes)).eval()
-    speed = {"nanogpt": [], "ours": []}
-    for _ in range(rounds):
-        started = time.perf_counter()
+    step = CompiledStep(ours)
+
+    def their_way():
         with torch.no_grad():
             theirs.generate(torch.zeros(1, 1, dtype=torch.int64), n_tokens, temperature=0.8, top_k=200)
-        speed["nanogpt"].append(n_tokens / (time.perf_counter() - started))
-        started = time.perf_counter()
-        for _ in sampling.generate(ours, [0], n_tokens, 65, temperature=0.8, top_k=200):
-            pass
-        speed["ours"].append(n_tokens / (time.perf_counter() - started))
-    return compare(speed["nanogpt"], speed["ours"])
+
+    def our_way(step=None):
+        list(sampling.generate(ours, [0], n_tokens, 65, temperature=0.8, top_k=200, step=step))
+
+    ways = {"nanogpt": their_way, "ours": our_way, "compiled": lambda: our_way(step)}
+    speed = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            started = time.perf_counter()
+            way()
+            speed[name].append(n_tokens / (time.perf_counter() - started))
+    compiled = compare(speed["nanogpt"], speed["compiled"]) | {"compile_seconds": step.seconds}
+    return compare(speed["nanogpt"], speed["ours"]) | {"compiled": compiled, "machine": runs.machine(CPU)}
 
 
 if __name__ == "__main__":

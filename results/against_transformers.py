@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # Python looks 
 
 from deploy import deepseek, gpt2, llama, mixtral
 from lab import checkpoint, cli, device, lessons, presets, runs, sampling, stages
+from lab.static import CompiledStep
 
 CPU = torch.device("cpu")
 COUNTERPARTS = {"stage0_gpt": gpt2, "stage4_gqa": llama, "stage6_moe": mixtral, "stage7_mla_mtp": deepseek}
@@ -50,21 +51,25 @@ def main():
 def compare(name: str, settings: Settings) -> dict:
     """Tokens a second of both, and the median of their ratio, neighbours in time."""
     ours, theirs = make_both(name)
+    step = CompiledStep(ours)
     sample = {
         "ours": lambda: ours_samples(ours, settings.tokens),
+        "compiled": lambda: ours_samples(ours, settings.tokens, step),
         "theirs": lambda: theirs_samples(theirs, settings.tokens),
     }
-    texts = [function() for function in sample.values()]  # the warm-up
-    same = sum(a == b for a, b in zip(*texts, strict=True)) / settings.tokens
+    texts = {key: function() for key, function in sample.items()}  # the warm-up
+    same = sum(a == b for a, b in zip(texts["ours"], texts["theirs"], strict=True)) / settings.tokens
     speeds = {key: [] for key in sample}
     for _ in range(settings.rounds):
         for key, function in sample.items():
             started = time.perf_counter()
             function()
             speeds[key].append(settings.tokens / (time.perf_counter() - started))
-    ratios = [a / b for a, b in zip(speeds["ours"], speeds["theirs"], strict=True)]
-    medians = {f"{key}_tokens_per_second": statistics.median(values) for key, values in speeds.items()}
-    return medians | {"ratio": statistics.median(ratios), "ratios": ratios, "same_tokens": same}
+    measured = {f"{key}_tokens_per_second": statistics.median(values) for key, values in speeds.items()}
+    for key, prefix in (("ours", ""), ("compiled", "compiled_")):
+        ratios = [a / b for a, b in zip(speeds[key], speeds["theirs"], strict=True)]
+        measured |= {f"{prefix}ratio": statistics.median(ratios), f"{prefix}ratios": ratios}
+    return measured | {"same_tokens": same, "compile_seconds": step.seconds}
 
 
 def make_both(name: str):
@@ -88,9 +93,9 @@ def make_both(name: str):
     return ours, theirs
 
 
-def ours_samples(model, n: int) -> list[int]:
+def ours_samples(model, n: int, step: CompiledStep | None = None) -> list[int]:
     """n tokens, greedy."""
-    return list(sampling.generate(model, [0, 1, 2], n, 65, temperature=0))
+    return list(sampling.generate(model, [0, 1, 2], n, 65, temperature=0, step=step))
 
 
 @torch.inference_mode()

@@ -1,12 +1,16 @@
 """Sampling: the distributions, the cache, and sample.py."""
 
+import os
+import subprocess
 import sys
 
 import pytest
 import torch
 from conftest import TINY_MODEL
 
+import sample
 from lab import sampling
+from lab.static import CompiledStep
 
 
 def plain(logits, temperature, top_k, top_p):
@@ -77,6 +81,21 @@ def test_cached_text_equals_uncached_text_within_the_context_and_past_it(make_mo
     assert len(set(made)) > 10
 
 
+@pytest.mark.parametrize("prompt_length", [1, 9, 40])
+def test_shapes_that_never_change_make_the_same_text(make_model, prompt_length, monkeypatch):
+    """Without the compiler, which changes the speed alone; a test below compiles for real."""
+    monkeypatch.setattr(torch, "compile", lambda **_: lambda function: function)
+    model = make_model()
+    for parameter in model.parameters():
+        parameter.data.mul_(2)
+    prompt = torch.randint(65, (prompt_length,), generator=torch.Generator().manual_seed(2)).tolist()
+    step = CompiledStep(model)
+    for _ in range(2):  # the second time there is something in the cache
+        generator = torch.Generator().manual_seed(3)
+        made = list(sampling.generate(model, prompt, 60, 65, 1.0, generator=generator, step=step))
+        assert made == uncached(model, prompt, 60, TINY_MODEL["block_size"])
+
+
 def test_a_seed_gives_the_same_text_and_another_seed_another(make_model):
     model = make_model()
     texts = [
@@ -140,3 +159,28 @@ def test_a_character_of_several_tokens_is_shown_whole(run_train, run_sample, wor
     monkeypatch.setattr(sampling, "generate", lambda *arguments, **options: iter("né€".encode()))
     assert run_sample("--prompt", "a") == 0
     assert capsys.readouterr().out == "ané€\n"
+
+
+@pytest.mark.usefixtures("trained")
+def test_compiled_sampling_prints_the_same_text(run_sample, capsys):
+    flags = ("--stage", "0", "--prompt", "a", "--max-new-tokens", "30")
+    assert run_sample(*flags) == 0
+    plain_text = capsys.readouterr().out
+    assert run_sample(*flags, "--compile") == 0
+    out, err = capsys.readouterr()
+    assert out == plain_text and "compiled in" in err
+
+
+@pytest.mark.usefixtures("trained")
+def test_without_a_compiler_for_cpp_compiling_is_refused():
+    """In a process of its own: inductor reads CXX when it is imported."""
+    env = {**os.environ, "CXX": "/nowhere/g++", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+    command = [sys.executable, sample.__file__, "--stage", "0", "--prompt", "a", "--compile"]
+    child = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert child.returncode == 2 and child.stdout == ""
+    assert "No working C++ compiler" in child.stderr and "apt install g++" in child.stderr
+
+
+def test_compiling_and_drafting_are_not_for_the_same_run(run_sample, capsys):
+    assert run_sample("--stage", "7", "--compile", "--draft") == 2
+    assert "leave one of them out" in capsys.readouterr().err
