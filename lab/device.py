@@ -77,6 +77,17 @@ def prepare(device: torch.device) -> None:
             libc.mallopt(-3, 1 << 30)
 
 
+def step_options(device: torch.device) -> dict[str, object]:
+    """Options of torch.compile for the step from one token to the next.
+
+    Both leave Python out of the step: a CUDA graph there, a C++ program on a CPU, where one token is
+    too little work, outside the matrix products, to share between threads.
+    """
+    if device.type == "cpu":
+        return {"cpp_wrapper": True, "cpp.threads": 1}
+    return {"triton.cudagraphs": True} if device.type == "cuda" else {}
+
+
 def synchronize(device: torch.device) -> None:
     """Waits until the device has done what was asked of it, so that a clock can be read."""
     if device.type == "cuda":

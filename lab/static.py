@@ -4,6 +4,7 @@ import time
 
 import torch
 
+from lab import device
 from lab.errors import UserError
 
 
@@ -52,25 +53,22 @@ class CompiledStep:
         started = time.perf_counter()
         self.cache = model.new_cache(1, model.config.block_size)
         static = StaticCache(self.cache)
-        device = static.position.device
-        on_cuda = device.type == "cuda"
-        for tensor in (*static.stored, static.position) if on_cuda else ():
-            torch._dynamo.mark_static_address(tensor)  # or no CUDA graph is made of what writes to it
-        # Both leave Python out of the step: a CUDA graph there, a C++ program here. Outside the matrix
-        # products one token is too little work to share between threads.
-        options = {"triton.cudagraphs": True} if on_cuda else {"cpp_wrapper": True, "cpp.threads": 1}
+        where = static.position.device
+        for tensor in (*static.stored, static.position):
+            torch._dynamo.mark_static_address(tensor)  # or CUDA makes no graph of what writes to it
 
-        @torch.compile(dynamic=False, options=options)
+        @torch.compile(dynamic=False, options=device.step_options(where))
         def forward(idx):
             return model(idx, cache=static)[0]
 
         self.static, self.forward = static, forward
         try:
             for _ in range(3):  # a CUDA graph is recorded in the second call
-                self(torch.zeros(1, 1, dtype=torch.int64, device=device))
+                self.cache.length = 0
+                self(torch.zeros(1, 1, dtype=torch.int64, device=where))
         except Exception as error:
             # inductor has an exception of its own for each way to fail, most of them wrapped in another
-            reason = str(error).strip().splitlines()[0][:200]
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             raise UserError(
                 f"--compile failed ({reason}); it needs a C++ compiler (apt install g++), or leave it out"
             ) from error

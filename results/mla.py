@@ -27,6 +27,7 @@ VARIANTS = {
     "mtp-alone": ["--model.qk-rope-head-dim", "32"],  # stage 6's attention rotates all of a head
 }
 PROMPTS = ("ROMEO:\n", "\n", "What, ", "KING RICHARD III:\nNow is the ", "The ")
+DRAFTED = 400  # tokens after each: greedy text soon repeats itself, and a hundred are a loop or two
 
 
 @dataclass
@@ -41,6 +42,8 @@ class Settings:
     """Train this variant alone (mla-alone or mtp-alone) with seed --seed, and measure nothing."""
     seed: int = 0
     """Seed of --variant."""
+    drafts_of: str | None = None
+    """Measure the drafts of this run of stage 7 alone, and keep the other figures."""
 
 
 def main():
@@ -48,12 +51,18 @@ def main():
     if settings.variant:
         train_variant(settings.variant, settings.seed)
         return
+    device.prepare(CPU)
+    if settings.drafts_of:
+        results = lessons.read_results()
+        results["mla"]["drafts"] = drafts(Path(settings.drafts_of), settings.rounds)
+        runs.write_json(lessons.RESULTS, results)
+        print(json.dumps(results["mla"]["drafts"], indent=2))
+        return
     for variant in VARIANTS:
         for seed in range(settings.seeds):
             if not (folder_of(variant, seed) / "sample.txt").exists():
                 command = [sys.executable, __file__, "--variant", variant, "--seed", str(seed)]
                 subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    device.prepare(CPU)
     trained = runs.RUNS / "compare" / "laptop" / "stage7_mla_mtp-tinyshakespeare-seed0"
     results = lessons.read_results()
     results["mla"] = {
@@ -175,7 +184,7 @@ def drafts(trained: Path, rounds: int) -> list[dict]:
         def plain(options=options):
             generator = torch.Generator().manual_seed(0)
             for prompt in prompts:
-                list(sampling.generate(model, prompt, 100, vocab_size, generator=generator, **options))
+                list(sampling.generate(model, prompt, DRAFTED, vocab_size, generator=generator, **options))
 
         for n_drafts in (1, 2, 3):
             counts = sampling.DraftCounts()
@@ -184,7 +193,9 @@ def drafts(trained: Path, rounds: int) -> list[dict]:
                 generator = torch.Generator().manual_seed(0)
                 options = options | {"generator": generator, "counts": counts}
                 for prompt in prompts:
-                    list(sampling.generate_with_drafts(model, prompt, 100, vocab_size, n_drafts, **options))
+                    list(
+                        sampling.generate_with_drafts(model, prompt, DRAFTED, vocab_size, n_drafts, **options)
+                    )
 
             seconds = [], []
             for _ in range(rounds):
@@ -192,7 +203,7 @@ def drafts(trained: Path, rounds: int) -> list[dict]:
                     started = time.perf_counter()
                     function()
                     clock.append(time.perf_counter() - started)
-            tokens = 100 * len(prompts)
+            tokens = DRAFTED * len(prompts)
             rows.append(
                 {
                     "temperature": temperature,

@@ -44,6 +44,18 @@ def test_a_seed_gives_the_same_text_on_cuda_and_cpu(run_train, run_sample, works
     assert texts[0] == texts[1]
 
 
+@pytest.mark.parametrize("name", stages.names().values())
+def test_compiled_sampling_on_cuda_prints_the_same_text(name, run_train, run_sample, workshop, capsys):
+    assert run_train("--stage", name, *CUDA, "--out", "run") == 0
+    texts = []
+    for more in ([], ["--compile"]):
+        capsys.readouterr()
+        flags = ("--device", "cuda", "--prompt", "a", "--temperature", "0", "--max-new-tokens", "40")
+        assert run_sample("--run", "run", *flags, *more) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+
+
 def test_bfloat16_is_chosen_where_the_hardware_has_it():
     major, _ = torch.cuda.get_device_capability()
     chosen = device.choose_dtype("auto", torch.device("cuda"))
