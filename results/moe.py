@@ -33,6 +33,8 @@ class Settings:
     """Runs of each way to balance."""
     rounds: int = 15
     """Times that each speed is measured, in turn; medians are reported."""
+    only_speeds: bool = False
+    """Measure the speeds alone, and keep the other figures."""
 
 
 def main():
@@ -41,6 +43,12 @@ def main():
     speeds = {
         dtype: compare_speeds(settings.rounds, getattr(torch, dtype)) for dtype in ("float32", "bfloat16")
     }
+    if settings.only_speeds:
+        results = lessons.read_results()
+        results["moe"] |= {"speeds": speeds, "rounds": settings.rounds, "machine": runs.machine(CPU)}
+        runs.write_json(lessons.RESULTS, results)
+        print(json.dumps(speeds, indent=2))
+        return
     balanced = {name: train(name, flags, settings.seeds) for name, flags in VARIANTS.items()}
     plots.balancing({name: seeds[0] for name, seeds in balanced.items()}, LESSON / "load.png")
     results = lessons.read_results()
@@ -87,7 +95,10 @@ def compare_speeds(rounds: int, dtype: torch.dtype) -> dict:
     return {
         "of_stage_5": ratio(rounds, training_step("stage6_moe", dtype), training_step("stage5_flash", dtype)),
         "of_a_loop_over_64_experts": ratio(rounds, *mixtures(dtype, 64, 6, loop_over_experts)),
-        "of_transformers_mixtral": ratio(rounds, *mixtures(dtype, 8, 2, transformers_mixtral, 344)),
+        "of_transformers_mixtral": ratio(rounds, *mixtures(dtype, 8, 2, transformers_mixtral)),
+        "of_transformers_mixtral_with_experts_of_344": ratio(
+            rounds, *mixtures(dtype, 8, 2, transformers_mixtral, 344)
+        ),
         "of_transformers_mixtral_64_experts": ratio(rounds, *mixtures(dtype, 64, 6, transformers_mixtral)),
     }
 
@@ -121,11 +132,15 @@ def training_step(name: str, dtype: torch.dtype, **fields):
     return step
 
 
-def mixtures(dtype: torch.dtype, n_experts: int, k: int, make_other, width: int = 64):
-    """Forward and backward of stage 6's mixture and of another with the same weights, on 768 tokens."""
+def mixtures(dtype: torch.dtype, n_experts: int, k: int, make_other, width: int | None = None):
+    """Forward and backward of stage 6's mixture and of another with the same weights, on 768 tokens.
+
+    width is that of an expert. None: as the stage chooses it beside a shared expert, as in the laptop preset.
+    """
     stage = stages.load("stage6_moe")
-    sizes = {"n_routed_experts": n_experts, "num_experts_per_tok": k, "moe_intermediate_size": width}
-    made = stage.MoE(stage.GPTConfig(n_embd=128, n_head=4, n_shared_experts=0, **sizes)).eval()
+    sizes = {"n_embd": 128, "n_head": 4, "n_routed_experts": n_experts, "num_experts_per_tok": k}
+    width = width or stage.GPTConfig(**sizes).moe_intermediate_size
+    made = stage.MoE(stage.GPTConfig(n_shared_experts=0, moe_intermediate_size=width, **sizes)).eval()
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     made = made.to(dtype)
