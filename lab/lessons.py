@@ -66,6 +66,19 @@ def raced(measured: dict) -> list[str]:
     return rows
 
 
+def rates(results: dict) -> str:
+    """The table of final losses by learning rate, of the stages that were tuned."""
+    tuned = {name: row["tuned"]["tried"] for name, row in results["stages"].items() if "tuned" in row}
+    tried = sorted({rate for row in tuned.values() for rate in row}, key=float)
+    lines = ["| stage | " + " | ".join(tried) + " |", "|---" * (len(tried) + 1) + "|"]
+    for number, row in tuned.items():
+        best = min(row, key=row.get)
+        losses = (f"**{row[r]:.3f}**" if r == best else f"{row[r]:.3f}" if r in row else "" for r in tried)
+        name = stages.names()[int(number)].split("_", 1)[1]
+        lines.append(f"| {number} {name} | " + " | ".join(losses) + " |")
+    return "\n".join(lines)
+
+
 def crossover(measured: dict) -> str:
     """The table of SDPA's time relative to attention written out, by context."""
     contexts = list(measured["float32"])
@@ -180,6 +193,7 @@ def filled(page: str, number: int | str | None, results: dict) -> str:
     elif number is None:
         parts = {
             "table": ladder(list(stages.names()), results),
+            "rates": rates(results),
             "nanogpt": nanogpt(results["against_nanogpt"]),
         }
     else:
