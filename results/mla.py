@@ -26,8 +26,8 @@ VARIANTS = {
     "mla-alone": ["--model.num-nextn-predict-layers", "0"],
     "mtp-alone": ["--model.qk-rope-head-dim", "32"],  # stage 6's attention rotates all of a head
 }
-PROMPTS = ("ROMEO:\n", "\n", "What, ", "KING RICHARD III:\nNow is the ", "The ")
-DRAFTED = 400  # tokens after each: greedy text soon repeats itself, and a hundred are a loop or two
+PROMPTS = ("ROMEO:\n", "JULIET:\n", "What, ", "KING RICHARD III:\nNow is the ", "The ")
+DRAFTED = 400  # tokens after each
 
 
 @dataclass
