@@ -13,6 +13,7 @@ TEXTS = [path for path, _ in PAGES.values()] + [stages.ROOT / "CONTRIBUTING.md"]
 
 # By page and part of results.json: the tables made of it.
 MEASURED = {
+    (None, "stages"): {"rates"},
     (None, "against_nanogpt"): {"nanogpt"},
     (None, "against_transformers"): {"transformers"},
     (5, "attention"): {"crossover", "context"},
