@@ -1,5 +1,6 @@
 """Decoding with shapes that never change, so that one compiled step makes every token (as gpt-fast does)."""
 
+import itertools
 import time
 
 import torch
@@ -19,9 +20,11 @@ class StaticCache:
     length = 0  # stage 0 adds it to the new tokens, to see that there are positions for all
 
     def __init__(self, cache):
-        self.stored = [value for value in vars(cache).values() if isinstance(value, torch.Tensor)]
-        self.slots = torch.arange(cache.max_length, device=self.stored[0].device)
-        self.position = torch.zeros(1, dtype=torch.int64, device=self.stored[0].device)
+        stored = [value for value in vars(cache).values() if isinstance(value, torch.Tensor)]
+        # A tensor a layer: compiled code copies the whole of a tensor that it stores a part of.
+        self.layers = list(zip(*(tensor.unbind() for tensor in stored), strict=True))
+        self.slots = torch.arange(cache.max_length, device=stored[0].device)
+        self.position = torch.zeros(1, dtype=torch.int64, device=stored[0].device)
 
     def positions(self, n_new):
         """The position of the new token: (1,) int64."""
@@ -33,9 +36,9 @@ class StaticCache:
 
     def update(self, layer_idx, *new):
         """Stores the token's (B, heads, 1, width); returns all of it, (B, heads, max_length, width)."""
-        for stored, value in zip(self.stored, new, strict=True):
-            stored[layer_idx].index_copy_(2, self.position, value.type_as(stored))
-        return [stored[layer_idx] for stored in self.stored]
+        for stored, value in zip(self.layers[layer_idx], new, strict=True):
+            stored.index_copy_(2, self.position, value.type_as(stored))
+        return self.layers[layer_idx]
 
     def advance(self, n_new):
         """Whoever sets the position counts."""
@@ -54,7 +57,7 @@ class CompiledStep:
         self.cache = model.new_cache(1, model.config.block_size)
         static = StaticCache(self.cache)
         where = static.position.device
-        for tensor in (*static.stored, static.position):
+        for tensor in (*itertools.chain(*static.layers), static.position):
             torch._dynamo.mark_static_address(tensor)  # or CUDA makes no graph of what writes to it
 
         @torch.compile(dynamic=False, options=device.step_options(where))
