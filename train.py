@@ -53,7 +53,6 @@ def main():
     stage = stages.load(settings.stage)
     attention = stages.attention(stage, settings.model, device, dtype)
     model = stage.GPT(settings.model).to(device)
-    flops = cost.flops_per_token(model)
 
     config = {
         "stage": settings.stage,
@@ -64,7 +63,6 @@ def main():
         "attention": attention,
         "parameters": cost.parameters(model),
         "active_parameters": cost.active_parameters(model),
-        "flops_per_token": flops,
         "processes": parallel.WORLD_SIZE,
         "machine": runs.machine(device),
     }
@@ -86,7 +84,7 @@ def main():
     print(f"{settings.stage} on {dataset.name}: {counted}, {device}, {config['dtype']}{computed}{processes}")
     print(f"the run is in {shown(folder)}")
 
-    stopped_by = train(settings, model, joined, optimizer, dataset, device, dtype, folder, progress, flops)
+    stopped_by = train(settings, model, joined, optimizer, dataset, device, dtype, folder, progress)
     parallel.stop()
     if stopped_by:
         print(f"stopped after step {progress['step']}; go on with: {checkpoint.resume_command(folder)}")
@@ -117,7 +115,7 @@ def restore(folder: Path, model, optimizer, device: torch.device) -> dict:
     return state["progress"]
 
 
-def train(settings, model, joined, optimizer, dataset, device, dtype, folder, progress, flops) -> int | None:
+def train(settings, model, joined, optimizer, dataset, device, dtype, folder, progress) -> int | None:
     """Runs the remaining steps, updating progress; returns the signal that stopped it early, or None.
 
     joined is the model as it trains: compiled, and with the other processes.
@@ -127,6 +125,7 @@ def train(settings, model, joined, optimizer, dataset, device, dtype, folder, pr
     rows = parallel.my_rows(settings.batch_size, micro_batch)
     tokens_per_step = settings.batch_size * settings.model.block_size
     peak_flops = (devices.peak_flops(device) or 0) * parallel.WORLD_SIZE
+    flops = cost.flops_per_token(model) if peak_flops else 0
     wandb_config = runs.read_config(folder) if settings.wandb else None
     recent = []  # losses and gradient norms since the last look at them, still on the device
 

@@ -45,8 +45,11 @@ def style(name: str) -> dict:
     return look | {"markersize": 4, "linewidth": 1.6, "label": label_of(name)}
 
 
-def losses(found: dict[str, comparison.StageRuns]):
-    """Validation loss against tokens, seconds and FLOPs: mean over seeds, band of one standard deviation."""
+def losses(found: dict[str, comparison.StageRuns], rows: dict[int, dict]):
+    """Validation loss against tokens, seconds and FLOPs: mean over seeds, band of one standard deviation.
+
+    rows: the stages' figures, by number.
+    """
     figure, panels = new_figure(13, 4.6, columns=3)
     scales = {
         "tokens trained on (millions)": lambda record, flops: record["tokens"] / 1e6,
@@ -57,7 +60,7 @@ def losses(found: dict[str, comparison.StageRuns]):
         for name, runs in found.items():
             evaluated = [[r for r in metrics if "val_loss" in r] for metrics in runs.history.values()]
             n = min(len(metrics) for metrics in evaluated)
-            flops = runs.config["flops_per_token"]
+            flops = rows[number_of(name)]["flops_per_token"]
             x = np.mean([[scale(r, flops) for r in metrics[:n]] for metrics in evaluated], axis=0)
             y = np.array([[r["val_loss"] for r in metrics[:n]] for metrics in evaluated])
             panel.plot(x, y.mean(axis=0), **style(name))

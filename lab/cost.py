@@ -1,7 +1,6 @@
 """What a model costs: parameters and FLOPs, counted on the real model and never by a formula."""
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 
 def parameters(model: torch.nn.Module) -> int:
@@ -35,6 +34,8 @@ def flops_per_token(model: torch.nn.Module) -> float:
     Counted on the same model without memory (the meta device), and so the same on every device. There SDPA is
     the matrix products that it stands for; of a fused kernel the counter may know nothing.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # imports Triton, where there is one
+
     with torch.device("meta"):
         bare = type(model)(model.config).eval()  # without dropout no random number is drawn
         idx = torch.zeros(1, model.config.block_size, dtype=torch.int64)

@@ -35,7 +35,7 @@ def figures(found: comparison.StageRuns, speeds: dict | None) -> dict:
         "lines_changed": sum(diffs.changed_lines(number)) if number else None,
         "parameters": cost.parameters(model),
         "active_parameters": cost.active_parameters(model),
-        "flops_per_token": config["flops_per_token"],
+        "flops_per_token": cost.flops_per_token(model),
         "cache_bytes_per_token": cache_bytes(model),
         "seeds": list(found.history),
         "val_loss": spread.summary([record["val_loss"] for record in finals]),
@@ -147,7 +147,7 @@ def draw(
     drawn = []
     for dark in (False, True):
         with charts.theme(dark):
-            pictures = {"loss": charts.losses(found), "cost": charts.cost(by_number)}
+            pictures = {"loss": charts.losses(found, by_number), "cost": charts.cost(by_number)}
             if any("training_tokens_per_second" in row for row in by_number.values()):
                 pictures["bars"] = charts.bars(by_number)
             for what in ("training", "decoding"):

@@ -101,7 +101,6 @@ def train(name: str, sample: Path, out: Path, steps: int) -> dict:
     return {
         "parameters": config["parameters"],
         "active_parameters": config["active_parameters"],
-        "flops_per_token": config["flops_per_token"],
         "dtype": config["dtype"],
         "tokens_per_second": statistics.median(line["tokens_per_second"] for line in lines),
         "seconds": lines[-1]["seconds"],

@@ -38,7 +38,7 @@ def made_up(stage, seed, losses, steps=40, folder=None, **changes):
     model.__post_init__()
     folder = Path(folder or runs.RUNS / f"{stage}-{seed}")
     folder.mkdir(parents=True)
-    config = {"stage": stages.find(stage), "dataset": "words", "dtype": "float32", "flops_per_token": 5e6}
+    config = {"stage": stages.find(stage), "dataset": "words", "dtype": "float32"}
     config |= {
         "settings": comparison.settings.as_json(wanted),
         "model": vars(model),
