@@ -62,37 +62,36 @@ class BatchedMuon(WithoutCompiler, torch.optim.Muon):
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
-            by_shape = defaultdict(list)  # of (parameter, its update, whether that lies on its side)
+            by_shape = defaultdict(list)  # parameters, by the shape of the matrix or matrices that each is
             for p in group["params"]:
-                if p.grad is None:
-                    continue
-                momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p.grad))
-                momentum.lerp_(p.grad, 1 - group["momentum"])
-                update = p.grad.lerp(momentum, group["momentum"])  # Nesterov's
-                for matrix, change in zip(
-                    p.view(-1, *p.shape[-2:]), update.view(-1, *p.shape[-2:]), strict=True
-                ):
-                    tall = matrix.size(0) > matrix.size(1)
-                    change = change.T if tall else change
-                    by_shape[change.shape].append((matrix, change, tall))
-            for parts in by_shape.values():
-                updates = orthogonalized(
-                    torch.stack([change for _, change, _ in parts]),
-                    group["ns_coefficients"],
-                    group["ns_steps"],
-                )
-                for (matrix, _, tall), update in zip(parts, updates, strict=True):
-                    # As large, by root mean square, as AdamW's: the same learning rate fits both.
-                    size = 0.2 * math.sqrt(max(matrix.shape))
-                    matrix.mul_(1 - group["lr"] * group["weight_decay"])
-                    matrix.add_(update.T if tall else update, alpha=-group["lr"] * size)
+                if p.grad is not None:
+                    by_shape[p.shape[-2:]].append(p)
+            for shape, parameters in by_shape.items():
+                updates = [self.nesterov(p, group["momentum"]).view(-1, *shape) for p in parameters]
+                updates = orthogonalized(torch.cat(updates), group["ns_coefficients"], group["ns_steps"])
+                # As large, by root mean square, as AdamW's: the same learning rate fits both.
+                size = 0.2 * math.sqrt(max(shape))
+                sizes = [p.numel() // shape.numel() for p in parameters]
+                for p, update in zip(parameters, updates.split(sizes), strict=True):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(update.view_as(p), alpha=-group["lr"] * size)
+
+    def nesterov(self, p: torch.nn.Parameter, momentum: float) -> torch.Tensor:
+        """Counts p's gradient into its running mean; returns their mix, which looks a step ahead."""
+        state = self.state[p]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(p.grad)
+        mean = state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
+        return p.grad.lerp(mean, momentum)
 
 
 def orthogonalized(x: torch.Tensor, coefficients: tuple[float, float, float], steps: int) -> torch.Tensor:
     """Newton and Schulz's iteration on each matrix of x (N, rows, columns): singular values become near 1."""
+    if x.size(1) > x.size(2):  # the products are of rows with rows: the fewer the better
+        return orthogonalized(x.mT, coefficients, steps).mT
     a, b, c = coefficients
     x = x.bfloat16()
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
     for _ in range(steps):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
