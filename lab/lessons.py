@@ -31,6 +31,7 @@ def nanogpt(measured: dict) -> str:
         measured["sampling_tokens_per_second_at_context_256"],
     )
     loss, memory = measured["val_loss_after_2000_steps"], measured["peak_memory_mib"]
+    step = measured["muon_step"]
     return "\n".join(
         [
             "| | nanoGPT | ours | ratio |",
@@ -39,6 +40,7 @@ def nanogpt(measured: dict) -> str:
                 f"| {what} | {row['nanogpt']:,.0f} | {row['ours']:,.0f} | {row['ratio']:.2f} |"
                 for what, row in (
                     ("training tokens/s", speed),
+                    ("training tokens/s, with `--compile`", speed["compiled"]),
                     ("sampling tokens/s, context 256", sampling),
                     ("sampling tokens/s, context 256, with `--compile`", sampling["compiled"]),
                 )
@@ -49,6 +51,8 @@ def nanogpt(measured: dict) -> str:
                 if name != measured["stage"]
             ),
             *raced(measured["seconds_to_nanogpts_loss"]),
+            f"| ms of our stage {step['stage'][5]}'s step, with AdamW and with Muon | {step['adamw']:.0f} "
+            f"| {step['muon']:.0f} | {step['ratio']:.2f} |",
             f"| validation loss, 2000 steps, all of val | {loss['nanogpt']:.3f} | {loss['ours']:.3f} | |",
             f"| peak memory of the training process, MiB | {memory['nanogpt']:,.0f} | {memory['ours']:,.0f} "
             f"| {memory['ours'] / memory['nanogpt']:.2f} |",

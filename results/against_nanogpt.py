@@ -1,7 +1,8 @@
 """Our stages beside nanoGPT at its own CPU setting: python results/against_nanogpt.py --nanogpt DIR
 
 DIR is a checkout of karpathy/nanoGPT. All train on TinyShakespeare's characters as whole programs, in turn;
-then nanoGPT and stage 0 sample. Writes its part of results/results.json; takes about 15 minutes on 2 cores.
+then nanoGPT and stage 0 sample, and a step of Muon is timed beside one of AdamW. Writes its part of
+results/results.json; takes about 15 minutes on 2 cores.
 """
 
 import importlib.util
@@ -22,7 +23,20 @@ import numpy as np
 import torch
 
 import data
-from lab import cli, device, evaluation, lessons, log, report, runs, sampling, stages
+from lab import (
+    batches,
+    cli,
+    device,
+    evaluation,
+    lessons,
+    log,
+    optim,
+    presets,
+    report,
+    runs,
+    sampling,
+    stages,
+)
 from lab.errors import UserError
 from lab.static import CompiledStep
 
@@ -72,12 +86,13 @@ def main():
         return
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
-        speed = {"nanogpt": []} | {name: [] for name in names}
+        speed = {"nanogpt": []} | {name: [] for name in (*names, "compiled")}
         for number in range(settings.rounds):
             seconds, _ = train_nanogpt(nanogpt, scratch / f"theirs{number}", settings.steps, 1)
             speed["nanogpt"].append(12 * 64 / statistics.median(seconds))
-            for name in names:
-                folder, _ = train_ours(name, scratch / f"{name}{number}", settings.steps)
+            for name in (*names, "compiled"):
+                stage, more = (names[0], ["--compile"]) if name == "compiled" else (name, [])
+                folder, _ = train_ours(stage, scratch / f"{name}{number}", settings.steps, *more)
                 lines = log.read_metrics(folder / "metrics.jsonl")
                 speed[name].append(statistics.median(line["tokens_per_second"] for line in lines))
             print({name: round(values[-1]) for name, values in speed.items()}, flush=True)
@@ -89,9 +104,11 @@ def main():
             "stage": names[0],
             "dataset": dataset.name,
             "rounds": settings.rounds,
-            "training_tokens_per_second": compare(speed["nanogpt"], speed[names[0]]),
+            "training_tokens_per_second": compare(speed["nanogpt"], speed[names[0]])
+            | {"compiled": compare(speed["nanogpt"], speed["compiled"])},
             "training_ratio_by_stage": {n: compare(speed["nanogpt"], speed[n])["ratio"] for n in names},
             "seconds_to_nanogpts_loss": race(nanogpt, stages.find(settings.best), their_loss, scratch),
+            "muon_step": muon_step(stages.find(settings.best), dataset),
             "val_loss_after_2000_steps": {
                 "nanogpt": their_loss,
                 "ours": log.read_metrics(ours / "metrics.jsonl")[-1]["val_loss"],
@@ -117,6 +134,31 @@ def race(nanogpt: Path, stage: str, loss: float, scratch: Path) -> dict:
         reached = report.seconds_to(log.read_metrics(folder / "metrics.jsonl"), loss)
         raced["ours"][way] = {"seconds": reached, "ratio": reached / their_seconds if reached else None}
     return raced
+
+
+def muon_step(name: str, dataset: data.Dataset, rounds: int = 11, steps: int = 30) -> dict:
+    """Milliseconds of a step with AdamW and with Muon, in turn, on the laptop preset, and their ratio."""
+    device.prepare(CPU)
+    stage, preset = stages.load(name), presets.PRESETS["laptop"]
+    config = stage.GPTConfig(vocab_size=dataset.tokenizer.vocab_size, **preset["model"])
+    autocast = device.autocast(CPU, device.choose_dtype("auto", CPU))
+    models = {kind: stage.GPT(config) for kind in ("adamw", "muon")}
+    optimizers = {kind: optim.make(kind, model, 1e-3, 0.1, (0.9, 0.99)) for kind, model in models.items()}
+    milliseconds = {kind: [] for kind in models}
+    for number in range(rounds + 1):  # the first warms up
+        for kind, model in models.items():
+            started = time.perf_counter()
+            for step in range(number * steps, (number + 1) * steps):
+                idx, targets = batches.train_batch(
+                    dataset.train, 0, step, preset["batch_size"], config.block_size
+                )
+                optim.accumulate_gradients(model, idx, targets, preset["batch_size"], autocast)
+                optim.update(model, optimizers[kind], 1e-3, 1.0)
+            if number:
+                milliseconds[kind].append(1e3 * (time.perf_counter() - started) / steps)
+    ratios = [b / a for a, b in zip(*milliseconds.values(), strict=True)]
+    medians = {kind: statistics.median(values) for kind, values in milliseconds.items()}
+    return {"stage": name} | medians | {"ratio": statistics.median(ratios), "rounds": rounds}
 
 
 def compare(theirs: list[float], ours: list[float]) -> dict:
