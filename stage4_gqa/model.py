@@ -1,7 +1,7 @@
 """Stage 4: grouped-query attention: several query heads share one head of keys and values.
 
 Idea: n_kv_head key/value heads serve n_head query heads, each its own group of neighbours.
-Paper: Ainslie et al. 2023, "GQA: Training Generalized Multi-Query Transformer Models", arXiv 2305.13245.
+Paper: Ainslie et al. 2023, "GQA", arXiv 2305.13245.
 Changed: the widths of k_proj and v_proj, one repeat, the cache's shape.
 It should buy a cache smaller by n_head / n_kv_head, at nearly the same loss.
 """
@@ -138,7 +138,7 @@ def rotate(x, rope):
 
 
 class Attention(nn.Module):
-    """Multi-head causal self-attention (arXiv 1706.03762, section 3.2)."""
+    """Grouped-query causal self-attention (arXiv 2305.13245)."""
 
     def __init__(self, config, layer_idx):
         super().__init__()
@@ -153,7 +153,7 @@ class Attention(nn.Module):
     def forward(self, x, rope, mask, cache):
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_head, T, head_dim)
-        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_kv_head, T, head_dim)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
         q, k = rotate(q, rope), rotate(k, rope)
         if cache is not None:

@@ -1,7 +1,7 @@
 """Stage 5: FlashAttention: the same attention, but the score matrix is never stored.
 
 Idea: blocks of scores live in fast memory only; a running maximum and sum replace the whole softmax.
-Paper: Dao 2023, "FlashAttention-2: Faster Attention with Better Parallelism", arXiv 2307.08691.
+Paper: Dao 2023, "FlashAttention-2", arXiv 2307.08691.
 Changed: the attention call; tiled.py and kernel.py beside this file write the algorithm out.
 It should buy memory linear in the context, and speed at long contexts; the loss stays the same.
 """
@@ -158,7 +158,7 @@ def choose_attention(name, q, k, mask, dropout):
 
 
 class Attention(nn.Module):
-    """Multi-head causal self-attention (arXiv 1706.03762, section 3.2)."""
+    """Grouped-query causal self-attention (arXiv 2305.13245)."""
 
     def __init__(self, config, layer_idx):
         super().__init__()
@@ -174,7 +174,7 @@ class Attention(nn.Module):
     def forward(self, x, rope, mask, cache):
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_head, T, head_dim)
-        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_kv_head, T, head_dim)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
         q, k = rotate(q, rope), rotate(k, rope)
         if cache is not None:

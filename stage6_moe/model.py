@@ -50,7 +50,7 @@ class GPTConfig:
     n_routed_experts: int = 8
     """Number of experts to choose from, in each layer."""
     num_experts_per_tok: int = 2
-    """Number of them that a token uses."""
+    """Number of routed experts that a token uses."""
     n_shared_experts: int = 1
     """Number of experts that every token uses."""
     moe_intermediate_size: int | None = None
@@ -185,7 +185,7 @@ def choose_attention(name, q, k, mask, dropout):
 
 
 class Attention(nn.Module):
-    """Multi-head causal self-attention (arXiv 1706.03762, section 3.2)."""
+    """Grouped-query causal self-attention (arXiv 2305.13245)."""
 
     def __init__(self, config, layer_idx):
         super().__init__()
@@ -201,7 +201,7 @@ class Attention(nn.Module):
     def forward(self, x, rope, mask, cache):
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_head, T, head_dim)
-        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_kv_head, T, head_dim)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
         q, k = rotate(q, rope), rotate(k, rope)
         if cache is not None:

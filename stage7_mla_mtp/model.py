@@ -1,10 +1,10 @@
 """Stage 7: multi-head latent attention and multi-token prediction. With them: a small DeepSeek-V3.
 
-Idea: keys and values are made from one narrow latent, which alone is cached; a further block predicts the
+Idea: keys and values come from one narrow latent; it and a small key are cached. One more block predicts the
 token after the next, which trains the model on more than the next token, and drafts when sampling.
 Papers: DeepSeek-V2, arXiv 2405.04434, section 2.1; DeepSeek-V3, arXiv 2412.19437, sections 2.1.1 and 2.2.
-Changed: attention, the cache, the extra block and its loss; the sigmoid router is the default, with groups.
-It should buy a cache several times smaller than GQA's, and several tokens a step when sampling.
+Changed: attention, the cache, the extra block and its loss; YaRN; groups of experts, a sigmoid by default.
+It should buy a cache of half of GQA's or less, and several tokens a step when sampling.
 """
 
 import math
@@ -49,7 +49,7 @@ class GPTConfig:
     n_routed_experts: int = 8
     """Number of experts to choose from, in each layer."""
     num_experts_per_tok: int = 2
-    """Number of them that a token uses."""
+    """Number of routed experts that a token uses."""
     n_shared_experts: int = 1
     """Number of experts that every token uses."""
     moe_intermediate_size: int | None = None
@@ -73,9 +73,9 @@ class GPTConfig:
     kv_lora_rank: int | None = None
     """Width of the latent of keys and values. None: 3/8 of n_embd, rounded up to a multiple of 8."""
     qk_nope_head_dim: int | None = None
-    """Width of the part of a head's queries and keys without positions. None: half of n_embd / n_head."""
+    """Width of the part of a head's queries and keys without positions. None: the rest of n_embd / n_head."""
     qk_rope_head_dim: int | None = None
-    """Width of the part with positions, rotated; its key is one for all heads. None: the other half."""
+    """Width of the part with positions, rotated; one key for all heads. None: half of n_embd / n_head."""
     v_head_dim: int | None = None
     """Width of a head's values. None: n_embd / n_head."""
     rope_scaling: dict[str, float] | None = None
@@ -83,7 +83,7 @@ class GPTConfig:
     num_nextn_predict_layers: int = 1
     """Number of blocks that each predict one token further ahead."""
     mtp_loss_weight: float = 0.3
-    """Weight of their mean loss."""
+    """Weight of the mean loss of multi-token prediction."""
 
     def __post_init__(self):
         if self.kv_lora_rank is None:
@@ -112,10 +112,10 @@ class GPTConfig:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.qk_rope_head_dim % 2:
             raise ValueError(f"qk_rope_head_dim ({self.qk_rope_head_dim}) must be even, for pairs")
-        if (n := self.n_routed_experts) % (k := self.n_group) or (k > 1 and n < 2 * k):
+        if (n := self.n_routed_experts) % max(k := self.n_group, 1) or k < 1 or (k > 1 and n < 2 * k):
             raise ValueError(f"n_routed_experts ({n}) must be 2 or more for each n_group ({k})")
-        if self.topk_group * self.n_routed_experts < self.num_experts_per_tok * self.n_group:
-            raise ValueError(f"topk_group ({self.topk_group}) has too few experts for num_experts_per_tok")
+        if (k := self.topk_group) > self.n_group or k * n < self.num_experts_per_tok * self.n_group:
+            raise ValueError(f"topk_group ({k}) is over n_group or too low for num_experts_per_tok")
         if self.attention not in (names := ("auto", "flash_attn", "sdpa", "explicit", "triton")):
             raise ValueError(f"attention must be one of {', '.join(names)}, not {self.attention!r}")
         if (n := self.n_routed_experts) < (k := self.num_experts_per_tok) or k < 1:
@@ -280,9 +280,7 @@ class Attention(nn.Module):
         q_rope, k_rope = rotate(q_rope, rope), rotate(k_rope, rope)  # one key for all heads
         q = torch.cat((q_nope, q_rope), dim=-1) * self.growth
         if cache is not None:
-            k_rope, latent = cache.update(
-                self.layer_idx, k_rope, latent
-            )  # (B, 1, S, …), S = T + tokens before
+            k_rope, latent = cache.update(self.layer_idx, k_rope, latent)  # (B, 1, S, …), S tokens so far
             if self.absorbing_is_cheaper(T, latent.size(2)):
                 y = self.attend_absorbed(q, k_rope, latent, mask)
                 return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
@@ -297,7 +295,7 @@ class Attention(nn.Module):
         return T * (rank * expanded + S * (2 * rank - expanded)) < S * rank * expanded
 
     def attend_absorbed(self, q, k_rope, latent, mask):
-        """Attention on the latents themselves: (q W_k) · latent = q · (latent W_k); W_v after the mean."""
+        """As attend, on latent and k_rope (B, 1, S, …) themselves: q · (W_k latent) = (q W_k) · latent."""
         nope, rank = self.config.qk_nope_head_dim, self.config.kv_lora_rank
         by_head = self.kv_b_proj.weight.view(self.config.n_head, -1, rank)
         w_k, w_v = by_head.split((nope, self.config.v_head_dim), dim=1)  # (n_head, …, kv_lora_rank)
@@ -306,7 +304,7 @@ class Attention(nn.Module):
         scores = torch.einsum("bhtr,bsr->bhts", q * self.head_dim**-0.5, k)
         scores = scores + (causal_mask(*scores.shape[2:], q.device) if mask is None else mask)
         y = torch.einsum("bhts,bsr->bhtr", F.softmax(scores, dim=-1).type_as(latent), latent.squeeze(1))
-        return y @ w_v.mT  # (B, n_head, T, v_head_dim)
+        return y @ w_v.mT  # W_v after the mean: (B, n_head, T, v_head_dim)
 
     def attend(self, q, k, v, mask):
         """q (B, n_head, T, head_dim), k, v (B, n_head, S, …) -> (B, n_head, T, v_head_dim)."""
@@ -326,8 +324,6 @@ class Attention(nn.Module):
         mask = causal_mask(T, S, q.device) if mask is None else mask
         if name == "sdpa":
             return F.scaled_dot_product_attention(q, k, v, mask.to(q.dtype), p, enable_gqa=True)
-        repeats = q.size(1) // k.size(1)  # query heads to a key/value head
-        k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)  # k0, k0, k1, k1
         # Scaling q instead of the scores gives the same numbers for fewer multiplications.
         scores = (q * self.head_dim**-0.5) @ k.transpose(2, 3) + mask  # (B, n_head, T, S)
         weights = self.dropout(F.softmax(scores, dim=-1))
@@ -473,7 +469,7 @@ class MTPBlock(Block):
 
     def __init__(self, config, depth):
         super().__init__(config, config.n_layer + depth)
-        self.self_attn.layer_idx = depth  # in a cache of its own
+        self.self_attn.layer_idx = depth  # of the cache for drafting
         self.enorm = RMSNorm(config.n_embd, config.norm_eps)
         self.hnorm = RMSNorm(config.n_embd, config.norm_eps)
         self.eh_proj = nn.Linear(2 * config.n_embd, config.n_embd, bias=False)

@@ -173,6 +173,8 @@ def test_a_closed_group_stays_closed_when_all_scores_are_negative():
         ({"n_group": 3}, "n_routed_experts \\(8\\) .* n_group \\(3\\)"),
         ({"n_group": 8}, "n_group \\(8\\)"),
         ({"n_group": 4, "num_experts_per_tok": 3}, "topk_group \\(1\\)"),
+        ({"n_group": 2, "topk_group": 3}, "topk_group \\(3\\)"),
+        ({"n_group": 0}, "n_group \\(0\\)"),
     ],
 )
 def test_impossible_sizes_are_refused(sizes, message):

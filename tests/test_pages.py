@@ -1,14 +1,16 @@
 """The pages are true: their generated parts, links and commands."""
 
+import math
 import re
 import shlex
 
 import pytest
 
-from lab import lessons, scale, settings, stages
+from lab import lessons, parallel, scale, settings, stages
 
 PAGES = {str(path.relative_to(stages.ROOT)): (path, number) for path, number in lessons.pages().items()}
-TEXTS = [path for path, _ in PAGES.values()] + [stages.ROOT / "CONTRIBUTING.md"]
+TEXTS = [path for path, _ in PAGES.values()]
+TEXTS += [stages.ROOT / "CONTRIBUTING.md", stages.ROOT / "docs" / "many-devices.md"]
 
 
 # By page and part of results.json: the tables made of it.
@@ -46,10 +48,15 @@ def test_links_lead_somewhere(path):
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=str)
-def test_commands_have_flags_that_exist(path):
-    for command in re.findall(r"python train\.py ([^`\n|]*)", path.read_text()):
-        if "--stage" in command and "--help" not in command:
-            settings.parse([*shlex.split(command.replace("my.txt", __file__)), "--device", "cpu"])
+def test_commands_have_flags_that_exist(path, monkeypatch):
+    text = path.read_text().replace("\\\n", " ")  # a command over several lines
+    for starter, flags in re.findall(r"(python|torchrun [^`\n|]*) train\.py ([^`\n|]*)", text):
+        if "--stage" in flags and "--help" not in flags:
+            flags = flags.replace("my.txt", __file__)
+            parsed = settings.parse([*shlex.split(flags), "--device", "cpu"])
+            processes = re.findall(r"--(?:nnodes|nproc-per-node) (\d+)", starter)
+            monkeypatch.setattr(parallel, "WORLD_SIZE", math.prod(map(int, processes)))
+            parallel.micro_batch(parsed.batch_size, parsed.micro_batch_size)
 
 
 def test_all_results_are_small_enough_to_carry():
