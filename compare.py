@@ -14,11 +14,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from lab import cli, comparison, diffs, measuring, report, runs, spread, stages
+from lab import cli, comparison, device, diffs, measuring, report, runs, spread, stages
 from lab.errors import UserError, shown
 
 LEFT_OUT = ("what changed", "lines changed", "parameters (active)", "FLOPs a token", "bits per byte")
@@ -39,7 +40,7 @@ class Settings:
     tune: bool = False
     """Give every stage its best of a few learning rates too (seed 0): the ladder shows both."""
     rounds: int = 5
-    """Times that each speed is measured, the stages in turn; 0: measure no speed."""
+    """Times that each speed is measured, the stages in turn (against the context at most 3); 0: no speed."""
     contexts: str = "64,256,1024"
     """Lengths at which speed and memory are measured too, where the stage can; empty: none."""
     out: str | None = None
@@ -59,6 +60,9 @@ def main():
         diffs.show(*(stages.find(stage) for stage in settings.diff), console)
         return
     spread.scipy_stats()  # better known before the runs than after them
+    diffs.changed_lines(1)
+    if settings.out and Path(settings.out).is_file():
+        raise UserError(f"--out {settings.out} is a file; name a folder for the figures and pictures")
     comparison.check_flags(flags)
     chosen = comparison.chosen_stages(settings.stages)
     contexts = measuring.parse_contexts(settings.contexts)
@@ -76,9 +80,7 @@ def main():
         if settings.tune:
             for rate in RATES:
                 tuning = [*flags, "--lr", str(rate), "--min-lr", str(rate / 10)]
-                needed += comparison.plan(
-                    chosen, 1, tuning, known, dataset, taken={run.folder for run in needed}
-                )
+                needed += comparison.plan(chosen, 1, tuning, known, dataset, needed)
         train(needed, console)
         failed = [run for run in needed if run.failure]
         known = comparison.at_hand(notes := [])
@@ -93,11 +95,15 @@ def main():
     speeds = measuring.read(out)
     if settings.rounds and not settings.only_draw:
         configs = {name: stage_runs.config for name, stage_runs in found.items()}
-        speeds = measuring.everything(configs, settings.rounds, contexts, console)
+        speeds = measuring.everything(
+            configs, device.choose(wanted.device), settings.rounds, contexts, console
+        )
         runs.write_json(out / "speeds.json", speeds)
     elif not speeds:
         notes.append("missing: speeds and memory; compare.py without --only-draw measures them")
-    results = summarize(found, speeds, chosen, flags, known, dataset, settings.tune, out)
+    results = summarize(
+        found, speeds, chosen, flags, known, dataset, settings.tune, out, device.choose(wanted.device)
+    )
     (out / "ladder.md").write_text(report.ladder(results) + "\n", encoding="utf-8")
     drawn = report.draw(found, results, speeds, out)
     console.print(ladder_table(results))
@@ -139,6 +145,10 @@ def train(needed: list[comparison.Run], console: Console) -> None:
                 except KeyboardInterrupt:
                     interrupted = True
                     child.wait()  # it got the signal too, and saves
+                except BaseException:
+                    child.terminate()  # it saves, and does not go on alone
+                    child.wait()
+                    raise
             # By its status: where the signal arrives inside a callback, Python drops our KeyboardInterrupt.
             if interrupted or child.returncode in STOPPED:
                 print("interrupted; the same command goes on where this stopped", file=sys.stderr)
@@ -174,7 +184,15 @@ def progress_table(needed: list[comparison.Run], current: comparison.Run, spent:
 
 
 def summarize(
-    found: dict, speeds: dict, chosen: list, flags: list, known: list, dataset: str, tune: bool, out: Path
+    found: dict,
+    speeds: dict,
+    chosen: list,
+    flags: list,
+    known: list,
+    dataset: str,
+    tune: bool,
+    out: Path,
+    where: torch.device,
 ):
     """Writes results.json; returns the figures by the stage's number, empty for one without a run."""
     by_number = {
@@ -190,7 +208,7 @@ def summarize(
     path = out / "results.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     results |= {
-        "machine": runs.machine(measuring.DEVICE) | {"commit": runs.commit()},
+        "machine": runs.machine(where) | {"commit": runs.commit()},
         "dataset": dataset,
         "preset": next(iter(found.values())).config["settings"]["preset"],
         "stages": {str(number): row for number, row in by_number.items() if row},
@@ -231,4 +249,5 @@ def ladder_table(results: dict[int, dict]) -> Table:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that `train` ends its child
     cli.run(main)

@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -28,7 +29,7 @@ class Settings:
     """Sample from the newest run of this stage: its number or its folder's name. None: the newest of all."""
     run: str | None = None
     """Folder of the run, instead of the newest one of --stage."""
-    checkpoint: str = "best"
+    checkpoint: Literal["best", "last"] = "best"
     """best (lowest validation loss) or last."""
     prompt: str | None = None
     """Text to continue; without it what is piped in, or a newline."""
@@ -56,8 +57,6 @@ class Settings:
     """cuda, mps or cpu; auto: the first of these that is present."""
 
     def __post_init__(self):
-        if self.checkpoint not in ("best", "last"):
-            raise ValueError(f"checkpoint must be best or last, not {self.checkpoint!r}")
         for name in ("max_new_tokens", "num_samples", "draft_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
@@ -138,11 +137,14 @@ def read_prompt(settings: Settings) -> str:
             return settings.prompt
         if settings.prompt_file is not None:
             return Path(settings.prompt_file).read_text(encoding="utf-8")
+        if sys.stdin is None:  # closed
+            return ""
         mode = os.fstat(sys.stdin.fileno()).st_mode
         if stat.S_ISFIFO(mode) or stat.S_ISREG(mode):
             return sys.stdin.read()
     except OSError as error:
-        raise UserError(f"cannot read {settings.prompt_file}: {error.strerror}") from None
+        read = settings.prompt_file or "standard input"
+        raise UserError(f"cannot read {read}: {error.strerror or error}") from None
     except UnicodeDecodeError:
         raise UserError(f"{settings.prompt_file or 'standard input'} is not UTF-8 text") from None
     return ""

@@ -7,6 +7,7 @@ torchrun --nproc-per-node N train.py … does the same with N processes, on one 
 """
 
 import math
+import shlex
 import sys
 import time
 from dataclasses import asdict
@@ -44,7 +45,7 @@ def main():
     dataset = parallel.in_turn(lambda: data.load(settings.data, settings.tokenizer))
     known = settings.out if settings.resume else settings.init_from  # a run whose weights know their tokens
     if known:
-        dataset = data.recode(dataset, runs.read_meta(Path(known)))
+        dataset = data.recode(dataset, runs.read_meta(Path(known)), same_text=settings.resume)
     settings.model = command_line.fit_to_data(settings.model, dataset)
     dtype = devices.choose_dtype(settings.dtype, device)
     devices.prepare(device)
@@ -126,7 +127,7 @@ def train(settings, model, joined, optimizer, dataset, device, dtype, folder, pr
     tokens_per_step = settings.batch_size * settings.model.block_size
     peak_flops = (devices.peak_flops(device) or 0) * parallel.WORLD_SIZE
     flops = cost.flops_per_token(model) if peak_flops else 0
-    wandb_config = runs.read_config(folder) if settings.wandb else None
+    wandb_config = runs.read_config(folder) if settings.wandb and parallel.RANK == 0 else None
     recent = []  # losses and gradient norms since the last look at them, still on the device
 
     model.train()
@@ -236,7 +237,7 @@ def report(folder: Path, dataset: data.Dataset, device: torch.device) -> None:
         f"at step {best['step']}, {metrics[-1]['seconds']:.0f} s of training"
     )
     print(f"{shown(folder)}: {pictures}, sample.txt, metrics.jsonl, and the checkpoints best/ and last/")
-    print(f"more text: python sample.py --run {shown(folder)}")
+    print(f"more text: python sample.py --run {shlex.quote(shown(folder))}")
 
 
 if __name__ == "__main__":

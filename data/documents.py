@@ -101,7 +101,7 @@ def read_state(unfinished: Path) -> dict:
     """How far a preparation is; empty if it has not begun."""
     try:
         return json.loads((unfinished / "state.json").read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):  # not begun, or cut short with the power
         return {}
 
 
@@ -232,6 +232,7 @@ class _Writer:
 
     def _close(self, split: str) -> None:
         file = self.files.pop(split)
+        os.fsync(file.fileno())
         file.close()
         path = Path(file.name)
         self.state["shards"][path.name] = {

@@ -34,9 +34,12 @@ def scratch(parent: Path) -> Iterator[Path]:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Writes the whole file, or nothing."""
+    """Writes the whole file, on the disk, or nothing."""
     with scratch(path.parent) as folder:
-        (folder / path.name).write_bytes(content)
+        with open(folder / path.name, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(folder / path.name, path)
 
 

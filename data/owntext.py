@@ -11,7 +11,7 @@ HELD_OUT = 4 * 2**20  # bytes of files for each part held out: enough for --eval
 
 
 def load(path: Path, tokenizer: str) -> Dataset:
-    """The dataset of a text file, or of a folder's .txt files, sorted by name and joined by a newline.
+    """The dataset of a text file, or of the .txt files in a folder, sorted by path and joined by a newline.
 
     The last tenth is held out. Parquet and JSONL files, and .txt files beyond IN_MEMORY bytes, are
     documents instead: with GPT-2's tokens and in shards, the end-of-text token after each (see `at_size`).
@@ -22,7 +22,7 @@ def load(path: Path, tokenizer: str) -> Dataset:
     if path.is_dir():
         if is_large(path, tokenizer):
             return at_size(path, tokenizer)
-        parts = sorted(path.glob("*.txt"), key=lambda part: part.name)
+        parts = sources.files_of(path)[".txt"]
         name, text = path.name, "\n".join(files.read_text(part) for part in parts)
     else:
         name, text = path.stem, files.read_text(path)
@@ -35,9 +35,10 @@ def load(path: Path, tokenizer: str) -> Dataset:
 
 def is_large(path: Path, tokenizer: str) -> bool:
     """Whether a folder is tokenized document by document, not held in memory."""
-    texts = list(path.glob("*.txt"))
-    if not texts:
-        return True
+    by_kind = sources.files_of(path)
+    if list(by_kind) != [".txt"]:
+        return True  # also where it has none, or of several kinds: `sources.in_folder` says so
+    texts = by_kind[".txt"]
     return tokenizer == "gpt2" and sum(text.stat().st_size for text in texts) > IN_MEMORY
 
 

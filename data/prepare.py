@@ -93,8 +93,16 @@ def open_prepared(folder: Path, sha256: str) -> Dataset:
     return Dataset(meta["name"], folder, meta, train, val, tokenizer)
 
 
-def recode(dataset: Dataset, meta: dict) -> Dataset:
-    """The dataset with the token ids of a run's `meta`. UserError if they cannot say all of the text."""
+def recode(dataset: Dataset, meta: dict, same_text: bool = False) -> Dataset:
+    """The dataset with the token ids of a run's `meta`. UserError if they cannot say all of the text.
+
+    With same_text also if it is not the text that the run was trained on.
+    """
+    if same_text and any(meta.get(key) != dataset.meta.get(key) for key in ("sha256", "shards")):
+        raise UserError(
+            f"{dataset.name} is not the text that the run was trained on: it has another sha256\n"
+            "bring that text back, or train on this one with --init-from instead of --resume"
+        )
     if meta["tokenizer"] != dataset.meta["tokenizer"]:
         raise UserError(
             f"{dataset.name} is in tokens of {dataset.meta['tokenizer']!r}, the run in those of "

@@ -9,6 +9,7 @@ transformers (eos_token_id) end none in sample.py.
 
 import json
 import re
+import shlex
 import shutil
 import sys
 from dataclasses import asdict, dataclass
@@ -64,7 +65,7 @@ def main():
         tensors = read_weights(source, counterpart, model, sizes | layout)
         write_run(run, source, stage, model, tensors, meta | {"vocab_size": tokenizer.vocab_size})
     print(f"{shown(source)} is {stage} with {cost.parameters(model):,} parameters, in {shown(out)}")
-    print(f"use it: python sample.py --run {shown(out)}")
+    print(f"use it: python sample.py --run {shlex.quote(shown(out))}")
 
 
 def read_config(folder: Path) -> dict:

@@ -4,7 +4,7 @@ import contextlib
 
 import numpy as np
 
-from lab import comparison
+from lab import comparison, stages
 from lab.plots import STAGE_COLORS, new_figure
 
 MARKERS = "osD^vPX*"
@@ -28,21 +28,11 @@ def theme(dark: bool):
         yield
 
 
-def number_of(name: str) -> int:
-    """A stage's number, from its folder's name."""
-    return int(name.removeprefix("stage").split("_")[0])
-
-
-def label_of(name: str) -> str:
-    """A stage in a legend: 4 gqa."""
-    return name.removeprefix("stage").replace("_", " ", 1)
-
-
 def style(name: str) -> dict:
     """How a stage's line looks, in every picture."""
-    n = number_of(name)
+    n = stages.number(name)
     look = {"color": STAGE_COLORS[n], "marker": MARKERS[n], "linestyle": DASHES[n]}
-    return look | {"markersize": 4, "linewidth": 1.6, "label": label_of(name)}
+    return look | {"markersize": 4, "linewidth": 1.6, "label": stages.label(name)}
 
 
 def losses(found: dict[str, comparison.StageRuns], rows: dict[int, dict]):
@@ -60,7 +50,7 @@ def losses(found: dict[str, comparison.StageRuns], rows: dict[int, dict]):
         for name, runs in found.items():
             evaluated = [[r for r in metrics if "val_loss" in r] for metrics in runs.history.values()]
             n = min(len(metrics) for metrics in evaluated)
-            flops = rows[number_of(name)]["flops_per_token"]
+            flops = rows[stages.number(name)]["flops_per_token"]
             x = np.mean([[scale(r, flops) for r in metrics[:n]] for metrics in evaluated], axis=0)
             y = np.array([[r["val_loss"] for r in metrics[:n]] for metrics in evaluated])
             panel.plot(x, y.mean(axis=0), **style(name))
@@ -116,7 +106,9 @@ def cost(by_number: dict[int, dict]):
         color = STAGE_COLORS[number]
         panel.scatter(x, y, s=area, color=color, alpha=0.25, linewidth=0)
         panel.scatter(x, y, s=area, facecolor="none", edgecolor=color, linewidth=1.4)
-        panel.scatter(x, y, s=30, color=color, marker=MARKERS[number], label=label_of(row["stage"]), zorder=3)
+        panel.scatter(
+            x, y, s=30, color=color, marker=MARKERS[number], label=stages.label(row["stage"]), zorder=3
+        )
     panel.margins(0.15)
     handles, labels = panel.get_legend_handles_labels()
     order = sorted(range(len(labels)), key=lambda i: labels[i])

@@ -9,6 +9,7 @@ and the optimizer in one file, a file of each process's part (see sharded.py), a
 import io
 import json
 import os
+import shlex
 import shutil
 from pathlib import Path
 
@@ -181,7 +182,10 @@ def load_last(run: Path, model: torch.nn.Module, optimizer: torch.optim.Optimize
     load_weights(run, "last", model)
     state = load_state(run)
     saved = state["optimizer"]
+    options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(sharded.divided(saved, optimizer) if parallel.is_sharded(model) else saved)
+    for group, given in zip(optimizer.param_groups, options, strict=True):
+        group.update(given)  # what the command line says now, not what it said then
     return state
 
 
@@ -223,4 +227,4 @@ def damaged(path: Path, error: Exception | str) -> UserError:
 
 def resume_command(run: Path) -> str:
     """The command that goes on with the run."""
-    return f"{parallel.command()} train.py --resume --out {shown(run)}"
+    return f"{parallel.command()} train.py --resume --out {shlex.quote(shown(run))}"

@@ -40,7 +40,8 @@ def is_rule(line: str) -> bool:
 
 def run(main: Callable[[], None]) -> None:
     """Calls main; what the user can mend becomes a line or two on stderr and exit status 2."""
-    full = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS}
+    mendable = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS}
+    mendable |= {errno.EEXIST, errno.ENOTDIR, errno.EISDIR}  # a file where a folder should be, or the reverse
     try:
         main()
     except UserError as error:
@@ -49,9 +50,9 @@ def run(main: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        if error.errno not in full:
+        if error.errno not in mendable:
             raise
-        sys.exit(fail(f"{error.strerror}: {error.filename}"))
+        sys.exit(fail(f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror)))
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)

@@ -131,9 +131,16 @@ def same(config: dict, wanted: settings.Settings) -> bool:
         trained = settings.Settings(**config["settings"], model=model)
     except (KeyError, TypeError, ValueError):  # a run of older or newer code
         return False
-    sizes = replace(wanted.model, vocab_size=model.vocab_size)  # the vocabulary follows from the data
+    return equal(trained, wanted)
+
+
+def equal(one: settings.Settings, other: settings.Settings) -> bool:
+    """Whether two settings train alike, their seeds aside."""
     compared = [field.name for field in fields(settings.Settings) if field.name not in FREE]
-    return model == sizes and all(getattr(trained, name) == getattr(wanted, name) for name in compared)
+    if type(one.model) is not type(other.model):
+        return False
+    sizes = replace(other.model, vocab_size=one.model.vocab_size)  # the vocabulary follows from the data
+    return one.model == sizes and all(getattr(one, name) == getattr(other, name) for name in compared)
 
 
 def dataset_name(wanted: settings.Settings) -> str:
@@ -147,18 +154,21 @@ def plan(
     flags: list[str],
     known: list,
     dataset: str,
-    taken: set[Path] | None = None,
+    planned: list[Run] | None = None,
 ) -> list[Run]:
     """The runs that a comparison needs: one seed of every stage, then the next seed.
 
     A finished run of the same settings is reused wherever it is; an unfinished one only where a
-    comparison made it, since another may still be at work. taken: folders that other runs will have.
+    comparison made it, since another may still be at work. What equals a run that is planned already is not
+    planned again.
     """
     home = runs.RUNS / "compare"
-    needed, taken = [], set(taken or ())
+    needed, taken = [], {run.folder for run in planned or ()}
     for seed in range(n_seeds):
         for stage in chosen:
             wanted, all_flags = wanted_settings(stage, seed, flags)
+            if any(equal(run.settings, wanted) and run.settings.seed == seed for run in planned or ()):
+                continue
             fitting = [
                 folder
                 for folder, config in known

@@ -37,9 +37,7 @@ def choose(name: str) -> torch.device:
     n_devices = torch.cuda.device_count() if device.type == "cuda" else 1
     if not present[device.type] or (device.index or 0) >= n_devices:
         there = ", ".join(kind for kind, there in present.items() if there)
-        raise UserError(
-            f"device {name!r} is not present here (there is: {there}); leave --device out to choose"
-        )
+        raise UserError(f"device {name!r} is not present here (there is: {there}); --device auto chooses")
     return device
 
 
@@ -68,13 +66,16 @@ def prepare(device: torch.device) -> None:
     """Settings of the process that make training faster on this device."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
+        if device.index is not None:
+            torch.cuda.set_device(device)  # Triton starts its kernels on the current one
     if device.type == "cpu" and sys.platform == "linux":
         # glibc gives large freed blocks back to the system and gets them again, page by page, in
-        # every step; kept in the process they cost nothing. Numbers are M_TRIM_ and M_MMAP_THRESHOLD.
+        # every step; kept in the process they cost nothing. Numbers are M_MMAP_ and M_TRIM_THRESHOLD; some
+        # versions take no more than 32 MiB for the first.
         libc = ctypes.CDLL(None)
         if hasattr(libc, "mallopt"):
+            libc.mallopt(-3, 1 << 30) or libc.mallopt(-3, 32 << 20)
             libc.mallopt(-1, 1 << 30)
-            libc.mallopt(-3, 1 << 30)
 
 
 def step_options(device: torch.device) -> dict[str, object]:

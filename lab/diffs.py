@@ -5,13 +5,13 @@ import io
 import keyword
 import subprocess
 import tokenize
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from lab import stages
+from lab.errors import UserError
 
 CONTEXT = 3  # unchanged lines shown around a change
 
@@ -32,7 +32,10 @@ def changed_lines(number: int) -> tuple[int, int]:
 def git_diff(*arguments: str) -> str:
     """What `git diff --no-index` says of two files of the repository."""
     command = ["git", "-c", "core.abbrev=7", "diff", "--no-index", "--no-color", "--no-ext-diff", *arguments]
-    return subprocess.run(command, cwd=stages.ROOT, capture_output=True, text=True).stdout
+    try:
+        return subprocess.run(command, cwd=stages.ROOT, capture_output=True, text=True).stdout
+    except FileNotFoundError:
+        raise UserError("git is not installed, which counts the changed lines: apt install git") from None
 
 
 def show(first: str, second: str, console: Console) -> None:
@@ -54,7 +57,7 @@ def show(first: str, second: str, console: Console) -> None:
 
 def source(name: str) -> list[str]:
     """The lines of a stage's model.py."""
-    return (stages.ROOT / name / Path("model.py")).read_text(encoding="utf-8").splitlines()
+    return (stages.ROOT / name / "model.py").read_text(encoding="utf-8").splitlines()
 
 
 def add_rows(table: Table, kind: str, before: list[str], left: tuple, after: list[str], right: tuple) -> None:

@@ -78,8 +78,7 @@ def rates(results: dict) -> str:
     for number, row in tuned.items():
         best = min(row, key=row.get)
         losses = (f"**{row[r]:.3f}**" if r == best else f"{row[r]:.3f}" if r in row else "" for r in tried)
-        name = stages.names()[int(number)].split("_", 1)[1]
-        lines.append(f"| {number} {name} | " + " | ".join(losses) + " |")
+        lines.append(f"| {stages.label(stages.names()[int(number)])} | " + " | ".join(losses) + " |")
     return "\n".join(lines)
 
 
@@ -140,9 +139,7 @@ def caches(results: dict) -> str:
     largest = results["stages"]["3"]["cache_bytes_per_token"]
     for number in (3, 4, 7):
         size = results["stages"][str(number)]["cache_bytes_per_token"]
-        rows.append(
-            f"| {number} {stages.names()[number].split('_', 1)[1]} | {size:,.0f} | {size / largest:.3f} |"
-        )
+        rows.append(f"| {stages.label(stages.names()[number])} | {size:,.0f} | {size / largest:.3f} |")
     return "\n".join(rows)
 
 

@@ -12,7 +12,6 @@ from rich.console import Console
 from lab import device, optim, runs, sampling, stages, throughput
 from lab.errors import UserError, shown
 
-DEVICE = device.choose("auto")
 DECODED = 200  # tokens of one measurement of decoding
 
 
@@ -20,11 +19,11 @@ def parse_contexts(text: str) -> list[int]:
     """The lengths in "64,256,1024"; a UserError for anything else."""
     try:
         contexts = [int(part) for part in text.split(",") if part]
-        if any(context < 2 for context in contexts):
+        if any(context < 3 for context in contexts):
             raise ValueError
     except ValueError:
         raise UserError(
-            f"--contexts {text}: write lengths of 2 or more with commas, as in 64,256,1024"
+            f"--contexts {text}: write lengths of 3 or more with commas, as in 64,256,1024"
         ) from None
     return contexts
 
@@ -38,43 +37,76 @@ def read(out: Path) -> dict:
         raise UserError(f"{shown(path)} is damaged: {error}") from None
 
 
-def everything(configs: dict[str, dict], rounds: int, contexts: list[int], console: Console) -> dict:
+def everything(
+    configs: dict[str, dict], where: torch.device, rounds: int, contexts: list[int], console: Console
+) -> dict:
     """All speeds of these stages; configs: by stage, config.json of a run of it."""
     with console.status("measuring training and decoding speed"):
-        training = in_turn({name: trainer(config) for name, config in configs.items()}, rounds, 15)
-        decoding = in_turn({name: decoder(config) for name, config in configs.items()}, rounds, DECODED)
+        trainers = {name: trainer(config, where) for name, config in configs.items()}
+        training = in_turn(trainers, where, rounds, 15)
+        decoders = {name: decoder(config, where) for name, config in configs.items()}
+        decoding = in_turn(decoders, where, rounds, DECODED)
     speeds = {
         "rounds": rounds,
-        "machine": runs.machine(DEVICE),
+        "machine": runs.machine(where),
         "training": training,
         "decoding": decoding,
         "peak_memory": {},
-        "training_by_context": {},
-        "decoding_by_context": {},
     }
     for name, config in configs.items():
-        with console.status(f"measuring {name}'s memory, and its speed against the context"):
-            settings, model = config["settings"], config["model"]
-            common = {"stage": name, "preset": settings["preset"], "vocab_size": model["vocab_size"]}
+        with console.status(f"measuring {name}'s memory"):
+            settings = config["settings"]
             batch = settings["micro_batch_size"] or settings["batch_size"]
-            made = throughput.measure(**common, context=model["block_size"], batch_size=batch)
-            if "error" not in made:
-                speeds["peak_memory"][name] = made["peak_memory"]
-            for what in ("training", "decoding"):
-                points = {}
-                for context in contexts:
-                    made = throughput.measure(
-                        **common, what=what, context=context, steps=5 if what == "training" else 30
-                    )
-                    if "error" not in made:
-                        memory = made["peak_memory"] if what == "training" else made["cache_bytes"]
-                        points[str(context)] = {
-                            "tokens_per_second": made["tokens_per_second"],
-                            "memory": memory,
-                        }
-                if points:
-                    speeds[f"{what}_by_context"][name] = points
+            made = throughput.measure(
+                **of_run(config, where), context=config["model"]["block_size"], batch_size=batch
+            )
+        if "error" in made:
+            console.print(f"not measured: {name}'s memory: {made['error']}", highlight=False)
+        else:
+            speeds["peak_memory"][name] = made["peak_memory"]
+    for what in ("training", "decoding"):
+        speeds[f"{what}_by_context"] = by_context(configs, what, where, min(rounds, 3), contexts, console)
     return speeds
+
+
+def of_run(config: dict, where: torch.device) -> dict:
+    """The settings of lab.throughput that measure what a run trained."""
+    made = {"stage": config["stage"], "model": json.dumps(config["model"]), "dtype": config["dtype"]}
+    return made | {"device": where, "optimizer": config["settings"]["optimizer"]}
+
+
+def by_context(
+    configs: dict[str, dict],
+    what: str,
+    where: torch.device,
+    rounds: int,
+    contexts: list[int],
+    console: Console,
+) -> dict[str, dict]:
+    """By stage and context: tokens/s of training or decoding, and the memory of the process or the cache.
+
+    Each in a process of its own, the stages in turn, several rounds; medians.
+    """
+    made = {name: {str(context): [] for context in contexts} for name in configs}
+    for _ in range(rounds):
+        for context in contexts:
+            for name, config in configs.items():
+                with console.status(f"measuring {what} of {name} at a context of {context}"):
+                    steps = 5 if what == "training" else 30
+                    one = throughput.measure(**of_run(config, where), what=what, context=context, steps=steps)
+                made[name][str(context)].append(one)
+    memory, measured = "peak_memory" if what == "training" else "cache_bytes", {}
+    for name, by_length in made.items():
+        for context, several in by_length.items():
+            failed = [one["error"] for one in several if "error" in one]
+            if failed:
+                said = f"not measured: {what} of {name} at a context of {context}: {failed[0]}"
+                console.print(said, highlight=False)
+            elif several:
+                point = {"tokens_per_second": statistics.median(one["tokens_per_second"] for one in several)}
+                point["memory"] = statistics.median(one[memory] for one in several)
+                measured.setdefault(name, {})[context] = point
+    return measured
 
 
 def of_stage(speeds: dict, name: str) -> dict:
@@ -89,7 +121,9 @@ def of_stage(speeds: dict, name: str) -> dict:
     return figures
 
 
-def in_turn(measured: dict[str, Callable], rounds: int, amount: int) -> dict[str, list[float]]:
+def in_turn(
+    measured: dict[str, Callable], where: torch.device, rounds: int, amount: int
+) -> dict[str, list[float]]:
     """Calls each function with `amount` once a round, after a warm-up: what it returns, tokens a second."""
     speeds = {name: [] for name in measured}
     for function in measured.values():
@@ -98,26 +132,26 @@ def in_turn(measured: dict[str, Callable], rounds: int, amount: int) -> dict[str
         for name, function in measured.items():
             started = time.perf_counter()
             tokens = function(amount)
-            device.synchronize(DEVICE)
+            device.synchronize(where)
             speeds[name].append(tokens / (time.perf_counter() - started))
     return speeds
 
 
-def make_model(config: dict) -> torch.nn.Module:
+def make_model(config: dict, where: torch.device) -> torch.nn.Module:
     """A fresh model of a run's sizes."""
     torch.manual_seed(0)
-    device.prepare(DEVICE)
+    device.prepare(where)
     stage = stages.load(config["stage"])
-    return stage.GPT(stage.GPTConfig(**config["model"])).to(DEVICE)
+    return stage.GPT(stage.GPTConfig(**config["model"])).to(where)
 
 
-def trainer(config: dict) -> Callable[[int], int]:
+def trainer(config: dict, where: torch.device) -> Callable[[int], int]:
     """A function that trains so many steps, as train.py would without compiling, and returns the tokens."""
-    model, settings = make_model(config), config["settings"]
-    optimizer = optim.adamw(model, 1e-3, 0.1, (0.9, 0.99))
-    autocast = device.autocast(DEVICE, getattr(torch, config["dtype"]))
+    model, settings = make_model(config, where), config["settings"]
+    optimizer = optim.make(settings["optimizer"], model, 1e-3, 0.1, (0.9, 0.99))
+    autocast = device.autocast(where, getattr(torch, config["dtype"]))
     context, batch = model.config.block_size, settings["batch_size"]
-    text = torch.randint(model.config.vocab_size, (batch, context + 1), device=DEVICE)
+    text = torch.randint(model.config.vocab_size, (batch, context + 1), device=where)
 
     def run(steps: int) -> int:
         for _ in range(steps):
@@ -131,9 +165,9 @@ def trainer(config: dict) -> Callable[[int], int]:
     return run
 
 
-def decoder(config: dict) -> Callable[[int], int]:
+def decoder(config: dict, where: torch.device) -> Callable[[int], int]:
     """A function that samples so many tokens one by one, as sample.py would, and returns their number."""
-    model = make_model(config).eval()
+    model = make_model(config, where).eval()
 
     def run(tokens: int) -> int:
         generator = torch.Generator().manual_seed(0)

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
+from lab import stages
+
 # One colour a stage, in every picture, that shows on white and on black: most are Okabe and Ito's, which the
 # colour-blind can tell apart.
 STAGE_COLORS = ["#888888", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#7B61C9"]
@@ -137,4 +139,4 @@ def against_context(measured: dict[str, dict], contexts: list[int], path: Path) 
 
 def stage_color(name: str) -> str:
     """The colour of a stage, by its folder's name."""
-    return STAGE_COLORS[int(name.removeprefix("stage").split("_")[0])]
+    return STAGE_COLORS[stages.number(name)]

@@ -27,7 +27,7 @@ def figures(found: comparison.StageRuns, speeds: dict | None) -> dict:
     stage = stages.load(config["stage"])
     with torch.device("meta"):
         model = stage.GPT(stage.GPTConfig(**config["model"]))
-    number = next(n for n, name in stages.names().items() if name == config["stage"])
+    number = stages.number(config["stage"])
     finals = [metrics[-1] for metrics in found.history.values()]
     reached = [seconds_to(metrics, LOSS_TO_REACH) for metrics in found.history.values()]
     return {
@@ -99,9 +99,9 @@ def ladder(by_number: dict[int, dict]) -> str:
 
 def cells(number: int, row: dict, tuned: bool) -> list[str]:
     """One row of the ladder."""
-    name = stages.names()[number].split("_", 1)[1]
+    name = stages.label(stages.names()[number])
     if not row:
-        return [f"{number} {name}", IDEAS[number], *[""] * (11 if tuned else 10)]
+        return [name, IDEAS[number], *[""] * (11 if tuned else 10)]
     millions = f"{row['parameters'] / 1e6:.2f} M"
     if row["active_parameters"] != row["parameters"]:
         millions += f" ({row['active_parameters'] / 1e6:.2f} M)"
@@ -109,7 +109,7 @@ def cells(number: int, row: dict, tuned: bool) -> list[str]:
     missed = sum(value is None for value in to_loss["values"])
     reached = f"{to_loss['mean']:,.0f}" if not missed else f"not reached by {missed} of {len(row['seeds'])}"
     made = [
-        f"{number} {name}",
+        name,
         IDEAS[number],
         "–" if row["lines_changed"] is None else str(row["lines_changed"]),
         millions,

@@ -21,30 +21,38 @@ def create(out: str | None, stage: str, dataset: Dataset, seed: int, config: dic
 
     It is `out`, or else runs/<stage>-<dataset>-seed<k>, with -2, -3 … where that is taken.
     """
-    folder = Path(out) if out else RUNS / f"{stage}-{dataset.name}-seed{seed}"
-    if out and (folder / "config.json").exists():
+    if out and (Path(out) / "config.json").exists():
         raise UserError(f"{out} already holds a run; --resume continues it, another --out keeps it")
-    number = 1
-    while not out and folder.exists():
-        number += 1
-        folder = RUNS / f"{stage}-{dataset.name}-seed{seed}-{number}"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder, number = Path(out) if out else RUNS / f"{stage}-{dataset.name}-seed{seed}", 1
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=bool(out))
+            break
+        except FileExistsError:  # taken, perhaps by a run that started at the same moment
+            if out:
+                raise
+            number += 1
+            folder = RUNS / f"{stage}-{dataset.name}-seed{seed}-{number}"
     write_json(folder / "meta.json", dataset.meta)
     write_json(folder / "config.json", config)
     return folder
 
 
 def note_resumed(folder: Path, config: dict, step: int) -> None:
-    """Adds to config.json where a run was resumed: the machine then, and the settings that changed."""
+    """Adds to config.json where a run was resumed: the machine then, and what changed of the settings."""
     before = read_config(folder)
     changed = {
-        key: value for key, value in config["settings"].items() if before["settings"].get(key) != value
+        key: value
+        for part in ("settings", "model")
+        for key, value in config[part].items()
+        if before[part].get(key) != value
     }
     resumed = [
         *before.get("resumed", []),
         {"step": step, "changed": changed, "machine": config["machine"]},
     ]
-    write_json(folder / "config.json", before | {"settings": config["settings"], "resumed": resumed})
+    now = {key: config[key] for key in ("settings", "model", "dtype", "attention")}
+    write_json(folder / "config.json", before | now | {"resumed": resumed})
 
 
 def folders() -> list[Path]:
@@ -83,8 +91,14 @@ def newest_unfinished(stage: str | None, data: str, seed: int) -> Path:
 
 
 def read_config(folder: Path) -> dict:
-    """config.json of a run."""
-    return read_json(folder / "config.json")
+    """config.json of a run; a UserError where it is another program's."""
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict) or not {"stage", "model", "settings"} <= config.keys():
+        raise UserError(
+            f"{shown(folder)} is not a run: its config.json is not of train.py\n"
+            f"if it is a Hugging Face folder: python deploy/import_hf.py {shown(folder)} --out runs/NAME"
+        )
+    return config
 
 
 def tokenizer(folder: Path):

@@ -8,7 +8,7 @@ HOW = {"1": "one GPU", "ddp": "DDP", "fsdp 8": "FSDP, 8", "fsdp 64": "FSDP, 64"}
 def tables(results: dict) -> dict[str, str]:
     """By marker: the generated parts of the page."""
     every = [
-        (f"{size} | {label(number)}", plan)
+        (f"{size} | {stages.label(stages.names()[int(number)])}", plan)
         for size, by_stage in results["scale"].items()
         for number, plan in by_stage.items()
     ]
@@ -28,11 +28,6 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     """A table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def label(number: str) -> str:
-    """A stage's number and name."""
-    return stages.names()[int(number)].removeprefix("stage").replace("_", " ", 1)
 
 
 def count(number: float) -> str:
@@ -149,6 +144,6 @@ def measured(by_stage: dict) -> str:
         sizes = [count(run["parameters"]), count(run["active_parameters"])]
         numbers = [f"{run['tokens_per_second']:,.0f}", gigabytes(run["peak_memory"])]
         losses = [f"{run['first_loss']:.2f}", f"{run['last_loss']:.2f}"]
-        rows.append([label(name[5]), *sizes, *numbers, *losses])
+        rows.append([stages.label(name), *sizes, *numbers, *losses])
     first, last = "loss at step 1", f"loss at step {by_stage['steps']}"
     return table(["stage", "parameters", "active", "tokens/s", "peak memory, GB", first, last], rows)

@@ -126,6 +126,11 @@ def parse(argv: list[str]) -> Settings:
         default = preset_settings(choice, stages.find(choice.stage or "0"))
     settings = parse_flags(Settings[type(default.model)], argv, default=default)
     settings.stage = default.stage
+    if choice.resume and not wants_help:
+        for name in ("optimizer", "preset"):
+            before = getattr(default, name)
+            if getattr(settings, name) != before:
+                raise UserError(f"the run has --{name} {before}, which cannot change: leave --{name} out")
     return settings
 
 

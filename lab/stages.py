@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def names() -> dict[int, str]:
     """The stages there are: number -> name of the folder, in order."""
     folders = (path.parent.name for path in ROOT.glob("stage*_*/model.py"))
-    return dict(sorted((int(re.match(r"stage(\d+)_", name).group(1)), name) for name in folders))
+    return dict(sorted((number(name), name) for name in folders))
 
 
 def find(stage: str) -> str:
@@ -34,6 +34,16 @@ def listing() -> str:
     return ", ".join(f"{number} ({name})" for number, name in names().items())
 
 
+def number(name: str) -> int:
+    """A stage's number, from its folder's name."""
+    return int(re.match(r"stage(\d+)_", name).group(1))
+
+
+def label(name: str) -> str:
+    """A stage in a picture or a table: "4 gqa"."""
+    return f"{number(name)} {name.split('_', 1)[1]}"
+
+
 def load(name: str) -> ModuleType:
     """The module stageN_…/model.py, which has GPTConfig and GPT."""
     if str(ROOT) not in sys.path:  # a script in another folder asks
@@ -48,14 +58,30 @@ def attention(stage: ModuleType, config, device: torch.device, dtype: torch.dtyp
     """
     if not hasattr(stage, "choose_attention"):
         return None
-    head_dim = config.n_embd // config.n_head
-    q = torch.empty((1, config.n_head, config.block_size, head_dim), device=device, dtype=dtype)
+    width, value_width = head_widths(config)
+    q = torch.empty((1, config.n_head, config.block_size, width), device=device, dtype=dtype)
     chosen = stage.choose_attention(config.attention, q, q, None, config.dropout)
+    if chosen in ("flash_attn", "triton") and width != value_width:
+        chosen = "sdpa"  # as in stage 7, for those know a single width
+    if chosen == "triton" and not 16 <= width <= 128:
+        raise UserError(
+            f"--model.attention triton needs heads of 16 to 128 dimensions; here they have {width}"
+        )
     if config.attention not in ("auto", chosen):
         needs = {
             "flash_attn": "CUDA, the package flash-attn (pip install -e '.[flash]') and --dtype bfloat16",
             "triton": "CUDA and --model.dropout 0",
         }[config.attention]
         given = f"here it is {device.type}, {str(dtype).removeprefix('torch.')}, dropout {config.dropout}"
+        if width != value_width:
+            needs = "queries and values of one width"
+            given = f"here they have {width} and {value_width}"
         raise UserError(f"--model.attention {config.attention} needs {needs}; {given}")
     return chosen
+
+
+def head_widths(config) -> tuple[int, int]:
+    """Dimensions of a head's queries and of its values."""
+    if hasattr(config, "v_head_dim"):  # stage 7
+        return config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
+    return (config.n_embd // config.n_head,) * 2

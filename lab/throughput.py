@@ -15,6 +15,8 @@ import torch
 
 from lab import cli, device, optim, presets, runs, stages
 
+LAPTOP = presets.PRESETS["laptop"]["model"] | {"vocab_size": 65}
+
 
 @dataclass
 class Settings:
@@ -23,21 +25,21 @@ class Settings:
     stage: str
     """Stage: its number or its folder's name."""
     what: Literal["training", "decoding"] = "training"
-    """training: optimizer steps. decoding: tokens one by one, after a prompt of context - 32 tokens."""
+    """training: optimizer steps. decoding: tokens one by one, until the context is full."""
     context: int = 64
     """Tokens in a sequence."""
     batch_size: int = 1
     """Sequences."""
-    preset: Literal["laptop", "baby", "gpt2"] = "laptop"
-    """Sizes of the model."""
+    model: str | None = None
+    """Sizes of the model as JSON, as in a run's config.json. None: the laptop preset's."""
     attention: str | None = None
     """Stage 5 on: what computes attention; "tiled" is stage5_flash/tiled.py. None: auto."""
-    vocab_size: int = 65
-    """Number of different tokens."""
     device: str = "auto"
     """cuda, mps or cpu; auto: the first of these that is present."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of training's matrix products, as in train.py."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """As in train.py."""
     steps: int = 5
     """Steps (or tokens) to time, after a first one that is not; the median counts."""
 
@@ -60,17 +62,21 @@ def main():
     device.prepare(where)
     torch.manual_seed(0)
     stage = stages.load(stages.find(settings.stage))
-    sizes = presets.PRESETS[settings.preset]["model"] | {"block_size": settings.context, "dropout": 0.0}
+    sizes = json.loads(settings.model) if settings.model else LAPTOP
+    sizes |= {"block_size": settings.context, "dropout": 0.0}
     if settings.attention == "tiled":
         use_tiled(stage)
     elif settings.attention:
         sizes["attention"] = settings.attention
-    model = stage.GPT(stage.GPTConfig(vocab_size=settings.vocab_size, **sizes)).to(where)
-    idx = torch.randint(settings.vocab_size, (settings.batch_size, settings.context + 1), device=where)
+    model = stage.GPT(stage.GPTConfig(**sizes)).to(where)
+    idx = torch.randint(model.config.vocab_size, (settings.batch_size, settings.context + 1), device=where)
     autocast = device.autocast(where, dtype)
     before = device.peak_memory(where)
-    work = training if settings.what == "training" else decoding
-    seconds, tokens = work(model, idx, settings.steps, autocast, where)
+    if settings.what == "training":
+        optimizer = optim.make(settings.optimizer, model, 1e-3, 0.1, (0.9, 0.99))
+        seconds, tokens = training(model, optimizer, idx, settings.steps, autocast, where)
+    else:
+        seconds, tokens = decoding(model, idx, settings.steps, where)
     made = {
         "tokens_per_second": tokens / statistics.median(seconds),
         "peak_memory": device.peak_memory(where),
@@ -83,9 +89,8 @@ def main():
     print(json.dumps(made | {"machine": runs.machine(where)}))
 
 
-def training(model, idx, steps, autocast, where) -> tuple[list[float], int]:
+def training(model, optimizer, idx, steps, autocast, where) -> tuple[list[float], int]:
     """Seconds of each optimizer step, and the tokens in one."""
-    optimizer = optim.adamw(model, 1e-3, 0.1, (0.9, 0.99))
     model.train()
     seconds = []
     for _ in range(steps + 1):
@@ -98,7 +103,7 @@ def training(model, idx, steps, autocast, where) -> tuple[list[float], int]:
 
 
 @torch.no_grad()
-def decoding(model, idx, steps, autocast, where) -> tuple[list[float], int]:
+def decoding(model, idx, steps, where) -> tuple[list[float], int]:
     """Seconds of each new token (of every sequence) with a nearly full cache, and the tokens in one."""
     model.eval()
     context = idx.size(1) - 1

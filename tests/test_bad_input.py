@@ -87,13 +87,46 @@ def test_a_run_without_a_checkpoint_cannot_be_resumed(run_train, trained, capsys
     explained(capsys, "run stopped before its first checkpoint")
 
 
+@pytest.mark.parametrize("flags", [("--optimizer", "muon"), ("--preset", "baby")])
+def test_what_a_run_cannot_change_is_refused_on_resume(run_train, trained, capsys, flags):
+    assert run_train("--resume", "--out", "run", "--steps", "2", *flags) == 2
+    explained(capsys, f"which cannot change: leave {flags[0]} out")
+
+
+def test_a_run_goes_on_with_its_own_text_alone(run_train, trained, workshop, capsys):
+    text = (workshop / "words.txt").read_text()
+    (workshop / "words.txt").write_text(text[::-1])  # the same characters
+    assert run_train("--resume", "--out", "run", "--steps", "2") == 2
+    explained(capsys, "is not the text that the run was trained on")
+    assert run_train("--stage", "0", "--init-from", "run", "--steps", "1", "--out", "tuned") == 0
+
+
+@pytest.mark.parametrize("config", ['{"model_type": "gpt2"}', "[]"])
+def test_the_folder_of_another_program_is_no_run(run_train, run_sample, workshop, capsys, config):
+    (workshop / "theirs").mkdir()
+    (workshop / "theirs" / "config.json").write_text(config)
+    assert run_sample("--run", "theirs", "--prompt", "a") == 2
+    explained(capsys, "python deploy/import_hf.py theirs --out runs/NAME")
+    assert run_train("--resume", "--out", "theirs") == 2
+    explained(capsys, "theirs is not a run")
+
+
+def test_a_file_in_the_place_of_a_folder_is_named(run_train, run_sample, workshop, capsys):
+    (workshop / "notes.txt").write_text("mine")
+    assert run_train("--stage", "0", "--steps", "1", "--out", "notes.txt") == 2
+    explained(capsys, "notes.txt")
+    assert run_sample("--run", "notes.txt", "--prompt", "a") == 2
+    explained(capsys, "notes.txt")
+    assert (workshop / "notes.txt").read_text() == "mine"
+
+
 BAD_SAMPLING = {
     "unknown character": (["--prompt", "Z"], "'Z'"),
     "prompt twice": (["--prompt", "a", "--prompt-file", "words.txt"], "not both"),
     "missing prompt file": (["--prompt-file", "gone.txt"], "cannot read gone.txt"),
     "temperature below zero": (["--prompt", "a", "--temperature", "-1"], "temperature must be 0 or more"),
     "top-p of nothing": (["--prompt", "a", "--top-p", "0"], "top_p"),
-    "no such checkpoint": (["--prompt", "a", "--checkpoint", "first"], "best or last"),
+    "no such checkpoint": (["--prompt", "a", "--checkpoint", "first"], "best"),
     "unknown stage": (["--prompt", "a", "--stage", "99"], "unknown stage '99'"),
 }
 

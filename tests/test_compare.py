@@ -211,6 +211,16 @@ def test_finished_runs_are_reused_wherever_they_are(workshop):
     assert [run.finished() for run in needed] == [True, False]
 
 
+def test_a_run_that_is_planned_already_is_not_planned_again(workshop):
+    """As with --tune, one of whose rates is the preset's."""
+    stages_ = ["stage0_gpt", "stage4_gqa"]
+    planned = comparison.plan(stages_, 2, ["--steps", "40"], [], "words")
+    again = ["--steps", "40", "--lr", "1e-3", "--min-lr", "1e-4"]
+    assert comparison.plan(stages_, 1, again, [], "words", planned) == []
+    other = comparison.plan(stages_, 1, ["--steps", "40", "--lr", "2e-3"], [], "words", planned)
+    assert [run.folder.name for run in other] == [f"{stage}-words-seed0-2" for stage in stages_]
+
+
 def test_an_imported_run_is_no_part_of_it(workshop):
     made_up("0", 0, [3.0, 2.0], config={"imported_from": "elsewhere"})
     assert comparison.at_hand([]) == []

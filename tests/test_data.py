@@ -190,6 +190,14 @@ def test_a_text_that_cannot_be_used_is_named_with_the_reason(tmp_path, content, 
     assert not list(tmp_path.glob("data/tokens/*"))
 
 
+def test_a_folder_of_two_kinds_of_files_is_refused(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "a document"}\n' * 100)
+    (tmp_path / "README.txt").write_text("what the rows are")
+    for tokenizer in ("char", "gpt2"):
+        with pytest.raises(UserError, match=r"files of more than one kind: \.jsonl, \.txt"):
+            data.load(str(tmp_path), tokenizer)
+
+
 def test_a_folder_without_texts_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"has no \.parquet, \.jsonl or \.txt files"):
         data.load(str(tmp_path))

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -196,6 +197,17 @@ def test_stages_without_the_choice_have_no_name_for_it():
     with pytest.raises(UserError, match="dropout"):
         config = STAGE5.GPTConfig(**SIZES, attention="triton", dropout=0.1)
         stages.attention(STAGE5, config, torch.device("cpu"), torch.float32)
+
+
+def test_the_kernels_limits_are_known_before_the_first_step():
+    on_cuda, cpu = SimpleNamespace(choose_attention=lambda name, *tensors: name), torch.device("cpu")
+    narrow = STAGE5.GPTConfig(**SIZES, attention="triton")
+    with pytest.raises(UserError, match="16 to 128 dimensions; here they have 8"):
+        stages.attention(on_cuda, narrow, cpu, torch.float32)
+    sizes = {"n_layer": 2, "n_head": 4, "n_embd": 128, "v_head_dim": 12}  # queries have 32
+    uneven = stages.load("stage7_mla_mtp").GPTConfig(**sizes, attention="flash_attn")
+    with pytest.raises(UserError, match="queries and values of one width; here they have 32 and 12"):
+        stages.attention(on_cuda, uneven, cpu, torch.float32)
 
 
 # tiled.py

@@ -278,6 +278,17 @@ def test_a_finished_run_can_be_trained_on(run_train, workshop):
     assert json.loads(Path("run/config.json").read_text())["resumed"][0]["changed"] == {"steps": 6}
 
 
+def test_flags_of_a_resumed_run_count_and_are_written_down(run_train, workshop):
+    assert run_train("--stage", "2", "--steps", "2", "--out", "run") == 0
+    flags = ("--steps", "3", "--weight-decay", "0", "--beta1", "0.5", "--model.rope-theta", "500")
+    assert run_train("--resume", "--out", "run", *flags) == 0
+    config = json.loads(Path("run/config.json").read_text())
+    assert config["model"]["rope_theta"] == 500 and config["settings"]["beta1"] == 0.5
+    assert config["resumed"][0]["changed"].keys() == {"steps", "weight_decay", "beta1", "rope_theta"}
+    groups = checkpoint.load_state(Path("run"))["optimizer"]["param_groups"]
+    assert {(group["weight_decay"], group["betas"][0]) for group in groups} == {(0.0, 0.5)}
+
+
 def test_best_is_never_overwritten_by_worse(run_train, workshop, monkeypatch):
     values = iter([3.0, 2.0, 2.5, 2.2])
     monkeypatch.setattr(evaluation, "next_token_loss", lambda *arguments: next(values))
