@@ -93,7 +93,7 @@ def newest_unfinished(stage: str | None, data: str, seed: int) -> Path:
 def read_config(folder: Path) -> dict:
     """config.json of a run; a UserError where it is another program's."""
     config = read_json(folder / "config.json")
-    if not isinstance(config, dict) or not {"stage", "model", "settings"} <= config.keys():
+    if not isinstance(config, dict) or not {"stage", "model"} <= config.keys():
         raise UserError(
             f"{shown(folder)} is not a run: its config.json is not of train.py\n"
             f"if it is a Hugging Face folder: python deploy/import_hf.py {shown(folder)} --out runs/NAME"
