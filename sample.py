@@ -74,6 +74,8 @@ def main():
     settings = cli.parse_flags(Settings, sys.argv[1:])
     where = device.choose(settings.device)
     device.prepare(where)
+    if settings.compile:
+        device.require_compiler(where)
     folder = Path(settings.run) if settings.run else runs.newest(settings.stage)
     runs.check_stage(folder, settings.stage)
     model, config = runs.load(folder, settings.checkpoint, where)

@@ -42,6 +42,8 @@ def main():
     if settings.wandb:
         log.import_wandb()  # better known before the run than after its first step
     device = parallel.start(devices.choose(settings.device))
+    if settings.compile:
+        devices.require_compiler(device)
     dataset = parallel.in_turn(lambda: data.load(settings.data, settings.tokenizer))
     known = settings.out if settings.resume else settings.init_from  # a run whose weights know their tokens
     if known:
@@ -105,7 +107,9 @@ def prepare_training(settings, model, dtype) -> tuple:
     optimizer = optim.make(settings.optimizer, model, settings.lr, settings.weight_decay, betas)
     if parallel.RANK:  # the same weights everywhere, from here on another dropout
         torch.manual_seed(parallel.my_seed(settings.seed))
-    return torch.compile(joined) if settings.compile else joined, optimizer
+    if settings.compile:
+        joined = torch.compile(joined, options=devices.compile_options(next(model.parameters()).device))
+    return joined, optimizer
 
 
 def restore(folder: Path, model, optimizer, device: torch.device) -> dict:

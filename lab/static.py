@@ -72,9 +72,7 @@ class CompiledStep:
         except Exception as error:
             # inductor has an exception of its own for each way to fail, most of them wrapped in another
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-            raise UserError(
-                f"--compile failed ({reason}); it needs a C++ compiler (apt install g++), or leave it out"
-            ) from error
+            raise UserError(f"--compile failed ({reason}); leave it out") from error
         self.cache.length = 0
         self.seconds = time.perf_counter() - started
 

@@ -1,6 +1,7 @@
 """Sampling: the distributions, the cache, and sample.py."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -161,6 +162,7 @@ def test_a_character_of_several_tokens_is_shown_whole(run_train, run_sample, wor
     assert capsys.readouterr().out == "ané€\n"
 
 
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler")
 @pytest.mark.usefixtures("trained")
 def test_compiled_sampling_prints_the_same_text(run_sample, capsys):
     flags = ("--stage", "0", "--prompt", "a", "--max-new-tokens", "30")
@@ -174,11 +176,11 @@ def test_compiled_sampling_prints_the_same_text(run_sample, capsys):
 @pytest.mark.usefixtures("trained")
 def test_without_a_compiler_for_cpp_compiling_is_refused():
     """In a process of its own: inductor reads CXX when it is imported."""
-    env = {**os.environ, "CXX": "/nowhere/g++", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+    env = {**os.environ, "CXX": "/nowhere/g++"}
     command = [sys.executable, sample.__file__, "--stage", "0", "--prompt", "a", "--compile"]
     child = subprocess.run(command, env=env, capture_output=True, text=True)
     assert child.returncode == 2 and child.stdout == ""
-    assert "No working C++ compiler" in child.stderr and "apt install g++" in child.stderr
+    assert "apt install g++" in child.stderr and len(child.stderr.splitlines()) == 1
 
 
 def test_compiling_and_drafting_are_not_for_the_same_run(run_sample, capsys):

@@ -1,6 +1,5 @@
 """The trainer: batches, schedule, optimizer, checkpoints, resuming, and what it leaves behind."""
 
-import functools
 import json
 import math
 import os
@@ -298,13 +297,28 @@ def test_best_is_never_overwritten_by_worse(run_train, workshop, monkeypatch):
 
 
 def test_a_compiled_run_saves_plain_names(run_train, workshop, monkeypatch):
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    compile = torch.compile
+
+    def checked(model, options):
+        compile(model, options=options)  # refuses options that do not exist, and compiles only when called
+        return compile(model, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", checked)
+    monkeypatch.setattr(device, "require_compiler", lambda device: None)
     assert run_train("--stage", "0", "--steps", "2", "--compile", "--out", "compiled") == 0
     assert run_train("--stage", "0", "--steps", "2", "--no-compile", "--out", "plain") == 0
     assert (
         load_file("compiled/last/model.safetensors").keys()
         == load_file("plain/last/model.safetensors").keys()
     )
+
+
+def test_without_a_compiler_for_cpp_a_compiled_run_is_refused_before_it_begins(workshop):
+    """In a process of its own: inductor reads CXX when it is imported."""
+    command = [sys.executable, str(ROOT / "train.py"), "--stage", "0", "--data", "words.txt", "--compile"]
+    child = subprocess.run(command, env={**os.environ, "CXX": "/nowhere/g++"}, capture_output=True, text=True)
+    assert child.returncode == 2 and "apt install g++" in child.stderr, child.stderr
+    assert len(child.stderr.splitlines()) == 1 and not Path("runs").exists()
 
 
 @pytest.mark.parametrize("flags", ["--stage 0", "--stage 7 --optimizer muon"])
