@@ -1,22 +1,28 @@
 """Our stages beside nanoGPT at its own CPU setting: python results/against_nanogpt.py --nanogpt DIR
 
-DIR is a checkout of karpathy/nanoGPT. All train on TinyShakespeare's characters as whole programs, in turn;
-then nanoGPT and stage 0 sample, and a step of Muon is timed beside one of AdamW. Writes its part of
+DIR is a checkout of karpathy/nanoGPT. All train on TinyShakespeare's characters as whole programs, in turns
+of two seconds while the others stand still: a machine that is slower for a while is slower for all. Then
+nanoGPT and stage 0 sample, and a step of Muon is timed beside one of AdamW. Writes its part of
 results/results.json; takes about half an hour on 2 cores.
 """
 
 import importlib.util
 import json
 import math
+import os
 import pickle
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +49,8 @@ from lab.static import CompiledStep
 SETTING = "--device=cpu --compile=False --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128"
 SETTING += " --lr_decay_iters=2000 --dropout=0.0"
 CPU = torch.device("cpu")
+TURNS, TURN_SECONDS = 8, 2  # of each program in a round, and how long one takes
+WARM_UP_STEPS = 30
 # Linux counts into a process's peak that of the process it was forked from; this one is smaller than any.
 SMALL_PARENT = """
 import resource, subprocess, sys
@@ -70,8 +78,6 @@ class Settings:
     """Our stage that has to reach nanoGPT's final loss."""
     rounds: int = 3
     """Times that each is measured, in turn; the medians are reported."""
-    steps: int = 300
-    """Training steps in a round."""
     only_sampling: bool = False
     """Measure sampling alone, in a minute, and keep the other figures."""
 
@@ -93,19 +99,10 @@ def main():
         return
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
-        speed = {"nanogpt": []} | {name: [] for name in (*names, "compiled")}
-        for number in range(settings.rounds):
-            seconds, _ = train_nanogpt(nanogpt, scratch / f"theirs{number}", settings.steps, 1)
-            speed["nanogpt"].append(12 * 64 / statistics.median(seconds))
-            for name in (*names, "compiled"):
-                stage, more = (names[0], ["--compile"]) if name == "compiled" else (name, [])
-                folder, _ = train_ours(stage, scratch / f"{name}{number}", settings.steps, *more)
-                lines = log.read_metrics(folder / "metrics.jsonl")
-                speed[name].append(statistics.median(line["tokens_per_second"] for line in lines))
-            print({name: round(values[-1]) for name, values in speed.items()}, flush=True)
+        speed = training_speed(nanogpt, names, settings.rounds, scratch)
         theirs = scratch / "theirs"
         _, their_memory = train_nanogpt(nanogpt, theirs, 2000, 100)
-        ours, our_memory = train_ours(names[0], scratch / "ours", 2000)
+        ours, our_memory = train_ours(names[0], scratch / "ours")
         their_loss = nanogpt_loss(nanogpt, theirs, dataset)
         result = {
             "stage": names[0],
@@ -128,6 +125,79 @@ def main():
     print(json.dumps(result, indent=2))
 
 
+def training_speed(nanogpt: Path, names: list[str], rounds: int, scratch: Path) -> dict[str, list[float]]:
+    """Tokens a second in each round, of nanoGPT, of each of our stages, and of the first one compiled."""
+    endless = 10**6  # steps, without an evaluation
+    theirs = f"--max_iters={endless} --eval_interval={endless}"
+    with ExitStack() as programs:
+        command = nanogpt_command(nanogpt, scratch / "nanogpt", 1, *theirs.split())
+        printed = scratch / "nanogpt.log"
+        turns = {"nanogpt": programs.enter_context(in_turn(command, printed, lambda: nanogpt_steps(printed)))}
+        for name in (*names, "compiled"):
+            stage, more = (names[0], ["--compile"]) if name == "compiled" else (name, [])
+            folder = scratch / f"{name}-speed"
+            more = ("--steps", str(endless), "--eval-every", str(endless), *more)
+            command = our_command(stage, folder, *more)
+            count = partial(our_steps, folder)
+            turns[name] = programs.enter_context(in_turn(command, scratch / f"{name}.log", count))
+        speed = {name: [] for name in turns}
+        for _ in range(rounds):
+            steps = dict.fromkeys(turns, 0)
+            for _ in range(TURNS):
+                for name, turn in turns.items():
+                    steps[name] += turn()
+            for name, number in steps.items():
+                speed[name].append(12 * 64 * number / (TURNS * TURN_SECONDS))
+            print({name: round(values[-1]) for name, values in speed.items()}, flush=True)
+    return speed
+
+
+@contextmanager
+def in_turn(command: list, output: Path, steps: Callable[[], int]):
+    """Starts a training program and lets it stand still; gives a function that runs it for one turn.
+
+    The function returns how many steps were made in the turn, by what `steps` counts.
+    """
+    with open(output, "w") as file:
+        process = subprocess.Popen(
+            command[1:],
+            cwd=command[0],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            start_new_session=True,
+        )
+    try:
+        while steps() < WARM_UP_STEPS:
+            if process.poll() is not None:
+                raise failure(command, output)
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGSTOP)
+
+        def turn() -> int:
+            before = steps()
+            os.killpg(process.pid, signal.SIGCONT)
+            time.sleep(TURN_SECONDS)
+            os.killpg(process.pid, signal.SIGSTOP)
+            return steps() - before
+
+        yield turn
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def nanogpt_steps(printed: Path) -> int:
+    """The steps of which nanoGPT has printed a line."""
+    return printed.read_text().count("\niter ")
+
+
+def our_steps(folder: Path) -> int:
+    """The last step in our metrics, 0 before the first."""
+    lines = log.read_metrics(folder / "metrics.jsonl")
+    return lines[-1]["step"] if lines else 0
+
+
 def race(nanogpt: Path, stage: str, loss: float, rounds: int, scratch: Path) -> dict:
     """Seconds of nanoGPT's 2000 steps, and of each of our ways until the validation loss is as low; medians.
 
@@ -140,7 +210,7 @@ def race(nanogpt: Path, stage: str, loss: float, rounds: int, scratch: Path) -> 
             seconds, _ = train_nanogpt(nanogpt, scratch / f"paced{name}", 300, 1)
             theirs.append(2000 * statistics.median(seconds))
             more = ("--eval-every", "50", *flags.split())
-            folder, _ = train_ours(stage, scratch / f"way{name}", 2000, *more)
+            folder, _ = train_ours(stage, scratch / f"way{name}", *more)
             reached = report.seconds_to(log.read_metrics(folder / "metrics.jsonl"), loss)
             ours[way].append(reached or math.inf)
             ratios[way].append(ours[way][-1] / theirs[-1])
@@ -205,25 +275,38 @@ def timed(command: list[str], folder: Path) -> tuple[str, int]:
         started = [sys.executable, "-c", SMALL_PARENT, memory, *command[1:]]
         status = subprocess.call(started, cwd=command[0], stdout=file, stderr=subprocess.STDOUT)
     if status:
-        raise UserError(f"{' '.join(map(str, command))} failed:\n{output.read_text()[-2000:]}")
+        raise failure(command, output)
     return output.read_text(), int(memory.read_text()) * 1024
+
+
+def failure(command: list, output: Path) -> UserError:
+    """The error that says how a command ended."""
+    return UserError(f"{' '.join(map(str, command))} failed:\n{output.read_text()[-2000:]}")
+
+
+def nanogpt_command(nanogpt: Path, out: Path, log_interval: int, *more: str) -> list:
+    """The folder to run nanoGPT's own train.py in, and the command."""
+    flags = [*SETTING.split(), "--eval_iters=20", f"--log_interval={log_interval}", f"--out_dir={out}", *more]
+    return [nanogpt, sys.executable, "train.py", "config/train_shakespeare_char.py", *flags]
+
+
+def our_command(stage: str, out: Path, *more: str) -> list:
+    """The folder to run our train.py in, and the command, on the laptop preset."""
+    flags = ["--stage", stage, "--preset", "laptop", "--device", "cpu", "--out", str(out), *more]
+    return [stages.ROOT, sys.executable, "train.py", *flags]
 
 
 def train_nanogpt(nanogpt: Path, out: Path, steps: int, log_interval: int) -> tuple[list[float], int]:
     """nanoGPT's own train.py; returns the seconds of its steps and its peak memory in bytes."""
-    flags = f"{SETTING} --max_iters={steps} --eval_iters=20 --log_interval={log_interval} --out_dir={out}"
-    command = [nanogpt, sys.executable, "train.py", "config/train_shakespeare_char.py", *flags.split()]
+    command = nanogpt_command(nanogpt, out, log_interval, f"--max_iters={steps}")
     printed, memory = timed(command, out)
     # The first steps warm up, and the clock of a step that evaluates counts that too: the median drops it.
     return [float(ms) / 1e3 for ms in re.findall(r"time ([\d.]+)ms", printed)][10:], memory
 
 
-def train_ours(stage: str, out: Path, steps: int, *more: str) -> tuple[Path, int]:
+def train_ours(stage: str, out: Path, *more: str) -> tuple[Path, int]:
     """Our train.py on the laptop preset; returns the run's folder and its peak memory in bytes."""
-    flags = ["--stage", stage, "--preset", "laptop", "--device", "cpu", "--out", str(out), *more]
-    if steps != 2000:  # a schedule of the whole length, stopped early, costs the same a step
-        flags += ["--steps", str(steps)]
-    _, memory = timed([stages.ROOT, sys.executable, "train.py", *flags], out)
+    _, memory = timed(our_command(stage, out, *more), out)
     return out, memory
 
 
