@@ -44,7 +44,8 @@ class Settings:
     contexts: str = "64,256,1024"
     """Lengths at which speed and memory are measured too, where the stage can; empty: none."""
     out: str | None = None
-    """Folder of the figures and pictures. None: runs/compare/<preset>/results."""
+    """Folder of the figures and pictures. None: runs/compare/<preset>/results, for some stages with their
+    numbers, as in results-3-4."""
     diff: tuple[str, str] | None = None
     """Show the diff of two stages side by side instead, as in --diff 3 4."""
 
@@ -85,7 +86,7 @@ def main():
         failed = [run for run in needed if run.failure]
         known = comparison.at_hand(notes := [])
     wanted, _ = comparison.wanted_settings(chosen[0], 0, flags)
-    out = Path(settings.out) if settings.out else runs.RUNS / "compare" / wanted.preset / "results"
+    out = Path(settings.out) if settings.out else default_folder(wanted.preset, chosen)
     found = comparison.collect(chosen, settings.seeds, flags, known, dataset, notes)
     if not found:
         for note in [*notes, *(f"failed: {run.name}: {run.failure}" for run in failed)]:
@@ -116,6 +117,13 @@ def main():
         for run in failed:
             print(f"failed: {run.name}: {run.failure}", file=sys.stderr)
         sys.exit(1)
+
+
+def default_folder(preset: str, chosen: list[str]) -> Path:
+    """Where the figures of these stages go: some alone do not replace those of all of them."""
+    all_stages = chosen == list(stages.names().values())
+    numbers = "".join(f"-{stages.number(name)}" for name in chosen)
+    return runs.RUNS / "compare" / preset / f"results{'' if all_stages else numbers}"
 
 
 def train(needed: list[comparison.Run], console: Console) -> None:

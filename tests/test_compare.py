@@ -62,8 +62,14 @@ def only_draw(workshop, monkeypatch):
     return lambda *flags: call(monkeypatch, compare, *DRAW, *flags)
 
 
-def results_of(folder="runs/compare/laptop/results"):
-    return json.loads(Path(folder, "results.json").read_text())
+def results_folder():
+    """The one that there is."""
+    (folder,) = Path("runs/compare/laptop").glob("results*")
+    return folder
+
+
+def results_of(folder=None):
+    return json.loads(Path(folder or results_folder(), "results.json").read_text())
 
 
 # Drawing from made-up runs
@@ -93,6 +99,16 @@ def test_one_point_is_enough(only_draw):
     made_up("3", 0, [2.5])
     assert only_draw("--stages", "3") == 0
     assert results_of()["stages"]["3"]["val_loss"]["std"] is None
+
+
+def test_some_stages_leave_the_figures_of_all_alone(only_draw, capsys):
+    made_up("3", 0, [2.5])
+    made_up("4", 0, [2.4])
+    assert only_draw() == 0
+    assert only_draw("--stages", "4") == 0
+    assert "runs/compare/laptop/results-4" in capsys.readouterr().out
+    assert list(results_of("runs/compare/laptop/results")["stages"]) == ["3", "4"]
+    assert list(results_of("runs/compare/laptop/results-4")["stages"]) == ["4"]
 
 
 def test_a_diverged_run_is_named_and_left_out(only_draw, capsys):
@@ -194,7 +210,7 @@ def test_noise_is_marked(only_draw):
         made_up("4", seed, [3.0, other])
         made_up("5", seed, [3.0, other - 0.5])
     assert only_draw("--stages", "3-5") == 0
-    rows = Path("runs/compare/laptop/results/ladder.md").read_text().splitlines()[2:]
+    rows = (results_folder() / "ladder.md").read_text().splitlines()[2:]
     assert ["≈" in row for row in rows] == [False, True, False]
     assert results_of()["stages"]["4"]["differs"]["val_loss"] is False
 
@@ -248,7 +264,7 @@ def test_a_run_that_breaks_is_reported_and_the_rest_is_drawn(run_compare, monkey
     err = capfd.readouterr().err
     assert "failed: stage1_rmsnorm seed 0: out of luck" in err
     assert "missing: stage1_rmsnorm seed 0" in err
-    assert list(results_of("runs/compare/laptop/results")["stages"]) == ["0"]
+    assert list(results_of()["stages"]) == ["0"]
 
 
 @pytest.mark.parametrize("reaches", ["both", "the run alone"])
