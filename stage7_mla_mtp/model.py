@@ -98,7 +98,7 @@ class GPTConfig:
         if self.intermediate_size is None:
             self.intermediate_size = math.ceil(self.n_embd / 3) * 8
         if self.moe_intermediate_size is None:
-            n_active = self.num_experts_per_tok + self.n_shared_experts
+            n_active = max(1, self.num_experts_per_tok + self.n_shared_experts)
             self.moe_intermediate_size = max(8, round(self.intermediate_size / n_active / 8) * 8)
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "intermediate_size"):
             if getattr(self, name) < 1:
@@ -118,10 +118,11 @@ class GPTConfig:
             raise ValueError(f"topk_group ({k}) is over n_group or too low for num_experts_per_tok")
         if self.attention not in (names := ("auto", "flash_attn", "sdpa", "explicit", "triton")):
             raise ValueError(f"attention must be one of {', '.join(names)}, not {self.attention!r}")
-        if (n := self.n_routed_experts) < (k := self.num_experts_per_tok) or k < 1:
-            raise ValueError(f"num_experts_per_tok ({k}) must be from 1 to n_routed_experts ({n})")
-        if (n := self.n_layer) <= (k := self.first_k_dense_replace) or k < 0:
-            raise ValueError(f"first_k_dense_replace ({k}) must be from 0 to below n_layer ({n})")
+        limits = {"num_experts_per_tok": (1, self.n_routed_experts), "n_shared_experts": (0, math.inf)}
+        limits |= {"first_k_dense_replace": (0, self.n_layer - 1), "moe_intermediate_size": (1, math.inf)}
+        for name, (low, high) in limits.items():
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name} must be from {low} to {high}, not {getattr(self, name)}")
         if self.router not in ("softmax", "sigmoid"):
             raise ValueError(f"router must be softmax or sigmoid, not {self.router!r}")
 
@@ -414,9 +415,8 @@ class Experts(nn.Module):
             all_weights = weights.new_zeros(N, len(down)).scatter(1, chosen, weights)
             y = (F.silu(gate) * up @ down) * all_weights.T.unsqueeze(-1)  # (E, N, n_embd)
             return y.sum(0).type_as(x)
-        chosen, order = chosen.flatten().sort(stable=True)  # the N · k choices, sorted by expert
-        experts = torch.arange(len(down), device=x.device)
-        ends = torch.searchsorted(chosen, experts, right=True, out_int32=True)  # of each expert's rows
+        chosen, order = chosen.flatten().sort(stable=True)  # the N · k choices, expert by expert
+        ends = torch.bucketize(torch.arange(len(down), device=x.device), chosen, right=True, out_int32=True)
         x = x.repeat_interleave(k, dim=0).index_select(0, order)  # (N · k, n_embd)
         gate, up = F.grouped_mm(x, gate_up, offs=ends).chunk(2, dim=-1)
         y = F.grouped_mm(F.silu(gate) * up, down, offs=ends)  # (N · k, n_embd)
