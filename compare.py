@@ -163,7 +163,8 @@ def train(needed: list[comparison.Run], console: Console) -> None:
                 raise KeyboardInterrupt
             if child.returncode:
                 lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-                run.failure = (lines or [f"exit status {child.returncode}"])[-1]
+                errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+                run.failure = (errors or lines or [f"exit status {child.returncode}"])[-1]
                 print(f"failed: {run.name}: {run.failure} (see {shown(log)})", file=sys.stderr)
             else:
                 log.unlink()

@@ -36,6 +36,7 @@ from lab.errors import UserError, shown
 from lab.interrupt import StopRequest
 
 
+@devices.memory_errors("try a lower --micro-batch-size, --activation-checkpointing, or a smaller model")
 def main():
     settings = command_line.parse(sys.argv[1:])
     parallel.micro_batch(settings.batch_size, settings.micro_batch_size)  # or an error, before all else

@@ -78,6 +78,21 @@ def prepare(device: torch.device) -> None:
             libc.mallopt(-1, 1 << 30)
 
 
+@contextlib.contextmanager
+def memory_errors(remedy: str):
+    """Makes a UserError, with the remedy, of an allocation that was too large for the device."""
+    try:
+        yield
+    except RuntimeError as error:  # of which CUDA's is a subclass, and the CPU's a text
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        size = re.search(r"tried to allocate ([\d.]+) (\w+)", str(error), re.IGNORECASE)
+        number, unit = size.groups() if size else ("some", "bytes")
+        if number.isdecimal() and unit == "bytes":
+            number, unit = f"{int(number) / 2**30:,.2f}", "GiB"
+        raise UserError(f"there is not enough memory for {number} {unit} more\n{remedy}") from error
+
+
 def require_compiler(device: torch.device) -> None:
     """A UserError where torch.compile would find no C++ compiler, which it needs on a CPU."""
     if device.type != "cpu":

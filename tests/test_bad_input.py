@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from lab import optim
+
 ROOT = Path(__file__).parent.parent
 
 BAD_TRAINING = {
@@ -50,6 +52,30 @@ def explained(capsys, message):
 def test_an_absent_device_is_explained(run_train, capsys):
     assert run_train("--stage", "0", "--device", "cuda") == 2
     explained(capsys, "device 'cuda' is not present here (there is: ")
+
+
+OUT_OF_MEMORY = {
+    "CUDA": (
+        torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0 has a total capacity …"
+        ),
+        "1.50 GiB more",
+    ),
+    "CPU": (
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 3221225472 bytes. …"),
+        "3.00 GiB more",
+    ),
+}
+
+
+@pytest.mark.parametrize("error, message", OUT_OF_MEMORY.values(), ids=OUT_OF_MEMORY.keys())
+def test_too_little_memory_is_explained(run_train, workshop, monkeypatch, capsys, error, message):
+    def accumulate_gradients(*_):
+        raise error
+
+    monkeypatch.setattr(optim, "accumulate_gradients", accumulate_gradients)
+    assert run_train("--stage", "0") == 2
+    explained(capsys, message)
 
 
 def test_an_empty_text_is_explained(run_train, workshop, capsys):

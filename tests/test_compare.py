@@ -257,7 +257,8 @@ def test_a_run_that_breaks_is_reported_and_the_rest_is_drawn(run_compare, monkey
 
     def command(self):
         made = real(self)
-        return [sys.executable, "-c", "raise SystemExit('out of luck')"] if "stage1" in self.name else made
+        failing = [sys.executable, "-c", "raise SystemExit('error: out of luck\\ntry again')"]
+        return failing if "stage1" in self.name else made
 
     monkeypatch.setattr(comparison.Run, "command", command)
     assert run_compare("--stages", "0-1", "--seeds", "1", "--rounds", "0") == 1
