@@ -18,7 +18,7 @@ sample: .venv/installed
 
 # Two files at a time, one thread each: more than a quarter faster than one with two threads.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=10 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=10 $(ARGS)
 
 # The tests that need a CUDA device; the others skip nothing there.
 test-gpu: .venv/installed-dev
