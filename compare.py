@@ -94,6 +94,8 @@ def main():
         raise UserError("there is no finished run to draw; without --only-draw compare.py trains them")
     out.mkdir(parents=True, exist_ok=True)
     speeds = measuring.read(out)
+    if not speeds and not settings.out:  # some stages may have been measured with all the others
+        speeds = measuring.read(default_folder(wanted.preset, comparison.chosen_stages(None)))
     if settings.rounds and not settings.only_draw:
         configs = {name: stage_runs.config for name, stage_runs in found.items()}
         speeds = measuring.everything(
@@ -164,6 +166,8 @@ def train(needed: list[comparison.Run], console: Console) -> None:
             if child.returncode:
                 lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
                 errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+                if child.returncode < 0:
+                    errors.append(f"ended by {signal.Signals(-child.returncode).name}")
                 run.failure = (errors or lines or [f"exit status {child.returncode}"])[-1]
                 print(f"failed: {run.name}: {run.failure} (see {shown(log)})", file=sys.stderr)
             else:

@@ -83,14 +83,12 @@ def memory_errors(remedy: str):
     """Makes a UserError, with the remedy, of an allocation that was too large for the device."""
     try:
         yield
-    except RuntimeError as error:  # of which CUDA's is a subclass, and the CPU's a text
-        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+    except RuntimeError as error:  # of which CUDA has a subclass, the others a text
+        if not re.search("out of memory|DefaultCPUAllocator", str(error)):
             raise
-        size = re.search(r"tried to allocate ([\d.]+) (\w+)", str(error), re.IGNORECASE)
-        number, unit = size.groups() if size else ("some", "bytes")
-        if number.isdecimal() and unit == "bytes":
-            number, unit = f"{int(number) / 2**30:,.2f}", "GiB"
-        raise UserError(f"there is not enough memory for {number} {unit} more\n{remedy}") from error
+        size = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
+        more = f" for {size[1]} more" if size else ""
+        raise UserError(f"there is not enough memory{more}\n{remedy}") from error
 
 
 def require_compiler(device: torch.device) -> None:

@@ -20,10 +20,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -78,8 +79,8 @@ class Settings:
     """Our stage that has to reach nanoGPT's final loss."""
     rounds: int = 3
     """Times that each is measured, in turn; the medians are reported."""
-    only_sampling: bool = False
-    """Measure sampling alone, in a minute, and keep the other figures."""
+    only: Literal["training", "sampling"] | None = None
+    """Measure the speed of training or sampling alone, and keep the other figures."""
 
 
 def main():
@@ -90,39 +91,46 @@ def main():
     dataset = data.load("tinyshakespeare")
     prepare_nanogpt(nanogpt, dataset)
     names = [stages.find(stage) for stage in settings.stages.split(",")]
-    sampling_speeds = sampling_speed(nanogpt, names[0], settings.rounds)
-    if settings.only_sampling:
-        results = lessons.read_results()
-        results["against_nanogpt"]["sampling_tokens_per_second_at_context_256"] = sampling_speeds
-        runs.write_json(lessons.RESULTS, results)
-        print(json.dumps(sampling_speeds, indent=2))
-        return
     with tempfile.TemporaryDirectory() as scratch:
-        scratch = Path(scratch)
-        speed = training_speed(nanogpt, names, settings.rounds, scratch)
-        theirs = scratch / "theirs"
-        _, their_memory = train_nanogpt(nanogpt, theirs, 2000, 100)
-        ours, our_memory = train_ours(names[0], scratch / "ours")
-        their_loss = nanogpt_loss(nanogpt, theirs, dataset)
-        result = {
-            "stage": names[0],
-            "dataset": dataset.name,
-            "rounds": settings.rounds,
-            "training_tokens_per_second": compare(speed["nanogpt"], speed[names[0]])
-            | {"compiled": compare(speed["nanogpt"], speed["compiled"])},
-            "training_ratio_by_stage": {n: compare(speed["nanogpt"], speed[n])["ratio"] for n in names},
-            "seconds_to_nanogpts_loss": race(nanogpt, stages.find(settings.best), their_loss, 3, scratch),
-            "muon_step": muon_step(stages.find(settings.best), dataset),
-            "val_loss_after_2000_steps": {
-                "nanogpt": their_loss,
-                "ours": log.read_metrics(ours / "metrics.jsonl")[-1]["val_loss"],
-            },
-            "peak_memory_mib": {"nanogpt": their_memory / 2**20, "ours": our_memory / 2**20},
-            "sampling_tokens_per_second_at_context_256": sampling_speeds,
-            "machine": runs.machine(CPU),
-        }
-    runs.write_json(lessons.RESULTS, lessons.read_results() | {"against_nanogpt": result})
+        scratch, result = Path(scratch), {}
+        if settings.only != "sampling":
+            result |= training_ratios(training_speed(nanogpt, names, settings.rounds, scratch), names)
+        if settings.only != "training":
+            speeds = sampling_speed(nanogpt, names[0], settings.rounds)
+            result["sampling_tokens_per_second_at_context_256"] = speeds
+        if not settings.only:
+            result |= losses(nanogpt, names[0], stages.find(settings.best), dataset, scratch)
+            result |= {"stage": names[0], "dataset": dataset.name, "machine": runs.machine(CPU)}
+    results = lessons.read_results()
+    results["against_nanogpt"] = results.get("against_nanogpt", {}) | result
+    runs.write_json(lessons.RESULTS, results)
     print(json.dumps(result, indent=2))
+
+
+def losses(nanogpt: Path, name: str, best: str, dataset: data.Dataset, scratch: Path) -> dict:
+    """Loss and peak memory of whole runs, how long our ways to nanoGPT's loss take, and Muon's step."""
+    theirs = scratch / "theirs"
+    _, their_memory = train_nanogpt(nanogpt, theirs, 2000, 100)
+    ours, our_memory = train_ours(name, scratch / "ours")
+    their_loss = nanogpt_loss(nanogpt, theirs, dataset)
+    our_loss = log.read_metrics(ours / "metrics.jsonl")[-1]["val_loss"]
+    return {
+        "val_loss_after_2000_steps": {"nanogpt": their_loss, "ours": our_loss},
+        "peak_memory_mib": {"nanogpt": their_memory / 2**20, "ours": our_memory / 2**20},
+        "seconds_to_nanogpts_loss": race(nanogpt, best, their_loss, 3, scratch),
+        "muon_step": muon_step(best, dataset),
+    }
+
+
+def training_ratios(speed: dict[str, list[float]], names: list[str]) -> dict:
+    """What results.json says of the speeds that training_speed measured."""
+    ratios = {name: compare(speed["nanogpt"], values) for name, values in speed.items()}
+    first = ratios[names[0]] | {"compiled": ratios["compiled"], "machine": runs.machine(CPU)}
+    return {
+        "rounds": len(speed["nanogpt"]),
+        "training_tokens_per_second": first,
+        "training_ratio_by_stage": {name: ratios[name]["ratio"] for name in names},
+    }
 
 
 def training_speed(nanogpt: Path, names: list[str], rounds: int, scratch: Path) -> dict[str, list[float]]:
@@ -136,7 +144,7 @@ def training_speed(nanogpt: Path, names: list[str], rounds: int, scratch: Path) 
         for name in (*names, "compiled"):
             stage, more = (names[0], ["--compile"]) if name == "compiled" else (name, [])
             folder = scratch / f"{name}-speed"
-            more = ("--steps", str(endless), "--eval-every", str(endless), *more)
+            more = ("--steps", str(endless), "--eval-every", str(endless), "--log-every", "1", *more)
             command = our_command(stage, folder, *more)
             count = partial(our_steps, folder)
             turns[name] = programs.enter_context(in_turn(command, scratch / f"{name}.log", count))
@@ -179,11 +187,14 @@ def in_turn(command: list, output: Path, steps: Callable[[], int]):
             os.killpg(process.pid, signal.SIGCONT)
             time.sleep(TURN_SECONDS)
             os.killpg(process.pid, signal.SIGSTOP)
+            if process.poll() is not None:
+                raise failure(command, output)
             return steps() - before
 
         yield turn
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it may have ended by itself
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
@@ -363,4 +374,6 @@ def sampling_speed(nanogpt: Path, name: str, rounds: int, n_tokens: int = 500) -
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGTERM, signal.SIGHUP):  # the programs that stand still would outlive this one
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     cli.run(main)

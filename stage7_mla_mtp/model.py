@@ -112,19 +112,20 @@ class GPTConfig:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.qk_rope_head_dim % 2:
             raise ValueError(f"qk_rope_head_dim ({self.qk_rope_head_dim}) must be even, for pairs")
+        if self.attention not in (names := ("auto", "flash_attn", "sdpa", "explicit", "triton")):
+            raise ValueError(f"attention must be one of {', '.join(names)}, not {self.attention!r}")
+        if (n := self.n_routed_experts) < (k := self.num_experts_per_tok) or k < 1:
+            raise ValueError(f"num_experts_per_tok ({k}) must be from 1 to n_routed_experts ({n})")
+        if min(n := self.n_shared_experts, (width := self.moe_intermediate_size) - 1) < 0:
+            raise ValueError(f"n_shared_experts ({n}) or moe_intermediate_size ({width}) is too low")
+        if (n := self.n_layer) <= (k := self.first_k_dense_replace) or k < 0:
+            raise ValueError(f"first_k_dense_replace ({k}) must be from 0 to below n_layer ({n})")
+        if self.router not in ("softmax", "sigmoid"):
+            raise ValueError(f"router must be softmax or sigmoid, not {self.router!r}")
         if (n := self.n_routed_experts) % max(k := self.n_group, 1) or k < 1 or (k > 1 and n < 2 * k):
             raise ValueError(f"n_routed_experts ({n}) must be 2 or more for each n_group ({k})")
         if (k := self.topk_group) > self.n_group or k * n < self.num_experts_per_tok * self.n_group:
             raise ValueError(f"topk_group ({k}) is over n_group or too low for num_experts_per_tok")
-        if self.attention not in (names := ("auto", "flash_attn", "sdpa", "explicit", "triton")):
-            raise ValueError(f"attention must be one of {', '.join(names)}, not {self.attention!r}")
-        limits = {"num_experts_per_tok": (1, self.n_routed_experts), "n_shared_experts": (0, math.inf)}
-        limits |= {"first_k_dense_replace": (0, self.n_layer - 1), "moe_intermediate_size": (1, math.inf)}
-        for name, (low, high) in limits.items():
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(f"{name} must be from {low} to {high}, not {getattr(self, name)}")
-        if self.router not in ("softmax", "sigmoid"):
-            raise ValueError(f"router must be softmax or sigmoid, not {self.router!r}")
 
 
 class KVCache:
@@ -589,11 +590,10 @@ class GPT(nn.Module):
 
         Returns, for each router, the tokens of each expert since then and the mean entropy of its scores.
         """
-        watched = torch.stack([router.watched for router in self.routers()])
-        tokens, entropy = watched[:, :-1], watched[:, -1]
+        tokens, entropy = torch.stack([router.watched for router in self.routers()]).tensor_split([-1], dim=1)
         for router, n in zip(self.routers(), tokens, strict=True):
             if self.config.router == "sigmoid":
                 router.e_score_correction_bias += self.config.bias_update_speed * (n.mean() - n).sign()
             router.watched.zero_()
-        entropy = entropy / tokens.sum(1) * self.config.num_experts_per_tok
+        entropy = entropy.squeeze(1) / tokens.sum(1) * self.config.num_experts_per_tok
         return {"expert_tokens": tokens, "router_entropy": entropy}

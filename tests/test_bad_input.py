@@ -63,7 +63,13 @@ OUT_OF_MEMORY = {
     ),
     "CPU": (
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 3221225472 bytes. …"),
-        "3.00 GiB more",
+        "3221225472 bytes more",
+    ),
+    "MPS": (
+        RuntimeError(
+            "MPS backend out of memory (MPS allocated: 1.00 GiB …). Tried to allocate 384.00 MiB on …"
+        ),
+        "384.00 MiB more",
     ),
 }
 

@@ -107,8 +107,14 @@ def test_some_stages_leave_the_figures_of_all_alone(only_draw, capsys):
     made_up("3", 0, [2.5])
     made_up("4", 0, [2.4])
     assert only_draw() == 0
+    assert "missing: speeds" in capsys.readouterr().err
+    speeds = {"training": {"stage3_swiglu": [5.0], "stage4_gqa": [7.0]}}
+    Path("runs/compare/laptop/results/speeds.json").write_text(json.dumps(speeds))
     assert only_draw("--stages", "4") == 0
-    assert "runs/compare/laptop/results-4" in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "runs/compare/laptop/results-4" in out and "missing: speeds" not in err
+    row = results_of("runs/compare/laptop/results-4")["stages"]["4"]
+    assert row["training_tokens_per_second"]["median"] == 7.0
     assert list(results_of("runs/compare/laptop/results")["stages"]) == ["3", "4"]
     assert list(results_of("runs/compare/laptop/results-4")["stages"]) == ["4"]
 

@@ -577,12 +577,14 @@ def test_two_machines_have_the_losses_of_one(torchrun):
     how = ("--nnodes", "2", "--nproc-per-node", "1", "--rdzv-id", "1", "--rdzv-backend", "c10d")
     how += ("--rdzv-endpoint", f"localhost:{free_port()}")
     machines = [torchrun(how=how) for _ in range(2)]
+    late = 0
     for machine in machines:
         try:
             _, said = machine.communicate(timeout=60)
+            assert machine.returncode == 0, said
         except subprocess.TimeoutExpired:
-            continue  # when all is done, torchruns may wait for each other for minutes (pytorch issue 69520)
-        assert machine.returncode == 0, said
+            late += 1
+    assert late < 2  # one torchrun may wait for another that has ended, for minutes (pytorch issue 69520)
     assert_equal_runs(metrics("run"), metrics("one"))
 
 

@@ -177,7 +177,8 @@ def test_compiled_sampling_prints_the_same_text(run_sample, capsys):
 def test_without_a_compiler_for_cpp_compiling_is_refused():
     """In a process of its own: inductor reads CXX when it is imported."""
     env = {**os.environ, "CXX": "/nowhere/g++"}
-    command = [sys.executable, sample.__file__, "--stage", "0", "--prompt", "a", "--compile"]
+    flags = ["--stage", "0", "--device", "cpu", "--prompt", "a", "--compile"]
+    command = [sys.executable, sample.__file__, *flags]
     child = subprocess.run(command, env=env, capture_output=True, text=True)
     assert child.returncode == 2 and child.stdout == ""
     assert "apt install g++" in child.stderr and len(child.stderr.splitlines()) == 1

@@ -315,7 +315,8 @@ def test_a_compiled_run_saves_plain_names(run_train, workshop, monkeypatch):
 
 def test_without_a_compiler_for_cpp_a_compiled_run_is_refused_before_it_begins(workshop):
     """In a process of its own: inductor reads CXX when it is imported."""
-    command = [sys.executable, str(ROOT / "train.py"), "--stage", "0", "--data", "words.txt", "--compile"]
+    flags = ["--stage", "0", "--device", "cpu", "--data", "words.txt", "--compile"]
+    command = [sys.executable, str(ROOT / "train.py"), *flags]
     child = subprocess.run(command, env={**os.environ, "CXX": "/nowhere/g++"}, capture_output=True, text=True)
     assert child.returncode == 2 and "apt install g++" in child.stderr, child.stderr
     assert len(child.stderr.splitlines()) == 1 and not Path("runs").exists()
