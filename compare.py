@@ -103,7 +103,9 @@ def main():
         )
         runs.write_json(out / "speeds.json", speeds)
     elif not speeds:
-        notes.append("missing: speeds and memory; compare.py without --only-draw measures them")
+        notes.append(
+            "missing: speeds and memory; compare.py measures them without --only-draw and --rounds 0"
+        )
     results = summarize(
         found, speeds, chosen, flags, known, dataset, settings.tune, out, device.choose(wanted.device)
     )

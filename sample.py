@@ -60,8 +60,10 @@ class Settings:
         for name in ("max_new_tokens", "num_samples", "draft_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.temperature < 0:
+        if not self.temperature >= 0:
             raise ValueError(f"temperature must be 0 or more, not {self.temperature}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be from 0 to below 2**63, not {self.seed}")
         if self.compile and self.draft:
             raise ValueError("--compile and --draft do not go together; leave one of them out")
         if self.top_k is not None and self.top_k < 1:

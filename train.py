@@ -76,12 +76,15 @@ def main():
     if settings.resume:
         folder = Path(settings.out)
         progress = restore(folder, model, optimizer, device)
-        parallel.from_first(lambda: runs.note_resumed(folder, config, progress["step"]))
+        if settings.steps < progress["step"]:
+            raise UserError(f"{shown(folder)} is at step {progress['step']}, past --steps {settings.steps}")
+        if settings.steps > progress["step"]:  # else nothing is trained, and the settings stay what they were
+            parallel.from_first(lambda: runs.note_resumed(folder, config, progress["step"]))
     else:
         folder = parallel.from_first(
             lambda: runs.create(settings.out, settings.stage, dataset, settings.seed, config)
         )
-        progress = {"step": 0, "seconds": 0.0, "best_val_loss": math.inf}
+        progress = {"step": 0, "tokens": 0, "seconds": 0.0, "best_val_loss": math.inf}
     counted = f"{config['parameters']:,} parameters"
     computed = f", attention: {attention}" if attention else ""
     processes = f", {parallel.WORLD_SIZE} processes" if parallel.WORLD_SIZE > 1 else ""
@@ -130,6 +133,7 @@ def train(settings, model, joined, optimizer, dataset, device, dtype, folder, pr
     micro_batch = parallel.micro_batch(settings.batch_size, settings.micro_batch_size)
     rows = parallel.my_rows(settings.batch_size, micro_batch)
     tokens_per_step = settings.batch_size * settings.model.block_size
+    progress.setdefault("tokens", progress["step"] * tokens_per_step)  # a checkpoint of older code lacks it
     peak_flops = (devices.peak_flops(device) or 0) * parallel.WORLD_SIZE
     flops = cost.flops_per_token(model) if peak_flops else 0
     wandb_config = runs.read_config(folder) if settings.wandb and parallel.RANK == 0 else None
@@ -163,10 +167,11 @@ def train(settings, model, joined, optimizer, dataset, device, dtype, folder, pr
             stop_if_not_finite(recent, step, folder)
             losses = {name: parallel.total(loss / parallel.WORLD_SIZE) for name, loss in losses.items()}
             progress["step"] = step
+            progress["tokens"] += len(recent) * tokens_per_step
             progress["seconds"] += seconds
             record = {
                 "step": step,
-                "tokens": step * tokens_per_step,
+                "tokens": progress["tokens"],
                 "seconds": progress["seconds"],
                 "loss": losses.pop("next_token").item(),
                 **{name: loss.item() for name, loss in losses.items()},
@@ -179,6 +184,8 @@ def train(settings, model, joined, optimizer, dataset, device, dtype, folder, pr
                 val_loss = evaluation.next_token_loss(
                     model, dataset.val, settings.eval_tokens, micro_batch, autocast, device
                 )
+                if not math.isfinite(val_loss):
+                    raise not_finite("validation loss", step, folder)
                 record |= {
                     "val_loss": val_loss,
                     "bits_per_byte": evaluation.bits_per_byte(val_loss, dataset.meta),
@@ -209,14 +216,18 @@ def stop_if_not_finite(recent: list, step: int, folder: Path) -> None:
     numbers = torch.stack([torch.stack([sum(losses.values()), norm]) for losses, norm in recent])
     bad = (~numbers.isfinite()).any(dim=1).tolist()
     if any(bad):
-        kept = "no checkpoint was written yet"
-        if checkpoint.exists(folder):
-            kept = f"the checkpoint of step {checkpoint.step(folder)} in {shown(folder)} is kept"
-        first = step - len(recent) + 1 + bad.index(True)
-        raise UserError(
-            f"the loss or its gradient is not finite at step {first}; {kept}\n"
-            "try a lower --lr, a longer --warmup-steps, or --dtype float32"
-        )
+        raise not_finite("loss or its gradient", step - len(recent) + 1 + bad.index(True), folder)
+
+
+def not_finite(what: str, step: int, folder: Path) -> UserError:
+    """The error for a number that is NaN or infinite at a step; it says what is kept."""
+    kept = "no checkpoint was written yet"
+    if checkpoint.exists(folder):
+        kept = f"the checkpoint of step {checkpoint.step(folder)} in {shown(folder)} is kept"
+    return UserError(
+        f"the {what} is not finite at step {step}; {kept}\n"
+        "try a lower --lr, a longer --warmup-steps, or --dtype float32"
+    )
 
 
 def report(folder: Path, dataset: data.Dataset, device: torch.device) -> None:

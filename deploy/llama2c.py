@@ -40,7 +40,7 @@ FAR = 1e12  # a score or logit of -FAR, divided by any two norms, is a probabili
 def write(folder: Path, stage: str, tensors: dict[str, torch.Tensor], sizes: dict, meta: dict) -> None:
     """Writes model.bin and tokenizer.bin; UserError for what run.c does not compute."""
     if stage not in STAGES:
-        raise UserError(f"llama2.c has no counterpart of {stage}: it runs stages 3 and 4, which are Llama")
+        raise UserError(f"llama2.c has no counterpart of {stage}: it runs stages 3 to 5, which are Llama")
     if meta["tokenizer"] != "char":
         raise UserError(
             f"the run has the tokenizer {meta['tokenizer']!r}, but llama2.c's run splits a prompt by other "

@@ -21,7 +21,8 @@ def next_token_probs(
     """
     if temperature == 0:
         return F.one_hot(logits.argmax(), len(logits)).float()
-    probs = F.softmax(logits.float() / temperature, dim=-1)
+    logits = logits.float()
+    probs = F.softmax((logits - logits.max()) / temperature, dim=-1)  # no infinity, however low it is
     if top_k is not None and top_k < len(probs):
         kept, tokens = probs.topk(top_k)
         probs = torch.zeros_like(probs).scatter(0, tokens, kept / kept.sum())

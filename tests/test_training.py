@@ -288,6 +288,34 @@ def test_flags_of_a_resumed_run_count_and_are_written_down(run_train, workshop):
     assert {(group["weight_decay"], group["betas"][0]) for group in groups} == {(0.0, 0.5)}
 
 
+def test_a_validation_loss_that_is_not_finite_stops_the_run_and_keeps_the_good_checkpoint(
+    run_train, workshop, monkeypatch, capsys
+):
+    values = iter([3.0, math.nan])
+    monkeypatch.setattr(evaluation, "next_token_loss", lambda *arguments: next(values))
+    assert run_train("--stage", "0", "--steps", "4", "--eval-every", "2", "--out", "run") == 2
+    err = capsys.readouterr().err
+    assert "validation loss is not finite at step 4" in err and "step 2 in run is kept" in err
+    assert checkpoint.step(Path("run")) == 2 and "NaN" not in Path("run/metrics.jsonl").read_text()
+
+
+def test_resuming_a_finished_run_leaves_its_settings_alone(run_train, workshop, capsys):
+    assert run_train("--stage", "0", "--steps", "4", "--out", "run") == 0
+    before = Path("run/config.json").read_text()
+    assert run_train("--resume", "--out", "run", "--lr", "0.5") == 0
+    assert run_train("--resume", "--out", "run", "--steps", "3", "--lr", "0.5") == 2
+    assert "run is at step 4, past --steps 3" in capsys.readouterr().err
+    assert Path("run/config.json").read_text() == before
+
+
+def test_tokens_add_up_where_the_batch_size_changes(run_train, workshop):
+    assert run_train("--stage", "0", "--steps", "2", "--out", "run") == 0
+    assert run_train("--resume", "--out", "run", "--steps", "4", "--batch-size", "1") == 0
+    step_4 = metrics("run")[-1]
+    batch, context = (int(TINY_RUN[TINY_RUN.index(f) + 1]) for f in ("--batch-size", "--model.block-size"))
+    assert step_4["step"] == 4 and step_4["tokens"] == 2 * batch * context + 2 * context
+
+
 def test_best_is_never_overwritten_by_worse(run_train, workshop, monkeypatch):
     values = iter([3.0, 2.0, 2.5, 2.2])
     monkeypatch.setattr(evaluation, "next_token_loss", lambda *arguments: next(values))
