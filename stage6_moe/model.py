@@ -312,7 +312,7 @@ class Experts(nn.Module):
         chosen, order = chosen.flatten().sort(stable=True)  # the N · k choices, expert by expert
         ends = torch.bucketize(torch.arange(len(down), device=x.device), chosen, right=True, out_int32=True)
         x = x.repeat_interleave(k, dim=0).index_select(0, order)  # (N · k, n_embd)
-        gate, up = F.grouped_mm(x, gate_up, offs=ends).chunk(2, dim=-1)
+        gate, up = F.grouped_mm(x, gate_up, offs=ends).chunk(2, dim=-1)  # offs: where each expert's rows end
         y = F.grouped_mm(F.silu(gate) * up, down, offs=ends)  # (N · k, n_embd)
         y = y.index_select(0, order.argsort()).view(N, k, -1)  # back in the order of the tokens
         return (y * weights.unsqueeze(-1)).sum(1).type_as(x)
