@@ -5,7 +5,7 @@ import contextlib
 import numpy as np
 
 from lab import comparison, stages
-from lab.plots import STAGE_COLORS, new_figure
+from lab.plots import new_figure, stage_color
 
 MARKERS = "osD^vPX*"
 DASHES = ["-", "--", "-.", ":", "-", "--", "-.", "-"]
@@ -30,15 +30,16 @@ def theme(dark: bool):
 
 def style(name: str) -> dict:
     """How a stage's line looks, in every picture."""
-    n = stages.number(name)
-    look = {"color": STAGE_COLORS[n], "marker": MARKERS[n], "linestyle": DASHES[n]}
+    place = stages.folders().index(name)
+    look = {"color": stage_color(name), "marker": MARKERS[place % len(MARKERS)]}
+    look["linestyle"] = DASHES[place] if place < len(DASHES) else (0, (3, 1, 1, 1, 1, 1))  # of variants
     return look | {"markersize": 4, "linewidth": 1.6, "label": stages.label(name)}
 
 
-def losses(found: dict[str, comparison.StageRuns], rows: dict[int, dict]):
+def losses(found: dict[str, comparison.StageRuns], rows: dict[str, dict]):
     """Validation loss against tokens, seconds and FLOPs: mean over seeds, band of one standard deviation.
 
-    rows: the stages' figures, by number.
+    rows: the stages' figures, by the folder's name.
     """
     figure, panels = new_figure(13, 4.6, columns=3)
     scales = {
@@ -50,7 +51,7 @@ def losses(found: dict[str, comparison.StageRuns], rows: dict[int, dict]):
         for name, runs in found.items():
             evaluated = [[r for r in metrics if "val_loss" in r] for metrics in runs.history.values()]
             n = min(len(metrics) for metrics in evaluated)
-            flops = rows[stages.number(name)]["flops_per_token"]
+            flops = rows[name]["flops_per_token"]
             x = np.mean([[scale(r, flops) for r in metrics[:n]] for metrics in evaluated], axis=0)
             y = np.array([[r["val_loss"] for r in metrics[:n]] for metrics in evaluated])
             panel.plot(x, y.mean(axis=0), **style(name))
@@ -66,7 +67,7 @@ def losses(found: dict[str, comparison.StageRuns], rows: dict[int, dict]):
     return figure
 
 
-def bars(by_number: dict[int, dict]):
+def bars(rows: dict[str, dict]):
     """Training and decoding tokens/s, peak memory, cache bytes a token."""
     figure, panels = new_figure(13, 4, columns=4)
     measures = {
@@ -78,11 +79,11 @@ def bars(by_number: dict[int, dict]):
         "cache bytes a token": lambda row: row["cache_bytes_per_token"],
     }
     for panel, (title, measure) in zip(panels, measures.items(), strict=True):
-        values = {n: measure(row) for n, row in sorted(by_number.items()) if row and measure(row) is not None}
+        values = {name: measure(row) for name, row in rows.items() if row and measure(row) is not None}
         places = range(len(values))
-        drawn = panel.bar(places, values.values(), color=[STAGE_COLORS[n] for n in values])
+        drawn = panel.bar(places, values.values(), color=[stage_color(name) for name in values])
         panel.bar_label(drawn, [short(value) for value in values.values()], fontsize=7, padding=2)
-        panel.set_xticks(places, [str(n) for n in values])
+        panel.set_xticks(places, [short_name(name) for name in values])
         panel.set_xlabel("stage")
         panel.set_title(title, fontsize=10)
         panel.margins(y=0.12)
@@ -90,25 +91,29 @@ def bars(by_number: dict[int, dict]):
     return figure
 
 
+def short_name(name: str) -> str:
+    """A stage under its bar: its number, or the first letters of a variant's folder."""
+    return stages.label(name).split()[0][:9]
+
+
 def short(value: float) -> str:
     """A number over a bar, no wider than the bar."""
     return f"{value / 1000:.1f}k" if value >= 10_000 else f"{value:,.0f}"
 
 
-def cost(by_number: dict[int, dict]):
+def cost(rows: dict[str, dict]):
     """Final validation loss against seconds of training; the area of a bubble is the cache of a token."""
     figure, panel = new_figure(8, 5)
-    rows = {n: row for n, row in sorted(by_number.items()) if row}
+    rows = {name: row for name, row in rows.items() if row}
     largest = max(row["cache_bytes_per_token"] for row in rows.values())
-    for number, row in sorted(rows.items(), key=lambda item: -item[1]["cache_bytes_per_token"]):
+    for name, row in sorted(rows.items(), key=lambda item: -item[1]["cache_bytes_per_token"]):
         x, y = row["seconds"]["mean"], row["val_loss"]["mean"]
         area = 1400 * row["cache_bytes_per_token"] / largest
-        color = STAGE_COLORS[number]
+        color = stage_color(name)
         panel.scatter(x, y, s=area, color=color, alpha=0.25, linewidth=0)
         panel.scatter(x, y, s=area, facecolor="none", edgecolor=color, linewidth=1.4)
-        panel.scatter(
-            x, y, s=30, color=color, marker=MARKERS[number], label=stages.label(row["stage"]), zorder=3
-        )
+        marker = style(name)["marker"]
+        panel.scatter(x, y, s=30, color=color, marker=marker, label=stages.label(name), zorder=3)
     panel.margins(0.15)
     handles, labels = panel.get_legend_handles_labels()
     order = sorted(range(len(labels)), key=lambda i: labels[i])

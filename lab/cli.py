@@ -1,12 +1,14 @@
 """The command line: flags from a dataclass, and errors in one or two lines."""
 
 import contextlib
+import difflib
 import errno
 import io
 import os
+import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import dropwhile, takewhile
 from pathlib import Path
 
@@ -28,9 +30,22 @@ def parse_flags(kind: type, argv: list[str], **options):
             raise
     # tyro draws a box: a title, then the message up to a rule, then hints. (Rules of - where there is no ─.)
     _, *lines = (line.strip("╭╮╰╯│─ ") for line in stderr.getvalue().splitlines())
-    lines = dropwhile(is_rule, lines)
-    message = " ".join(takewhile(lambda line: not is_rule(line), lines))
-    raise UserError(f"{message.rstrip('.')}. See python {shown(Path(sys.argv[0]))} --help")
+    hints = iter(list(dropwhile(is_rule, lines)))
+    message = " ".join(takewhile(lambda line: not is_rule(line), hints)).rstrip(".")
+    raise UserError(f"{message}. {did_you_mean(message, hints)}See python {shown(Path(sys.argv[0]))} --help")
+
+
+def did_you_mean(message: str, hints: Iterable[str]) -> str:
+    """The flag or value that was probably meant, as a question; empty where none is alike."""
+    hints = list(hints)
+    choice = re.search(r"invalid choice '(.*?)' .*Expected one of \((.*)\)", message)
+    if choice:
+        close = difflib.get_close_matches(choice[1], re.findall(r"'(.*?)'", choice[2]), n=1)
+    elif hints and hints[0].startswith("Perhaps you meant"):  # tyro's flags, the closest first
+        close = [hint.split()[0] for hint in hints if hint.startswith("--")][:1]
+    else:
+        close = []
+    return f"Did you mean {close[0]}? " if close else ""
 
 
 def is_rule(line: str) -> bool:

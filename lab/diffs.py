@@ -16,16 +16,26 @@ from lab.errors import UserError
 CONTEXT = 3  # unchanged lines shown around a change
 
 
-def diff(number: int) -> str:
-    """The diff of a stage's model.py against the stage before, as git prints it."""
-    before, after = (f"{stages.names()[n]}/model.py" for n in (number - 1, number))
-    return git_diff(before, after)
+def diff(name: str) -> str:
+    """The diff of a stage's model.py from the stage before, as git prints it."""
+    return git_diff(f"{origin(name)}/model.py", f"{name}/model.py")
 
 
-def changed_lines(number: int) -> tuple[int, int]:
-    """Lines added to and removed from the model.py of the stage before."""
-    before, after = (f"{stages.names()[n]}/model.py" for n in (number - 1, number))
-    added, removed, _ = git_diff("--numstat", before, after).split(maxsplit=2)
+def origin(name: str) -> str | None:
+    """The stage that a stage is read as a diff from: the one before it in the course, None for the first.
+
+    For a variant it is the stage of the course from which it differs in the fewest lines.
+    """
+    course = list(stages.names().values())
+    if name in course:
+        return course[course.index(name) - 1] if name != course[0] else None
+    return min(course, key=lambda stage: sum(changed_lines(stage, name)))
+
+
+def changed_lines(before: str, after: str) -> tuple[int, int]:
+    """Lines that the model.py of one stage adds to that of another, and lines that it removes."""
+    counted = git_diff("--numstat", f"{before}/model.py", f"{after}/model.py")
+    added, removed, _ = counted.split(maxsplit=2) if counted else (0, 0, "")
     return int(added), int(removed)
 
 

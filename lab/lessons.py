@@ -21,7 +21,8 @@ def read_results() -> dict:
 
 def ladder(numbers: list[int], results: dict) -> str:
     """The table of these stages, a column each measurement."""
-    return report.ladder({number: results["stages"].get(str(number), {}) for number in numbers})
+    names = [stages.names()[number] for number in numbers]
+    return report.ladder({name: results["stages"].get(name, {}) for name in names})
 
 
 def nanogpt(measured: dict) -> str:
@@ -75,10 +76,10 @@ def rates(results: dict) -> str:
     tuned = {name: row["tuned"]["tried"] for name, row in results["stages"].items() if "tuned" in row}
     tried = sorted({rate for row in tuned.values() for rate in row}, key=float)
     lines = ["| stage | " + " | ".join(tried) + " |", "|---" * (len(tried) + 1) + "|"]
-    for number, row in tuned.items():
+    for name, row in tuned.items():
         best = min(row, key=row.get)
         losses = (f"**{row[r]:.3f}**" if r == best else f"{row[r]:.3f}" if r in row else "" for r in tried)
-        lines.append(f"| {stages.label(stages.names()[int(number)])} | " + " | ".join(losses) + " |")
+        lines.append(f"| {stages.label(name)} | " + " | ".join(losses) + " |")
     return "\n".join(lines)
 
 
@@ -136,10 +137,12 @@ def losses(measured: dict) -> str:
 def caches(results: dict) -> str:
     """The table of the cache of a token, of the stages that change it."""
     rows = ["| stage | bytes | relative |", "|---|---|---|"]
-    largest = results["stages"]["3"]["cache_bytes_per_token"]
-    for number in (3, 4, 7):
-        size = results["stages"][str(number)]["cache_bytes_per_token"]
-        rows.append(f"| {stages.label(stages.names()[number])} | {size:,.0f} | {size / largest:.3f} |")
+    sizes = {
+        name: results["stages"][name]["cache_bytes_per_token"]
+        for name in ("stage3_swiglu", "stage4_gqa", "stage7_mla_mtp")
+    }
+    for name, size in sizes.items():
+        rows.append(f"| {stages.label(name)} | {size:,.0f} | {size / max(sizes.values()):.3f} |")
     return "\n".join(rows)
 
 
@@ -200,7 +203,7 @@ def filled(page: str, number: int | str | None, results: dict) -> str:
     else:
         parts = {"table": ladder([n for n in (number - 1, number) if n >= 0], results)}
     if number in stages.names() and number:
-        parts["diff"] = f"```diff\n{diffs.diff(number)}```"
+        parts["diff"] = f"```diff\n{diffs.diff(stages.names()[number])}```"
     if number == 5 and "attention" in results:
         parts["crossover"] = crossover(results["attention"]["crossover"])
         parts["context"] = by_context(results["attention"]["by_context"])

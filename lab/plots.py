@@ -9,7 +9,8 @@ from lab import stages
 # One colour a stage, in every picture, that shows on white and on black: most are Okabe and Ito's, which the
 # colour-blind can tell apart.
 STAGE_COLORS = ["#888888", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#7B61C9"]
-
+RUN_COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#888888"]
+VARIANT_COLORS = ["#C0392B", "#17A2A2", "#8C6D1F", "#2ECC71"]
 
 # Neighbouring experts, in turn; which is which does not matter, how wide each band is does.
 EXPERT_COLORS = ["#0072B2", "#56B4E9", "#009E73", "#F0E442", "#E69F00", "#D55E00", "#CC79A7", "#999999"]
@@ -55,6 +56,34 @@ def loss_curves(metrics: list[dict], title: str, path: Path) -> None:
     axes.set_title(title)
     axes.grid(alpha=0.3)
     axes.legend()
+    figure.savefig(path)
+
+
+def several_runs(histories: dict[str, list[dict]], loss: str, path: Path) -> None:
+    """Validation loss of runs against tokens and against seconds of training, as a PNG.
+
+    histories: by the run's name, the lines of metrics.jsonl; loss: "val_loss", or "bits_per_byte", which can
+    be compared across tokenizers.
+    """
+    figure, panels = new_figure(11, 4.8, columns=2)
+    scales = [("tokens", 1e6, "tokens trained on (millions)"), ("seconds", 1, "seconds of training")]
+    for panel, (key, unit, title) in zip(panels, scales, strict=True):
+        for i, (name, metrics) in enumerate(histories.items()):
+            evaluated = [record for record in metrics if "val_loss" in record]
+            panel.plot(
+                [record[key] / unit for record in evaluated],
+                [record[loss] for record in evaluated],
+                color=RUN_COLORS[i % len(RUN_COLORS)],
+                linestyle=["-", "--", ":"][i // len(RUN_COLORS) % 3],
+                marker="o",
+                markersize=3,
+                label=name,
+            )
+        panel.set_xlabel(title)
+        panel.grid(alpha=0.3)
+    units = {"val_loss": "validation loss (nats per token)", "bits_per_byte": "validation bits per byte"}
+    panels[0].set_ylabel(units[loss])
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", fontsize=8, ncols=2)
     figure.savefig(path)
 
 
@@ -138,5 +167,6 @@ def against_context(measured: dict[str, dict], contexts: list[int], path: Path) 
 
 
 def stage_color(name: str) -> str:
-    """The colour of a stage, by its folder's name."""
-    return STAGE_COLORS[stages.number(name)]
+    """The colour of a stage, by its folder's name; those of variants are others, in turn."""
+    place, course = stages.folders().index(name), len(stages.names())
+    return STAGE_COLORS[place] if place < course else VARIANT_COLORS[(place - course) % len(VARIANT_COLORS)]

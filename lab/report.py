@@ -10,14 +10,14 @@ from lab import comparison, cost, diffs, spread, stages
 
 LOSS_TO_REACH = 1.90
 IDEAS = {
-    0: "GPT-2",
-    1: "RMSNorm, no biases",
-    2: "rotary positions",
-    3: "gated MLP",
-    4: "shared key/value heads",
-    5: "FlashAttention",
-    6: "mixture of experts",
-    7: "latent attention, multi-token prediction",
+    "stage0_gpt": "GPT-2",
+    "stage1_rmsnorm": "RMSNorm, no biases",
+    "stage2_rope": "rotary positions",
+    "stage3_swiglu": "gated MLP",
+    "stage4_gqa": "shared key/value heads",
+    "stage5_flash": "FlashAttention",
+    "stage6_moe": "mixture of experts",
+    "stage7_mla_mtp": "latent attention, multi-token prediction",
 }
 
 
@@ -27,12 +27,13 @@ def figures(found: comparison.StageRuns, speeds: dict | None) -> dict:
     stage = stages.load(config["stage"])
     with torch.device("meta"):
         model = stage.GPT(stage.GPTConfig(**config["model"]))
-    number = stages.number(config["stage"])
+    origin = diffs.origin(config["stage"])
     finals = [metrics[-1] for metrics in found.history.values()]
     reached = [seconds_to(metrics, LOSS_TO_REACH) for metrics in found.history.values()]
     return {
         "stage": config["stage"],
-        "lines_changed": sum(diffs.changed_lines(number)) if number else None,
+        "from": origin,
+        "lines_changed": sum(diffs.changed_lines(origin, config["stage"])) if origin else None,
         "parameters": cost.parameters(model),
         "active_parameters": cost.active_parameters(model),
         "flops_per_token": cost.flops_per_token(model),
@@ -69,13 +70,18 @@ def seconds_to(metrics: list[dict], loss: float) -> float | None:
     return None
 
 
-def mark_noise(by_number: dict[int, dict]) -> None:
-    """Says of each stage's figures whether they differ from those of the stage before by more than chance."""
-    numbers = sorted(by_number)
-    for before, number in itertools.pairwise(numbers):
-        one, other = by_number[before], by_number[number]
+def mark_noise(rows: dict[str, dict]) -> None:
+    """Says of each stage's figures whether they differ significantly from those of the stage before.
+
+    rows: by stage. A variant is compared with the stage that it was made from, if that is there.
+    """
+    for before, name in itertools.pairwise(rows):
+        origin = before if name in stages.COURSE else rows[name]["from"]
+        if origin not in rows:
+            continue
+        one, other = rows[origin], rows[name]
         differs = {
-            "from": before,
+            "from": origin,
             "val_loss": spread.means_differ(*(x["val_loss"]["values"] for x in (one, other))),
         }
         for key in ("training_tokens_per_second", "decoding_tokens_per_second"):
@@ -84,24 +90,24 @@ def mark_noise(by_number: dict[int, dict]) -> None:
         other["differs"] = differs
 
 
-def ladder(by_number: dict[int, dict]) -> str:
-    """The table of the stages in Markdown; ≈ before what differs from the stage before by chance alone."""
-    tuned = any("tuned" in row for row in by_number.values())
+def ladder(rows: dict[str, dict]) -> str:
+    """The table of the stages in Markdown; ≈: no significant difference from the stage before."""
+    tuned = any("tuned" in row for row in rows.values())
     heads = ["stage", "what changed", "lines changed", "parameters (active)", "FLOPs a token", "val loss"]
     heads += ["val loss at its best rate"] if tuned else []
     heads += ["bits per byte", f"seconds to {LOSS_TO_REACH:.2f}", "training tokens/s", "decoding tokens/s"]
     heads += ["cache bytes a token", "peak memory, MiB"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for number, row in sorted(by_number.items()):
-        lines.append("| " + " | ".join(cells(number, row, tuned)) + " |")
+    for name, row in rows.items():
+        lines.append("| " + " | ".join(cells(name, row, tuned)) + " |")
     return "\n".join(lines)
 
 
-def cells(number: int, row: dict, tuned: bool) -> list[str]:
-    """One row of the ladder."""
-    name = stages.label(stages.names()[number])
+def cells(name: str, row: dict, tuned: bool) -> list[str]:
+    """One row of the ladder; name: the stage's folder."""
+    idea = IDEAS.get(name) or (f"variant of {stages.label(row['from'])}" if row else "variant")
     if not row:
-        return [name, IDEAS[number], *[""] * (11 if tuned else 10)]
+        return [stages.label(name), idea, *[""] * (11 if tuned else 10)]
     millions = f"{row['parameters'] / 1e6:.2f} M"
     if row["active_parameters"] != row["parameters"]:
         millions += f" ({row['active_parameters'] / 1e6:.2f} M)"
@@ -109,8 +115,8 @@ def cells(number: int, row: dict, tuned: bool) -> list[str]:
     missed = sum(value is None for value in to_loss["values"])
     reached = f"{to_loss['mean']:,.0f}" if not missed else f"not reached by {missed} of {len(row['seeds'])}"
     made = [
-        name,
-        IDEAS[number],
+        stages.label(name),
+        idea,
         "–" if row["lines_changed"] is None else str(row["lines_changed"]),
         millions,
         f"{row['flops_per_token'] / 1e6:.2f} M",
@@ -138,18 +144,16 @@ def with_std(summary: dict, digits: int) -> str:
     return mean if summary["std"] is None else f"{mean} ± {summary['std']:.{digits}f}"
 
 
-def draw(
-    found: dict[str, comparison.StageRuns], by_number: dict[int, dict], speeds: dict, out: Path
-) -> list[str]:
+def draw(found: dict[str, comparison.StageRuns], rows: dict[str, dict], speeds: dict, out: Path) -> list[str]:
     """Every picture that the figures suffice for, as PNG and SVG, on light and on dark; their names."""
     from lab import charts
 
     drawn = []
     for dark in (False, True):
         with charts.theme(dark):
-            pictures = {"loss": charts.losses(found, by_number), "cost": charts.cost(by_number)}
-            if any("training_tokens_per_second" in row for row in by_number.values()):
-                pictures["bars"] = charts.bars(by_number)
+            pictures = {"loss": charts.losses(found, rows), "cost": charts.cost(rows)}
+            if any("training_tokens_per_second" in row for row in rows.values()):
+                pictures["bars"] = charts.bars(rows)
             for what in ("training", "decoding"):
                 if speeds.get(f"{what}_by_context"):
                     pictures[f"{what}_context"] = charts.by_context(speeds[f"{what}_by_context"], what)

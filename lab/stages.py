@@ -1,6 +1,11 @@
-"""Finds a stage's folder by number or name and loads its model.py."""
+"""Finds a stage's folder by number or name and loads its model.py.
 
-import importlib
+Every folder beside this package's that holds a model.py is a stage. Those of the course are listed here; any
+other is a variant, made by copying a stage's folder (cp -r stage3_swiglu my_relu) and editing the copy.
+"""
+
+import difflib
+import importlib.util
 import re
 import sys
 from pathlib import Path
@@ -11,44 +16,98 @@ import torch
 from lab.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
+COURSE = (
+    "stage0_gpt",
+    "stage1_rmsnorm",
+    "stage2_rope",
+    "stage3_swiglu",
+    "stage4_gqa",
+    "stage5_flash",
+    "stage6_moe",
+    "stage7_mla_mtp",
+)
 
 
 def names() -> dict[int, str]:
-    """The stages there are: number -> name of the folder, in order."""
-    folders = (path.parent.name for path in ROOT.glob("stage*_*/model.py"))
-    return dict(sorted((number(name), name) for name in folders))
+    """The stages of the course, in order: number -> name of the folder."""
+    return {number(name): name for name in COURSE if (ROOT / name / "model.py").exists()}
+
+
+def folders() -> list[str]:
+    """The folders of all stages: the course's in order, then the variants by name."""
+    found = sorted(path.parent.name for path in ROOT.glob("*/model.py") if path.parent.name[0] != ".")
+    course = list(names().values())
+    return course + [name for name in found if name not in course]
 
 
 def find(stage: str) -> str:
-    """The folder's name of a stage given as number ("4") or name ("stage4_gqa")."""
-    known = names()
-    if stage in known.values():
-        return stage
-    if stage.isdecimal() and int(stage) in known:
-        return known[int(stage)]
-    raise UserError(f"unknown stage {stage!r}; the stages are: {listing()}")
+    """The folder's name of a stage given as "4", "gqa" or "stage4_gqa", also as a path (stage4_gqa/).
+
+    UserError where it is unknown, or where several folders claim it.
+    """
+    wanted = stage.strip().rstrip("/\\").removeprefix("./")
+    if Path(wanted).parent == ROOT:
+        wanted = Path(wanted).name
+    known = folders()
+    if wanted in known:
+        return wanted
+    given = re.sub(r"^stage(?=\d+$)", "", wanted.lower())
+    fitting = [name for name in known if given in (str(number(name)), word(name))]
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        raise UserError(f"stage {stage!r} could be {' or '.join(fitting)}: give the folder's name")
+    close = difflib.get_close_matches(given, [*known, *map(word, known)], n=1)
+    guess = f"did you mean {close[0]}? The" if close else "the"
+    raise UserError(f"unknown stage {stage!r}; {guess} stages are: {listing()}")
 
 
 def listing() -> str:
-    """The stages in a line, for messages."""
-    return ", ".join(f"{number} ({name})" for number, name in names().items())
+    """All stages in a line, for messages."""
+    course = names().values()
+    return ", ".join(f"{number(name)} ({name})" if name in course else name for name in folders())
 
 
-def number(name: str) -> int:
-    """A stage's number, from its folder's name."""
-    return int(re.match(r"stage(\d+)_", name).group(1))
+def number(name: str) -> int | None:
+    """A stage's number, from its folder's name; None for a variant without one."""
+    match = re.match(r"stage(\d+)_", name)
+    return int(match.group(1)) if match else None
+
+
+def word(name: str) -> str:
+    """A stage's name without its number: "gqa" of stage4_gqa."""
+    return re.sub(r"^stage\d+_", "", name).lower()
 
 
 def label(name: str) -> str:
-    """A stage in a picture or a table: "4 gqa"."""
-    return f"{number(name)} {name.split('_', 1)[1]}"
+    """A stage in a picture or a table: "4 gqa", or a variant's folder."""
+    return f"{number(name)} {name.split('_', 1)[1]}" if name in COURSE else name
 
 
 def load(name: str) -> ModuleType:
-    """The module stageN_…/model.py, which has GPTConfig and GPT."""
-    if str(ROOT) not in sys.path:  # a script in another folder asks
+    """The module <name>/model.py, which has GPTConfig and GPT.
+
+    It is loaded by its path, so that a variant's folder may have any name, also that of another package.
+    """
+    if str(ROOT) not in sys.path:  # for what a model.py imports, when a script in another folder loads it
         sys.path.append(str(ROOT))
-    return importlib.import_module(f"{name}.model")
+    module_name, path = f"{name}.model", ROOT / name / "model.py"
+    if module_name in sys.modules:
+        return sys.modules[module_name]
+    if not path.exists():
+        raise UserError(f"there is no stage {name} here: {path} is missing")
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module  # dataclasses look their own module up while it is loaded
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[module_name]
+        raise
+    for needed in ("GPTConfig", "GPT"):
+        if not hasattr(module, needed):
+            raise UserError(f"{name}/model.py has no {needed}: a stage's model.py defines GPTConfig and GPT")
+    return module
 
 
 def attention(stage: ModuleType, config, device: torch.device, dtype: torch.dtype) -> str | None:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 BAD_TRAINING = {
     "no stage": ([], "which stage?"),
     "unknown stage": (["--stage", "99"], "0 (stage0_gpt)"),
-    "unknown stage by name": (["--stage", "gpt"], "unknown stage 'gpt'"),
+    "unknown stage by name": (["--stage", "gtp"], "did you mean gpt?"),
     "unknown flag": (["--stage", "0", "--stepz", "5"], "--stepz"),
     "word for a number": (["--stage", "0", "--steps", "many"], "'many'"),
     "unknown choice": (["--stage", "0", "--preset", "huge"], "'huge'"),

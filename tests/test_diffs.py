@@ -20,7 +20,7 @@ def source(number):
 
 @pytest.mark.parametrize("number", [number for number in NAMES if number > 0])
 def test_a_stage_changes_few_lines_of_the_one_before(number):
-    added, removed = diffs.changed_lines(number)
+    added, removed = diffs.changed_lines(NAMES[number - 1], NAMES[number])
     print(f"\n{NAMES[number - 1]} -> {NAMES[number]}: +{added} -{removed} = {added + removed}", end="")
     assert added + removed <= BOUNDS[number]
 
