@@ -3,7 +3,7 @@
 Trains what is missing (finished runs are reused, interrupted ones resumed), measures speed and memory, and
 leaves results.json, ladder.md and the pictures in --out. Flags that are not of compare.py go to train.py, for
 every run: python compare.py --seeds 1 --steps 500 --data my.txt. And python compare.py --diff 3 4 shows what
-changed between two stages.
+changed between two stages, python compare.py --runs A B compares any two runs.
 """
 
 import json
@@ -11,7 +11,8 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -19,8 +20,22 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from lab import cli, comparison, device, diffs, measuring, report, runs, spread, stages
+from lab import (
+    cli,
+    comparison,
+    device,
+    diffs,
+    locks,
+    measuring,
+    overview,
+    plots,
+    report,
+    runs,
+    spread,
+    stages,
+)
 from lab.errors import UserError, shown
+from lab.interrupt import StopRequest
 
 LEFT_OUT = ("what changed", "lines changed", "parameters (active)", "FLOPs a token", "bits per byte")
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # statuses of a run that a signal ended
@@ -48,6 +63,8 @@ class Settings:
     numbers, as in results-3-4."""
     diff: tuple[str, str] | None = None
     """Show the diff of two stages side by side instead, as in --diff 3 4."""
+    runs: tuple[str, ...] = ()
+    """Compare these runs instead, whatever they are: --runs runs/A runs/B. Trains and measures nothing."""
 
     def __post_init__(self):
         if self.seeds < 1 or self.rounds < 0:
@@ -60,15 +77,20 @@ def main():
     if settings.diff:
         diffs.show(*(stages.find(stage) for stage in settings.diff), console)
         return
+    if settings.runs:
+        if flags:
+            raise UserError(f"--runs compares runs as they are: leave out {' '.join(flags)}")
+        compare_runs(settings, console)
+        return
     spread.scipy_stats()  # better known before the runs than after them
-    diffs.changed_lines(1)
+    diffs.git_diff("--version")  # and git
     if settings.out and Path(settings.out).is_file():
         raise UserError(f"--out {settings.out} is a file; name a folder for the figures and pictures")
-    comparison.check_flags(flags)
+    comparison.check_flags(flags, [field.name for field in fields(Settings)])
     chosen = comparison.chosen_stages(settings.stages)
     contexts = measuring.parse_contexts(settings.contexts)
     notes, failed = [], []
-    known = comparison.at_hand(notes)
+    known, outdated = comparison.at_hand(notes)
     if settings.only_draw:
         if "--preset" not in " ".join(flags):
             preset = comparison.preset_at_hand(chosen, known)
@@ -84,7 +106,8 @@ def main():
                 needed += comparison.plan(chosen, 1, tuning, known, dataset, needed)
         train(needed, console)
         failed = [run for run in needed if run.failure]
-        known = comparison.at_hand(notes := [])
+        known, outdated = comparison.at_hand(notes := [])
+    notes += comparison.outdated_notes(chosen, outdated)
     wanted, _ = comparison.wanted_settings(chosen[0], 0, flags)
     out = Path(settings.out) if settings.out else default_folder(wanted.preset, chosen)
     found = comparison.collect(chosen, settings.seeds, flags, known, dataset, notes)
@@ -93,9 +116,9 @@ def main():
             print(note, file=sys.stderr)
         raise UserError("there is no finished run to draw; without --only-draw compare.py trains them")
     out.mkdir(parents=True, exist_ok=True)
-    speeds = measuring.read(out)
+    speeds = measuring.read(out, notes)
     if not speeds and not settings.out:  # some stages may have been measured with all the others
-        speeds = measuring.read(default_folder(wanted.preset, comparison.chosen_stages(None)))
+        speeds = measuring.read(default_folder(wanted.preset, comparison.chosen_stages(None)), notes)
     if settings.rounds and not settings.only_draw:
         configs = {name: stage_runs.config for name, stage_runs in found.items()}
         speeds = measuring.everything(
@@ -123,57 +146,101 @@ def main():
         sys.exit(1)
 
 
+def compare_runs(settings: Settings, console: Console) -> None:
+    """Tabulates and draws any runs, with the settings in which they differ as columns."""
+    found = overview.read(settings.runs)
+    rows = overview.table(found)
+    table = Table(box=None, padding=(0, 1))
+    for head in rows[0]:
+        table.add_column(head, overflow="fold", justify="left" if head in ("run", "stage") else "right")
+    for number, row in enumerate(rows[1:], start=1):
+        print(f"run {number}: {row[0]}")
+        table.add_row(str(number), *row[1:])
+    console.print(table)
+    for folder, config, _ in found:
+        runs.warn_of_edits(folder, config)
+    loss = "val_loss"
+    if len({config["dataset"] for _, config, _ in found}) > 1:
+        print("the runs are of different data: their losses do not compare", file=sys.stderr)
+    elif len({runs.read_meta(folder)["tokenizer"] for folder, _, _ in found}) > 1:
+        print("the runs have different tokenizers: compare bits per byte, not the loss", file=sys.stderr)
+        loss = "bits_per_byte"
+    out = Path(settings.out) if settings.out else runs.RUNS / "compare" / "runs"
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "runs.md").write_text(overview.markdown(rows), encoding="utf-8")
+    histories = {shown(folder): metrics for folder, _, metrics in found}
+    plots.several_runs(histories, loss, out / "runs.png")
+    print(f"{shown(out)}: runs.md, runs.png")
+
+
 def default_folder(preset: str, chosen: list[str]) -> Path:
     """Where the figures of these stages go: some alone do not replace those of all of them."""
-    all_stages = chosen == list(stages.names().values())
-    numbers = "".join(f"-{stages.number(name)}" for name in chosen)
-    return runs.RUNS / "compare" / preset / f"results{'' if all_stages else numbers}"
+    course = list(stages.names().values())
+    names = "".join(f"-{stages.number(name) if name in course else name}" for name in chosen)
+    return runs.RUNS / "compare" / preset / f"results{'' if chosen == course else names}"
 
 
 def train(needed: list[comparison.Run], console: Console) -> None:
-    """Trains what is not finished yet, one run after the other, under one live display."""
-    left = [run for run in needed if not run.finished()]
-    if not left:
-        return
+    """Trains what is not finished yet, one run after the other, under one live display.
+
+    A run that another process is training is left for later, and waited for in the end.
+    """
+    left = deque(run for run in needed if not run.finished())
     spent = {}  # by stage, seconds of a step
+    busy = 0  # runs in a row that other processes are training
     with Live(console=console, auto_refresh=False, transient=True) as live:
-        for run in left:
-            run.clear()
-            run.folder.parent.mkdir(parents=True, exist_ok=True)
-            log = run.folder.with_name(run.folder.name + ".log")
-            began, first_step = time.perf_counter(), run.step()
-            if not console.is_terminal:
-                print(f"{run.name}: {shown(run.folder)}", flush=True)
-            interrupted = False
-            with open(log, "w") as output:
-                child = subprocess.Popen(run.command(), stdout=output, stderr=subprocess.STDOUT)
-                try:
-                    while child.poll() is None:
-                        time.sleep(0.5)
-                        steps = run.step() - first_step
-                        if steps > 0:
-                            spent[run.settings.stage] = (time.perf_counter() - began) / steps
-                        live.update(progress_table(needed, run, spent), refresh=True)
-                except KeyboardInterrupt:
-                    interrupted = True
-                    child.wait()  # it got the signal too, and saves
-                except BaseException:
-                    child.terminate()  # it saves, and does not go on alone
-                    child.wait()
-                    raise
-            # By its status: where the signal arrives inside a callback, Python drops our KeyboardInterrupt.
-            if interrupted or child.returncode in STOPPED:
-                print("interrupted; the same command goes on where this stopped", file=sys.stderr)
-                raise KeyboardInterrupt
-            if child.returncode:
-                lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-                errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-                if child.returncode < 0:
-                    errors.append(f"ended by {signal.Signals(-child.returncode).name}")
-                run.failure = (errors or lines or [f"exit status {child.returncode}"])[-1]
-                print(f"failed: {run.name}: {run.failure} (see {shown(log)})", file=sys.stderr)
-            else:
-                log.unlink()
+        while left:
+            run = left.popleft()
+            try:
+                with run.claimed():
+                    if not run.finished():  # else another comparison has trained it meanwhile
+                        train_one(run, needed, live, spent)
+                busy = 0
+            except locks.Taken as taken:
+                left.append(run)
+                busy += 1
+                if busy == len(left):
+                    console.print(f"waiting for {run.name}: process {taken.pid} is training it")
+                if busy >= len(left):
+                    time.sleep(1)
+
+
+def train_one(run: comparison.Run, needed: list[comparison.Run], live: Live, spent: dict) -> None:
+    """Trains one run in a process of its own; a signal to stop is passed on to it, so that it saves."""
+    log = run.folder.with_name(run.folder.name + ".log")
+    began, first_step = time.perf_counter(), run.step()
+    if not live.console.is_terminal:
+        print(f"{run.name}: {shown(run.folder)}", flush=True)
+    # In a session of its own Ctrl-C does not reach the child, so that it gets every signal from here, once.
+    options = {"stderr": subprocess.STDOUT, "start_new_session": True}
+    with open(log, "w") as output, StopRequest() as request:
+        child = subprocess.Popen(run.command(), stdout=output, **options)
+        try:
+            while child.poll() is None and not request.signal:
+                time.sleep(0.5)
+                steps = run.step() - first_step
+                if steps > 0:
+                    spent[run.settings.stage] = (time.perf_counter() - began) / steps
+                live.update(progress_table(needed, run, spent), refresh=True)
+            if request.signal:
+                child.send_signal(request.signal)
+            child.wait()
+        except BaseException:  # a second Ctrl-C, say
+            child.terminate()
+            child.wait()
+            raise
+    if request.signal or child.returncode in STOPPED:
+        print("interrupted; the same command goes on where this stopped", file=sys.stderr)
+        sys.exit(128 + request.signal if request.signal else child.returncode)
+    if child.returncode:
+        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+        if child.returncode < 0:
+            errors.append(f"ended by {signal.Signals(-child.returncode).name}")
+        run.failure = (errors or lines or [f"exit status {child.returncode}"])[-1]
+        print(f"failed: {run.name}: {run.failure} (see {shown(log)})", file=sys.stderr)
+    else:
+        log.unlink()
 
 
 def progress_table(needed: list[comparison.Run], current: comparison.Run, spent: dict) -> Table:
@@ -209,29 +276,28 @@ def summarize(
     out: Path,
     where: torch.device,
 ):
-    """Writes results.json; returns the figures by the stage's number, empty for one without a run."""
-    by_number = {
-        number: report.figures(found[name], measuring.of_stage(speeds, name)) if name in found else {}
-        for number, name in stages.names().items()
-        if name in chosen
+    """Writes results.json; returns the figures by stage, empty for one without a run."""
+    rows = {
+        name: report.figures(found[name], measuring.of_stage(speeds, name)) if name in found else {}
+        for name in chosen
     }
     if tune:
-        for row in by_number.values():
+        for row in rows.values():
             if row:
                 row["tuned"] = best_rate(row["stage"], flags, known, dataset)
-    report.mark_noise({number: row for number, row in by_number.items() if row})
+    report.mark_noise({name: row for name, row in rows.items() if row})
     path = out / "results.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     results |= {
         "machine": runs.machine(where) | {"commit": runs.commit()},
         "dataset": dataset,
         "preset": next(iter(found.values())).config["settings"]["preset"],
-        "stages": {str(number): row for number, row in by_number.items() if row},
+        "stages": {name: row for name, row in rows.items() if row},
         "speeds": {key: value for key, value in speeds.items() if key.endswith("by_context")}
         | {"rounds": speeds.get("rounds"), "machine": speeds.get("machine")},
     }
     runs.write_json(path, results)
-    return by_number
+    return rows
 
 
 def best_rate(stage: str, flags: list[str], known: list, dataset: str) -> dict | None:
@@ -250,7 +316,7 @@ def best_rate(stage: str, flags: list[str], known: list, dataset: str) -> dict |
     return {"lr": rate, "val_loss": tried[rate], "tried": {f"{rate:g}": loss for rate, loss in tried.items()}}
 
 
-def ladder_table(results: dict[int, dict]) -> Table:
+def ladder_table(results: dict[str, dict]) -> Table:
     """The ladder for the terminal, without the columns that say what a stage is."""
     head, _, *rows = report.ladder(results).splitlines()
     titles, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in (head, *rows))

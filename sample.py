@@ -81,6 +81,7 @@ def main():
     folder = Path(settings.run) if settings.run else runs.newest(settings.stage)
     runs.check_stage(folder, settings.stage)
     model, config = runs.load(folder, settings.checkpoint, where)
+    runs.warn_of_edits(folder, config)
     if settings.draft and not getattr(model.config, "num_nextn_predict_layers", 0):
         raise UserError(
             f"--draft needs a block of multi-token prediction; {shown(folder)} ({config['stage']}) has none, "

@@ -21,6 +21,7 @@ from lab import (
     checkpoint,
     cli,
     cost,
+    edits,
     evaluation,
     log,
     optim,
@@ -60,6 +61,7 @@ def main():
 
     config = {
         "stage": settings.stage,
+        "code": edits.code_hash(settings.stage),
         "dataset": dataset.name,
         "settings": command_line.as_json(settings),
         "model": asdict(settings.model),
@@ -70,34 +72,42 @@ def main():
         "processes": parallel.WORLD_SIZE,
         "machine": runs.machine(device),
     }
+    if known:
+        runs.warn_of_edits(Path(known), runs.read_config(Path(known)))
     if settings.init_from and not settings.resume:
         runs.load_weights(Path(settings.init_from), "best", model)
     joined, optimizer = prepare_training(settings, model, dtype)
     if settings.resume:
         folder = Path(settings.out)
-        progress = restore(folder, model, optimizer, device)
-        if settings.steps < progress["step"]:
-            raise UserError(f"{shown(folder)} is at step {progress['step']}, past --steps {settings.steps}")
-        if settings.steps > progress["step"]:  # else nothing is trained, and the settings stay what they were
-            parallel.from_first(lambda: runs.note_resumed(folder, config, progress["step"]))
     else:
         folder = parallel.from_first(
             lambda: runs.create(settings.out, settings.stage, dataset, settings.seed, config)
         )
+    with runs.locked(folder):
         progress = {"step": 0, "tokens": 0, "seconds": 0.0, "best_val_loss": math.inf}
-    counted = f"{config['parameters']:,} parameters"
-    computed = f", attention: {attention}" if attention else ""
-    processes = f", {parallel.WORLD_SIZE} processes" if parallel.WORLD_SIZE > 1 else ""
-    print(f"{settings.stage} on {dataset.name}: {counted}, {device}, {config['dtype']}{computed}{processes}")
-    print(f"the run is in {shown(folder)}")
+        if settings.resume:
+            progress = restore(folder, model, optimizer, device)
+            if settings.steps < progress["step"]:
+                raise UserError(
+                    f"{shown(folder)} is at step {progress['step']}, past --steps {settings.steps}"
+                )
+            if settings.steps > progress["step"]:  # else nothing is trained: the settings stay as they were
+                parallel.from_first(lambda: runs.note_resumed(folder, config, progress["step"]))
+        counted = f"{config['parameters']:,} parameters"
+        computed = f", attention: {attention}" if attention else ""
+        processes = f", {parallel.WORLD_SIZE} processes" if parallel.WORLD_SIZE > 1 else ""
+        print(
+            f"{settings.stage} on {dataset.name}: {counted}, {device}, {config['dtype']}{computed}{processes}"
+        )
+        print(f"the run is in {shown(folder)}")
 
-    stopped_by = train(settings, model, joined, optimizer, dataset, device, dtype, folder, progress)
-    parallel.stop()
-    if stopped_by:
-        print(f"stopped after step {progress['step']}; go on with: {checkpoint.resume_command(folder)}")
-        sys.exit(128 + stopped_by)
-    if parallel.RANK == 0:
-        report(folder, dataset, device)
+        stopped_by = train(settings, model, joined, optimizer, dataset, device, dtype, folder, progress)
+        parallel.stop()
+        if stopped_by:
+            print(f"stopped after step {progress['step']}; go on with: {checkpoint.resume_command(folder)}")
+            sys.exit(128 + stopped_by)
+        if parallel.RANK == 0:
+            report(folder, dataset, device)
 
 
 def prepare_training(settings, model, dtype) -> tuple:

@@ -1,14 +1,18 @@
 """The runs of a comparison: which it needs, where they are, and how far each has come."""
 
 import math
+import re
 import shutil
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
 from pathlib import Path
 
 import data
-from lab import checkpoint, log, runs, settings, stages
+from lab import checkpoint, edits, locks, log, runs, settings, stages
 from lab.errors import UserError, shown
 
 # Settings of train.py that may differ between two runs of a comparison: not what is computed, but where
@@ -24,6 +28,8 @@ class Run:
     settings: settings.Settings
     flags: list[str]
     """Flags of train.py that begin it."""
+    dataset: str
+    """Name of the data."""
     folder: Path
     failure: str | None = None
     """Why it could not be finished."""
@@ -47,10 +53,30 @@ class Run:
             return [*train, "--resume", "--out", str(self.folder)]
         return [*train, *self.flags, "--out", str(self.folder)]
 
-    def clear(self) -> None:
-        """Removes what a run leaves that was killed before its first checkpoint."""
-        if not checkpoint.exists(self.folder):
-            shutil.rmtree(self.folder, ignore_errors=True)
+    def fits(self, config: dict) -> bool:
+        """Whether a run with this config.json is this run, of today's code."""
+        of_this = (config["dataset"], config["settings"]["seed"]) == (self.dataset, self.settings.seed)
+        return of_this and same(config, self.settings) and edits.difference(config) is None
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Keeps other comparisons from the run; clears what it left if killed before its first checkpoint.
+
+        Another comparison may have begun a run of other settings in this folder since the plan was made: then
+        this run gets another folder. Raises locks.Taken where another process is training it.
+        """
+        while True:
+            parent, name = self.folder.parent, self.folder.name
+            parent.mkdir(parents=True, exist_ok=True)
+            with locks.held(parent / f".{name}.lock"):
+                if self.folder.exists():
+                    with locks.held(runs.lock_file(self.folder)):
+                        if not checkpoint.exists(self.folder):
+                            shutil.rmtree(self.folder)
+                if not self.folder.exists() or self.fits(runs.read_config(self.folder)):
+                    yield
+                    return
+            self.folder = free_folder(parent, self.settings.stage, self.dataset, self.settings.seed, set())
 
 
 def is_finished(folder: Path, steps: int) -> bool:
@@ -76,27 +102,38 @@ def read_metrics(folder: Path) -> list[dict]:
 
 
 def chosen_stages(text: str | None) -> list[str]:
-    """The stages that --stages names: "0-7", "0,3,4" or a stage's name; None: all that there are."""
+    """The stages that --stages names, as in "0-7", "0, 3, 4" or "3,my_relu"; None: those of the course."""
     if text is None:
         return list(stages.names().values())
     chosen = []
-    for part in text.split(","):
-        first, dash, last = part.partition("-")
-        if dash and first.isdecimal() and last.isdecimal():
-            chosen += [stages.find(str(number)) for number in range(int(first), int(last) + 1)]
+    for part in filter(None, map(str.strip, text.split(","))):
+        numbers = re.fullmatch(r"(\d+)\s*-\s*(\d+)", part)
+        if numbers:
+            first, last = map(int, numbers.groups())
+            chosen += [stages.find(str(number)) for number in range(first, last + 1)]
         else:
             chosen.append(stages.find(part))
     if not chosen:
-        raise UserError(f"--stages {text} names none; write it as 0-7 or 0,3,4")
-    return sorted(set(chosen), key=list(stages.names().values()).index)
+        raise UserError(f"--stages {text!r} names no stage; write it as 0-7 or 0,3,4")
+    return sorted(set(chosen), key=stages.folders().index)
 
 
-def check_flags(flags: list[str]) -> None:
-    """A UserError for a flag of train.py that is not the user's to set here."""
+def check_flags(flags: list[str], ours: list[str]) -> None:
+    """A UserError for a flag that is neither compare.py's nor one of train.py that can be set here.
+
+    ours: the settings of compare.py. (train.py itself says what is wrong with its flags' values.)
+    """
+    theirs = [field.name for field in fields(settings.Settings)]
     for flag in flags:
         name = flag.split("=")[0].replace("_", "-")
         if name in OURS:
             raise UserError(f"{name} is for train.py alone: a comparison sets it for each of its runs")
+        plain = name.removeprefix("--").removeprefix("no-").replace("-", "_")
+        if name.startswith("--") and "." not in name and plain not in theirs:
+            alike = (get_close_matches(plain, names, n=1) for names in (ours, theirs))
+            close = next(filter(None, alike), None)
+            guess = f" Did you mean --{close[0].replace('_', '-')}?" if close else ""
+            raise UserError(f"unknown flag {name}.{guess} See python compare.py --help and train.py --help")
 
 
 def wanted_settings(stage: str, seed: int, flags: list[str]) -> tuple[settings.Settings, list[str]]:
@@ -105,9 +142,12 @@ def wanted_settings(stage: str, seed: int, flags: list[str]) -> tuple[settings.S
     return settings.parse(flags), flags
 
 
-def at_hand(notes: list[str]) -> list[tuple[Path, dict]]:
-    """Every run that train.py made, with its config; notes gets a line for each that can't be used."""
-    found = []
+def at_hand(notes: list[str]) -> tuple[list[tuple[Path, dict]], list[tuple[Path, dict]]]:
+    """Every run that train.py made, with its config: those of today's code, and those of other code.
+
+    notes gets a line for each that cannot be read.
+    """
+    usable, outdated = [], []
     for folder in runs.folders():
         try:
             config = runs.read_config(folder)
@@ -117,11 +157,25 @@ def at_hand(notes: list[str]) -> list[tuple[Path, dict]]:
             continue
         if "imported_from" in config:  # its weights came from elsewhere, it has no history
             continue
-        if config.get("stage") not in stages.names().values():
-            notes.append(f"left out: {shown(folder)} is of {config.get('stage')!r}, a stage that is not here")
+        if config["stage"] not in stages.folders():
+            notes.append(f"left out: {shown(folder)} is of {config['stage']!r}, a stage that is not here")
             continue
-        found.append((folder, config))
-    return found
+        (outdated if edits.difference(config) else usable).append((folder, config))
+    return usable, outdated
+
+
+def outdated_notes(chosen: list[str], outdated: list[tuple[Path, dict]]) -> list[str]:
+    """A line for each reason why finished or begun runs of the chosen stages do not count."""
+    by_reason = {}
+    for folder, config in outdated:
+        if config["stage"] in chosen:
+            reason = (config["stage"], edits.difference(config))
+            by_reason.setdefault(reason, []).append(shown(folder))
+    notes = []
+    for (stage, difference), left_out in by_reason.items():
+        listed = ", ".join(left_out[:3]) + (f" and {len(left_out) - 3} more" if len(left_out) > 3 else "")
+        notes.append(f"left out of {stage}: {listed}: {difference}")
+    return notes
 
 
 def same(config: dict, wanted: settings.Settings) -> bool:
@@ -181,14 +235,15 @@ def plan(
             if finished or begun:
                 folder = finished[0] if finished else begun[-1]
             else:
-                folder = free_folder(home / wanted.preset, f"{stage}-{dataset}-seed{seed}", taken)
+                folder = free_folder(home / wanted.preset, stage, dataset, seed, taken)
             taken.add(folder)
-            needed.append(Run(wanted, all_flags, folder))
+            needed.append(Run(wanted, all_flags, dataset, folder))
     return needed
 
 
-def free_folder(parent: Path, name: str, taken: set[Path]) -> Path:
-    """parent/name, or with -2, -3 … where that is a run of other settings."""
+def free_folder(parent: Path, stage: str, dataset: str, seed: int, taken: set[Path]) -> Path:
+    """A folder for a new run; its name ends in -2, -3 … where the plain one is a run of other settings."""
+    name = f"{stage}-{dataset}-seed{seed}"
     folder, number = parent / name, 1
     while folder in taken or folder.exists():
         number += 1

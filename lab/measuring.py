@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from lab import device, optim, runs, sampling, stages, throughput
+from lab import device, edits, optim, runs, sampling, stages, throughput
 from lab.errors import UserError, shown
 
 DECODED = 200  # tokens of one measurement of decoding
@@ -28,13 +28,29 @@ def parse_contexts(text: str) -> list[int]:
     return contexts
 
 
-def read(out: Path) -> dict:
-    """What was measured before; empty where nothing was."""
+def read(out: Path, notes: list[str]) -> dict:
+    """What was measured before, of today's code; notes gets a line for what is left out."""
     path = out / "speeds.json"
     try:
-        return json.loads(path.read_text()) if path.exists() else {}
+        speeds = json.loads(path.read_text()) if path.exists() else {}
     except ValueError as error:
         raise UserError(f"{shown(path)} is damaged: {error}") from None
+    measured, codes = speeds.get("training", {}), speeds.get("code", {})
+    outdated = [
+        name for name in measured if name not in stages.folders() or codes.get(name) != edits.code_hash(name)
+    ]
+    if outdated:
+        notes.append(
+            f"left out: the speeds of {', '.join(outdated)} in {shown(path)}, measured with other code"
+        )
+    return {key: without(value, outdated) for key, value in speeds.items()}
+
+
+def without(value, outdated: list[str]):
+    """A part of speeds.json without these stages."""
+    if not isinstance(value, dict):
+        return value
+    return {name: figure for name, figure in value.items() if name not in outdated}
 
 
 def everything(
@@ -49,6 +65,7 @@ def everything(
     speeds = {
         "rounds": rounds,
         "machine": runs.machine(where),
+        "code": {name: edits.code_hash(name) for name in configs},
         "training": training,
         "decoding": decoding,
         "peak_memory": {},

@@ -4,16 +4,20 @@ import json
 import os
 import platform
 import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 from data import Dataset, from_meta
-from lab import checkpoint, stages
+from lab import checkpoint, edits, locks, parallel, stages
 from lab.errors import UserError, shown
 
-RUNS = Path(os.environ.get("RUNS_DIR", stages.ROOT / "runs"))
+RUNS = Path(os.environ.get("RUNS_DIR", stages.ROOT / "runs")).expanduser()
 
 
 def create(out: str | None, stage: str, dataset: Dataset, seed: int, config: dict) -> Path:
@@ -33,13 +37,40 @@ def create(out: str | None, stage: str, dataset: Dataset, seed: int, config: dic
                 raise
             number += 1
             folder = RUNS / f"{stage}-{dataset.name}-seed{seed}-{number}"
-    write_json(folder / "meta.json", dataset.meta)
-    write_json(folder / "config.json", config)
+    with locked(folder):
+        if (folder / "config.json").exists():  # made by another process since we looked
+            raise UserError(f"{shown(folder)} already holds a run; use another --out")
+        write_json(folder / "meta.json", dataset.meta)
+        write_json(folder / "config.json", config)
     return folder
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps every other process from training the run; a UserError where one is at it already.
+
+    Of torchrun's processes the first holds the lock for all.
+    """
+    if parallel.RANK:
+        yield
+        return
+    try:
+        with locks.held(lock_file(folder)):
+            yield
+    except locks.Taken as taken:
+        raise UserError(
+            f"{shown(folder)} is being trained by process {taken.pid}\n"
+            "wait until it is done, or train into another folder with --out"
+        ) from None
+
+
+def lock_file(folder: Path) -> Path:
+    """The file that is locked while a run is trained."""
+    return folder / ".lock"
+
+
 def note_resumed(folder: Path, config: dict, step: int) -> None:
-    """Adds to config.json where a run was resumed: the machine then, and what changed of the settings."""
+    """Adds to config.json where a run was resumed: the machine, the code, and which settings changed."""
     before = read_config(folder)
     changed = {
         key: value
@@ -49,7 +80,7 @@ def note_resumed(folder: Path, config: dict, step: int) -> None:
     }
     resumed = [
         *before.get("resumed", []),
-        {"step": step, "changed": changed, "machine": config["machine"]},
+        {"step": step, "changed": changed, "code": config["code"], "machine": config["machine"]},
     ]
     now = {key: config[key] for key in ("settings", "model", "dtype", "attention")}
     write_json(folder / "config.json", before | now | {"resumed": resumed})
@@ -61,10 +92,19 @@ def folders() -> list[Path]:
 
 
 def all_configs() -> list[tuple[Path, dict]]:
-    """The runs that have a checkpoint, the newest first, each with its config."""
+    """The runs that have a checkpoint, the newest first, each with its config.
+
+    A run whose config.json cannot be read is left out, with a line on stderr.
+    """
     found = [folder for folder in folders() if checkpoint.exists(folder)]
     found.sort(key=checkpoint.written_at, reverse=True)
-    return [(folder, read_config(folder)) for folder in found]
+    readable = []
+    for folder in found:
+        try:
+            readable.append((folder, read_config(folder)))
+        except UserError as error:
+            print(f"left out: {error}", file=sys.stderr)
+    return readable
 
 
 def newest(stage: str | None) -> Path:
@@ -142,10 +182,31 @@ def load(run: Path, name: str, device: torch.device) -> tuple[torch.nn.Module, d
     name is "best" or "last"; a run too young for a best checkpoint gives its last.
     """
     config = read_config(run)
-    stage = stages.load(stages.find(config["stage"]))
-    model = stage.GPT(stage.GPTConfig(**config["model"]))
+    sizes = model_config(run, config)
+    model = stages.load(config["stage"]).GPT(sizes)
     load_weights(run, name, model)
     return model.to(device).eval(), config
+
+
+def model_config(run: Path, config: dict):
+    """The GPTConfig of a run; a UserError where its stage is not here or has no such sizes any more."""
+    if config["stage"] not in stages.folders():
+        raise UserError(f"{shown(run)} is a run of {config['stage']}, and no folder of that name is here")
+    known = stages.load(config["stage"]).GPTConfig
+    unknown = config["model"].keys() - {field.name for field in fields(known)}
+    if unknown:
+        raise UserError(
+            f"{shown(run)} has {', '.join(sorted(unknown))}, which GPTConfig in {config['stage']}/model.py "
+            "does not have\nundo that edit, or train a new run"
+        )
+    return known(**config["model"])
+
+
+def warn_of_edits(run: Path, config: dict) -> None:
+    """Says on stderr if the code that a run was trained with is not the code that is here."""
+    difference = edits.difference(config)
+    if difference and parallel.RANK == 0:
+        print(f"warning: {shown(run)}: {difference}", file=sys.stderr)
 
 
 def load_weights(run: Path, name: str, model: torch.nn.Module) -> None:

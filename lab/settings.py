@@ -1,6 +1,6 @@
 """Every setting of a training run: from the command line, a preset, or the run that is resumed."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
@@ -172,7 +172,13 @@ def resumed_settings(choice: Choice) -> Settings:
         )
     if not checkpoint.exists(folder):
         raise UserError(f"{shown(folder)} stopped before its first checkpoint: delete it and start anew")
-    model = stages.load(config["stage"]).GPTConfig(**config["model"])
+    unknown = config["settings"].keys() - {field.name for field in fields(Settings)}
+    if unknown:
+        raise UserError(
+            f"{shown(folder)} was made by another version of train.py: it has {', '.join(sorted(unknown))}, "
+            "which this one does not know\nresume it with that version, or train a new run"
+        )
+    model = runs.model_config(folder, config)
     return Settings(**config["settings"] | {"model": model, "out": str(folder)})
 
 

@@ -16,7 +16,7 @@ from conftest import TINY_RUN, call
 from rich.console import Console
 
 import compare
-from lab import checkpoint, comparison, diffs, measuring, report, runs, spread, stages
+from lab import checkpoint, comparison, diffs, edits, measuring, report, runs, spread, stages
 from lab.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -41,6 +41,7 @@ def made_up(stage, seed, losses, steps=40, folder=None, **changes):
     folder = Path(folder or runs.RUNS / f"{stage}-{seed}")
     folder.mkdir(parents=True)
     config = {"stage": stages.find(stage), "dataset": "words", "dtype": "float32"}
+    config["code"] = edits.code_hash(config["stage"])
     config |= {
         "settings": comparison.settings.as_json(wanted),
         "model": vars(model),
@@ -91,7 +92,7 @@ def test_the_runs_at_hand_are_drawn_and_what_is_missing_is_said(only_draw, capsy
             assert (folder / f"{name}.{kind}").stat().st_size > 5000
             assert (folder / f"{name}-dark.{kind}").stat().st_size > 5000
     assert "loss.png" in out
-    row = results_of()["stages"]["0"]
+    row = results_of()["stages"]["stage0_gpt"]
     assert row["val_loss"]["mean"] == pytest.approx(1.9) and row["val_loss"]["std"] == pytest.approx(0.1)
     assert row["seeds"] == [0, 1, 2]
     assert "1.900 ± 0.100" in (folder / "ladder.md").read_text()
@@ -100,7 +101,7 @@ def test_the_runs_at_hand_are_drawn_and_what_is_missing_is_said(only_draw, capsy
 def test_one_point_is_enough(only_draw):
     made_up("3", 0, [2.5])
     assert only_draw("--stages", "3") == 0
-    assert results_of()["stages"]["3"]["val_loss"]["std"] is None
+    assert results_of()["stages"]["stage3_swiglu"]["val_loss"]["std"] is None
 
 
 def test_some_stages_leave_the_figures_of_all_alone(only_draw, capsys):
@@ -109,14 +110,15 @@ def test_some_stages_leave_the_figures_of_all_alone(only_draw, capsys):
     assert only_draw() == 0
     assert "missing: speeds" in capsys.readouterr().err
     speeds = {"training": {"stage3_swiglu": [5.0], "stage4_gqa": [7.0]}}
+    speeds["code"] = {name: edits.code_hash(name) for name in speeds["training"]}
     Path("runs/compare/laptop/results/speeds.json").write_text(json.dumps(speeds))
     assert only_draw("--stages", "4") == 0
     out, err = capsys.readouterr()
     assert "runs/compare/laptop/results-4" in out and "missing: speeds" not in err
-    row = results_of("runs/compare/laptop/results-4")["stages"]["4"]
+    row = results_of("runs/compare/laptop/results-4")["stages"]["stage4_gqa"]
     assert row["training_tokens_per_second"]["median"] == 7.0
-    assert list(results_of("runs/compare/laptop/results")["stages"]) == ["3", "4"]
-    assert list(results_of("runs/compare/laptop/results-4")["stages"]) == ["4"]
+    assert list(results_of("runs/compare/laptop/results")["stages"]) == ["stage3_swiglu", "stage4_gqa"]
+    assert list(results_of("runs/compare/laptop/results-4")["stages"]) == ["stage4_gqa"]
 
 
 def test_a_diverged_run_is_named_and_left_out(only_draw, capsys):
@@ -124,7 +126,7 @@ def test_a_diverged_run_is_named_and_left_out(only_draw, capsys):
     made_up("0", 1, [3.0, math.nan])
     assert only_draw("--stages", "0", "--seeds", "2") == 0
     assert "runs/0-1 diverged" in capsys.readouterr().err
-    assert results_of()["stages"]["0"]["seeds"] == [0]
+    assert results_of()["stages"]["stage0_gpt"]["seeds"] == [0]
 
 
 def test_a_stage_that_is_not_here_and_damaged_runs_are_named(only_draw, capsys):
@@ -220,7 +222,7 @@ def test_noise_is_marked(only_draw):
     assert only_draw("--stages", "3-5") == 0
     rows = (results_folder() / "ladder.md").read_text().splitlines()[2:]
     assert ["≈" in row for row in rows] == [False, True, False]
-    assert results_of()["stages"]["4"]["differs"]["val_loss"] is False
+    assert results_of()["stages"]["stage4_gqa"]["differs"]["val_loss"] is False
 
 
 # What is reused
@@ -229,7 +231,7 @@ def test_noise_is_marked(only_draw):
 def test_finished_runs_are_reused_wherever_they_are(workshop):
     made_up("0", 0, [3.0, 2.0], folder="runs/mine")
     made_up("0", 1, [3.0, 2.0], folder="runs/other-rate", flags=["--lr", "0.5"])
-    known = comparison.at_hand([])
+    known, _ = comparison.at_hand([])
     needed = comparison.plan(["stage0_gpt"], 2, ["--steps", "40"], known, "words")
     assert [run.folder.name for run in needed] == ["mine", "stage0_gpt-words-seed1"]
     assert [run.finished() for run in needed] == [True, False]
@@ -247,7 +249,7 @@ def test_a_run_that_is_planned_already_is_not_planned_again(workshop):
 
 def test_an_imported_run_is_no_part_of_it(workshop):
     made_up("0", 0, [3.0, 2.0], config={"imported_from": "elsewhere"})
-    assert comparison.at_hand([]) == []
+    assert comparison.at_hand([]) == ([], [])
 
 
 # Whole comparisons
@@ -273,7 +275,7 @@ def test_a_run_that_breaks_is_reported_and_the_rest_is_drawn(run_compare, monkey
     err = capfd.readouterr().err
     assert "failed: stage1_rmsnorm seed 0: out of luck" in err
     assert "missing: stage1_rmsnorm seed 0" in err
-    assert list(results_of()["stages"]) == ["0"]
+    assert list(results_of()["stages"]) == ["stage0_gpt"]
 
 
 @pytest.mark.parametrize("reaches", ["both", "the run alone"])
@@ -324,7 +326,7 @@ def test_all_stages_are_compared_and_drawn(run_compare, capfd):
     for name in ("loss", "bars", "cost", "training_context", "decoding_context"):
         assert (folder / f"{name}.png").stat().st_size > 5000, name
     results = results_of()
-    assert list(results["stages"]) == [str(number) for number in stages.names()]
+    assert list(results["stages"]) == list(stages.names().values())
     for row in results["stages"].values():
         assert row["training_tokens_per_second"]["median"] > 0 and row["peak_memory"] > 2**20
         assert len(row["decoding_tokens_per_second"]["values"]) == 1
@@ -335,7 +337,7 @@ def test_all_stages_are_compared_and_drawn(run_compare, capfd):
     began = time.perf_counter()
     assert run_compare("--seeds", "1", "--only-draw") == 0  # nothing is trained again
     assert time.perf_counter() - began < 60
-    assert results_of()["stages"]["7"]["val_loss"] == results["stages"]["7"]["val_loss"]
+    assert results_of()["stages"]["stage7_mla_mtp"]["val_loss"] == results["stages"]["stage7_mla_mtp"]["val_loss"]
 
 
 def test_speed_against_the_context_is_the_median_of_rounds_in_turn(monkeypatch):
@@ -367,7 +369,7 @@ def test_the_memory_of_a_measurement_is_its_own():
 def test_the_diff_counts_lines_and_names(capsys, monkeypatch):
     assert call(monkeypatch, compare, "--diff", "3", "4") == 0
     out = capsys.readouterr().out
-    added, removed = diffs.changed_lines(4)
+    added, removed = diffs.changed_lines("stage3_swiglu", "stage4_gqa")
     assert f"{added} lines added, {removed} removed" in out
     assert "n_kv_head" in out.split("came: ")[1] and "repeats" in out.split("came: ")[1]
 

@@ -1,0 +1,104 @@
+"""Whether the code that a run was trained with is still the code that is here.
+
+A run's config.json holds a hash of what defines the model: the stage's model.py and the files of ours that it
+imports. Comments, docstrings and formatting do not count.
+"""
+
+import ast
+import functools
+import hashlib
+from pathlib import Path
+
+from lab import stages
+from lab.errors import UserError, shown
+
+
+def code_hash(stage: str) -> str:
+    """The sha256 of the code of a stage (its folder's name), 16 hexadecimal digits of it."""
+    digest, files = hashlib.sha256(), [stages.ROOT / stage / "model.py"]
+    for path in files:  # which grows while it is read
+        code, imported = read(path, modified(path))
+        digest.update(code.encode() + b"\n")
+        files += [file for file in imported if file not in files]
+    return digest.hexdigest()[:16]
+
+
+def modified(path: Path) -> int:
+    """When a file was last modified; a UserError where it cannot be read."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError as error:
+        raise UserError(f"cannot read {shown(path)}: {error.strerror}") from None
+
+
+@functools.cache
+def read(path: Path, modified: int) -> tuple[str, list[Path]]:
+    """What `described` makes of a file, and the files of ours that it imports.
+
+    modified only tells versions of the file apart, so that each is read once. UserError if it is not Python.
+    """
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except SyntaxError as error:
+        raise UserError(f"{shown(path)}, line {error.lineno}: {error.msg}") from None
+    return described(tree), imports(tree, path)
+
+
+def imports(tree: ast.Module, path: Path) -> list[Path]:
+    """The files in this repository that the import statements of a file name."""
+    names = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        if isinstance(node, ast.ImportFrom):
+            parent = path.parents[node.level - 1] if node.level else stages.ROOT
+            module = ".".join((*parent.relative_to(stages.ROOT).parts, *filter(None, [node.module])))
+            names += [module, *(f"{module}.{alias.name}" for alias in node.names)]
+    places = [stages.ROOT.joinpath(*name.split(".")) for name in names if name]
+    files = [file for place in places for file in (place.with_suffix(".py"), place / "__init__.py")]
+    return [file for file in files if file.is_file()]
+
+
+def described(node: ast.AST) -> str:
+    """A syntax tree as text, without docstrings and positions, the same in every version of Python.
+
+    (ast.dump is not: versions differ in the empty fields that they print.)
+    """
+    parts = []
+    for name, value in ast.iter_fields(node):
+        if isinstance(value, list):
+            value = [child for child in value if not is_docstring(child)]
+        if value is None or value == [] or name in ("type_comment", "kind", "ctx"):
+            continue
+        items = value if isinstance(value, list) else [value]
+        shown_items = (described(item) if isinstance(item, ast.AST) else repr(item) for item in items)
+        parts.append(f"{name}={','.join(shown_items)}")
+    return f"{type(node).__name__}({';'.join(parts)})"
+
+
+def is_docstring(node: ast.AST) -> bool:
+    """Whether a statement is a string alone: the docstring of a module, class, function or field."""
+    return (
+        isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and type(node.value.value) is str
+    )
+
+
+def trained_with(config: dict) -> set[str | None]:
+    """The hashes of the code that a run was trained with, by its config.json; None: it does not say."""
+    resumed = {part["code"] for part in config.get("resumed", []) if "code" in part}
+    return {config.get("code")} | resumed
+
+
+def difference(config: dict) -> str | None:
+    """What differs between a run's code and today's, in words; None where they are the same."""
+    name, hashes = config["stage"], trained_with(config)
+    if name not in stages.folders():
+        return f"its stage, {name}, is not here"
+    if None in hashes:
+        return "it was made before runs recorded their code"
+    today = code_hash(name)
+    if hashes == {today}:
+        return None
+    if today in hashes:
+        return f"{name}/model.py changed while it was trained"
+    return f"{name}/model.py has changed since it was trained"

@@ -1,0 +1,62 @@
+"""Lists the runs there are, the newest first: python runs.py
+
+Each with its stage and data, what differs from its preset, how far it is, its best validation loss, and
+whether the stage's code is still what it was trained with. python compare.py --runs A B compares runs.
+"""
+
+import sys
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.text import Text
+
+from lab import cli, overview, runs, stages
+from lab.errors import UserError, shown
+
+HEADS = ("run", "stage", "data", "preset and what differs from it", "step", "best val loss", "when", "code")
+
+
+@dataclass
+class Settings:
+    """Lists the runs there are, the newest first."""
+
+    stage: str | None = None
+    """Only those of this stage: its number or its folder's name. None: all."""
+
+
+def main():
+    settings = cli.parse_flags(Settings, sys.argv[1:])
+    stage = stages.find(settings.stage) if settings.stage else None
+    rows, unreadable = [], []
+    for folder in sorted(runs.folders(), key=overview.last_change, reverse=True):
+        try:
+            if stage in (None, runs.read_config(folder)["stage"]):
+                rows.append(overview.row(folder))
+        except (UserError, KeyError, TypeError, ValueError) as error:
+            unreadable.append(f"left out: {shown(folder)}: {error}")
+    if not rows:
+        of_stage = f" of {stage}" if stage else ""
+        command = f"python train.py --stage {settings.stage or 0}"
+        print(f"there is no run{of_stage} in {shown(runs.RUNS)}; train one: {command}")
+    else:
+        show(rows)
+    for line in unreadable:
+        print(line, file=sys.stderr)
+
+
+def show(rows: list[list[str]]) -> None:
+    """Prints two lines a run in a terminal; into a pipe one line a run, its cells separated by tabs."""
+    if not sys.stdout.isatty():
+        for row in [HEADS, *rows]:
+            print("\t".join(row))
+        return
+    console = Console(highlight=False)
+    for run, stage, data, changed, step, loss, when, code in rows:
+        console.print(run, style="bold", markup=False)
+        said = f"{stage} on {data}: {changed}; step {step}; best val loss {loss}; {when}; {code} code"
+        console.print(Padding(Text(said), (0, 0, 0, 4)))
+
+
+if __name__ == "__main__":
+    cli.run(main)
