@@ -18,7 +18,7 @@ from safetensors.torch import save as safetensors_bytes
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # Python looks in deploy/ alone
 
-from deploy import deepseek, gpt2, llama, llama2c, mixtral, tokenizer_json
+from deploy import architectures, deepseek, gpt2, llama, llama2c, mixtral, tokenizer_json
 from deploy.output import new_folder
 from lab import checkpoint, cli, runs
 from lab.errors import UserError, shown
@@ -50,7 +50,9 @@ class Settings:
 def main():
     settings = cli.parse_flags(Settings, sys.argv[1:])
     run, out = Path(settings.run), Path(settings.out)
-    stage, meta = runs.read_config(run)["stage"], runs.read_meta(run)
+    config, meta = runs.read_config(run), runs.read_meta(run)
+    runs.warn_of_edits(run, config)
+    stage = architectures.of_run(run, config)
     if settings.to == "hf" and stage not in COUNTERPARTS:
         raise UserError(
             f"{stage} has no counterpart in transformers; stages 0 (GPT2LMHeadModel), 3, 4, 5 "

@@ -23,9 +23,9 @@ from safetensors.torch import save as safetensors_bytes
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # Python looks in deploy/ alone
 
 from data import from_meta
-from deploy import deepseek, gpt2, llama, mixtral, tokenizer_json
+from deploy import architectures, deepseek, gpt2, llama, mixtral, tokenizer_json
 from deploy.output import new_folder
-from lab import checkpoint, cli, cost, runs, stages
+from lab import checkpoint, cli, cost, edits, runs, stages
 from lab.errors import UserError, shown
 
 COUNTERPARTS = {"gpt2": gpt2, "llama": llama, "mistral": llama, "mixtral": mixtral, "deepseek_v3": deepseek}
@@ -53,6 +53,7 @@ def main():
         sizes = deepseek.fit_to_tensors(sizes, tensor_names(source))
     layout = {"rope_interleave": sizes.pop("rope_interleave")} if "rope_interleave" in sizes else {}
     model = empty_model(stage, sizes)
+    architectures.warn_if_edited(stage)
     sizes = asdict(model.config)
     meta = {"name": source.resolve().name} | tokenizer_json.read(source)
     tokenizer = from_meta(meta, source)
@@ -184,6 +185,7 @@ def write_run(run: Path, source: Path, stage: str, model, tensors: dict, meta: d
     runs.write_json(run / "meta.json", meta)
     config = {
         "stage": stage,
+        "code": edits.code_hash(stage),
         "dataset": meta["name"],
         "imported_from": str(source.resolve()),
         "settings": {"data": str(source), "tokenizer": meta["tokenizer"], "seed": 0, "steps": 0},

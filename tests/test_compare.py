@@ -337,7 +337,10 @@ def test_all_stages_are_compared_and_drawn(run_compare, capfd):
     began = time.perf_counter()
     assert run_compare("--seeds", "1", "--only-draw") == 0  # nothing is trained again
     assert time.perf_counter() - began < 60
-    assert results_of()["stages"]["stage7_mla_mtp"]["val_loss"] == results["stages"]["stage7_mla_mtp"]["val_loss"]
+    assert (
+        results_of()["stages"]["stage7_mla_mtp"]["val_loss"]
+        == results["stages"]["stage7_mla_mtp"]["val_loss"]
+    )
 
 
 def test_speed_against_the_context_is_the_median_of_rounds_in_turn(monkeypatch):

@@ -1,0 +1,46 @@
+"""Which architecture a run's code is.
+
+Export names a class of transformers only for code that the tests have compared with that class: an edited
+model.py computes another function under the same names and shapes.
+"""
+
+import sys
+from pathlib import Path
+
+from lab import edits
+from lab.errors import UserError, shown
+
+# The hashes of each stage's code, today's last, for which tests/test_deploy.py passed.
+TESTED = {
+    "stage0_gpt": ["b6859e18dada65f7"],
+    "stage1_rmsnorm": ["42d85f497ee343c1"],
+    "stage2_rope": ["e43b2fe24f5c64af"],
+    "stage3_swiglu": ["427d956fa0256f21"],
+    "stage4_gqa": ["98cec680aeddf217"],
+    "stage5_flash": ["4b419d24f1138b36"],
+    "stage6_moe": ["b00ddca57954ea76"],
+    "stage7_mla_mtp": ["e276b1e6b2bb1cb1"],
+}
+
+
+def of_run(run: Path, config: dict) -> str:
+    """The stage of the course whose code a run was trained with, whatever its folder is called.
+
+    UserError where it is none of them. A run that does not say is taken to be of today's code.
+    """
+    hashes = edits.trained_with(config)
+    if None in hashes:
+        hashes = {edits.code_hash(config["stage"])}
+    for stage, tested in TESTED.items():
+        if hashes <= set(tested):
+            return stage
+    raise UserError(
+        f"{shown(run)} was trained with an edited {config['stage']}/model.py, which no other program knows\n"
+        "export a run of an unedited stage, or write an exporter for yours"
+    )
+
+
+def warn_if_edited(stage: str) -> None:
+    """Says on stderr if today's code of a stage is not what the tests have compared with transformers."""
+    if edits.code_hash(stage) not in TESTED[stage]:
+        print(f"warning: {stage}/model.py was edited: the imported weights may not fit it", file=sys.stderr)
