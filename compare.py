@@ -6,7 +6,6 @@ every run: python compare.py --seeds 1 --steps 500 --data my.txt. And python com
 changed between two stages, python compare.py --runs A B compares any two runs.
 """
 
-import json
 import signal
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from lab import (
     comparison,
     device,
     diffs,
+    formats,
     locks,
     measuring,
     overview,
@@ -287,8 +287,10 @@ def summarize(
                 row["tuned"] = best_rate(row["stage"], flags, known, dataset)
     report.mark_noise({name: row for name, row in rows.items() if row})
     path = out / "results.json"
-    results = json.loads(path.read_text()) if path.exists() else {}
+    results = runs.read_json(path) if path.exists() else {}
+    formats.check(results, formats.RESULTS, shown(path))
     results |= {
+        "format": formats.RESULTS,
         "machine": runs.machine(where) | {"commit": runs.commit()},
         "dataset": dataset,
         "preset": next(iter(found.values())).config["settings"]["preset"],

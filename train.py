@@ -23,6 +23,7 @@ from lab import (
     cost,
     edits,
     evaluation,
+    formats,
     log,
     optim,
     parallel,
@@ -60,6 +61,7 @@ def main():
     model = stage.GPT(settings.model).to(device)
 
     config = {
+        "format": formats.RUN,
         "stage": settings.stage,
         "code": edits.code_hash(settings.stage),
         "dataset": dataset.name,
@@ -129,6 +131,9 @@ def prepare_training(settings, model, dtype) -> tuple:
 def restore(folder: Path, model, optimizer, device: torch.device) -> dict:
     """Puts everything back to where the last checkpoint was; returns the run's progress."""
     state = checkpoint.load_last(folder, model, optimizer)
+    for part in ("rngs", "progress"):
+        if part not in state:
+            raise checkpoint.not_resumable(folder, part)
     if len(state["rngs"]) > parallel.RANK:
         devices.set_rng_state(state["rngs"][parallel.RANK], device)
     return state["progress"]
@@ -209,7 +214,11 @@ def train(settings, model, joined, optimizer, dataset, device, dtype, folder, pr
                     progress["best_val_loss"] = val_loss
                     checkpoint.save(folder, "best", model, metadata, state=None)
             if evaluates or stop_signal:
-                state = {"rngs": parallel.of_all(devices.rng_state(device)), "progress": progress}
+                state = {
+                    "format": formats.RUN,
+                    "rngs": parallel.of_all(devices.rng_state(device)),
+                    "progress": progress,
+                }
                 if not parallel.is_sharded(model):
                     state["optimizer"] = optimizer.state_dict()
                 checkpoint.save(folder, "last", model, metadata, state, optimizer)

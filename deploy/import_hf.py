@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # Python looks 
 from data import from_meta
 from deploy import architectures, deepseek, gpt2, llama, mixtral, tokenizer_json
 from deploy.output import new_folder
-from lab import checkpoint, cli, cost, edits, runs, stages
+from lab import checkpoint, cli, cost, edits, formats, runs, stages
 from lab.errors import UserError, shown
 
 COUNTERPARTS = {"gpt2": gpt2, "llama": llama, "mistral": llama, "mixtral": mixtral, "deepseek_v3": deepseek}
@@ -184,6 +184,7 @@ def write_run(run: Path, source: Path, stage: str, model, tensors: dict, meta: d
         shutil.copyfile(source / "tokenizer.json", run / "tokenizer.json")
     runs.write_json(run / "meta.json", meta)
     config = {
+        "format": formats.RUN,
         "stage": stage,
         "code": edits.code_hash(stage),
         "dataset": meta["name"],

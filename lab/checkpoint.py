@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 
-from lab import parallel, sharded
+from lab import formats, parallel, sharded
 from lab.errors import UserError, shown
 
 WEIGHTS = "model.safetensors"
@@ -43,6 +43,7 @@ def save(
     folder, unfinished, old = (run / f"{name}{suffix}" for suffix in ("", ".tmp", ".old"))
     in_parts = optimizer is not None and parallel.is_sharded(model)
     tensors = {} if in_parts else whole_weights(model)
+    metadata = metadata | {"run_format": str(formats.RUN)}  # to others "format" is "pt"
     try:
         if parallel.RANK == 0:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -133,11 +134,15 @@ def metadata(folder: Path) -> dict[str, str]:
     path = folder / (METADATA if is_in_parts(folder) else WEIGHTS)
     try:
         if path.name == METADATA:
-            return json.loads(path.read_text())
-        with safetensors.safe_open(path, "pt") as file:
-            return file.metadata() or {}
+            found = json.loads(path.read_text())
+        else:
+            with safetensors.safe_open(path, "pt") as file:
+                found = file.metadata() or {}
+        number = int(found.get("run_format", 1))
     except (OSError, SafetensorError, ValueError) as error:
         raise damaged(path, error) from None
+    formats.check({"format": number}, formats.RUN, shown(path))
+    return found
 
 
 def is_in_parts(folder: Path) -> bool:
@@ -183,7 +188,14 @@ def load_last(run: Path, model: torch.nn.Module, optimizer: torch.optim.Optimize
     state = load_state(run)
     saved = state["optimizer"]
     options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    optimizer.load_state_dict(sharded.divided(saved, optimizer) if parallel.is_sharded(model) else saved)
+    try:
+        optimizer.load_state_dict(sharded.divided(saved, optimizer) if parallel.is_sharded(model) else saved)
+    except (KeyError, ValueError) as error:  # of other groups of parameters than today's
+        path = find(run, "last") / STATE
+        raise UserError(
+            f"the optimizer's state in {shown(path)} does not fit this model: {error}\n"
+            f"start a new run from its weights with --init-from {shlex.quote(shown(run))}"
+        ) from None
     for group, given in zip(optimizer.param_groups, options, strict=True):
         group.update(given)  # what the command line says now, not what it said then
     return state
@@ -214,9 +226,22 @@ def load_state(run: Path) -> dict:
     """The optimizer, the generators and the clock of the last checkpoint, on the CPU."""
     path = find(run, "last") / STATE
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a different kind for each way a file can be broken
         raise damaged(path, error) from None
+    formats.check(state, formats.RUN, shown(path))
+    if "rng" in state:  # format 1, when a run had one process
+        state["rngs"] = [state.pop("rng")]
+    return state
+
+
+def not_resumable(run: Path, missing: str) -> UserError:
+    """The error for a last checkpoint whose state.pt lacks what training needs."""
+    path = find(run, "last") / STATE
+    return UserError(
+        f"{shown(path)} is by older code, without {missing}: it cannot be resumed\n"
+        f"start a new run from its weights with --init-from {shlex.quote(shown(run))}"
+    )
 
 
 def damaged(path: Path, error: Exception | str) -> UserError:

@@ -9,14 +9,16 @@ import json
 import re
 from pathlib import Path
 
-from lab import diffs, report, scale, stages
+from lab import diffs, formats, report, scale, stages
 
 RESULTS = stages.ROOT / "results" / "results.json"
 
 
 def read_results() -> dict:
     """What was measured so far; empty before the first measurement."""
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    formats.check(results, formats.RESULTS, str(RESULTS))
+    return results
 
 
 def ladder(numbers: list[int], results: dict) -> str:

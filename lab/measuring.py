@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from lab import device, edits, optim, runs, sampling, stages, throughput
+from lab import device, edits, formats, optim, runs, sampling, stages, throughput
 from lab.errors import UserError, shown
 
 DECODED = 200  # tokens of one measurement of decoding
@@ -35,6 +35,7 @@ def read(out: Path, notes: list[str]) -> dict:
         speeds = json.loads(path.read_text()) if path.exists() else {}
     except ValueError as error:
         raise UserError(f"{shown(path)} is damaged: {error}") from None
+    formats.check(speeds, formats.RESULTS, shown(path))
     measured, codes = speeds.get("training", {}), speeds.get("code", {})
     outdated = [
         name for name in measured if name not in stages.folders() or codes.get(name) != edits.code_hash(name)
@@ -63,6 +64,7 @@ def everything(
         decoders = {name: decoder(config, where) for name, config in configs.items()}
         decoding = in_turn(decoders, where, rounds, DECODED)
     speeds = {
+        "format": formats.RESULTS,
         "rounds": rounds,
         "machine": runs.machine(where),
         "code": {name: edits.code_hash(name) for name in configs},

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from data import Dataset, from_meta
-from lab import checkpoint, edits, locks, parallel, stages
+from lab import checkpoint, edits, formats, locks, parallel, stages
 from lab.errors import UserError, shown
 
 RUNS = Path(os.environ.get("RUNS_DIR", stages.ROOT / "runs")).expanduser()
@@ -82,7 +82,7 @@ def note_resumed(folder: Path, config: dict, step: int) -> None:
         *before.get("resumed", []),
         {"step": step, "changed": changed, "code": config["code"], "machine": config["machine"]},
     ]
-    now = {key: config[key] for key in ("settings", "model", "dtype", "attention")}
+    now = {key: config[key] for key in ("format", "settings", "model", "dtype", "attention")}
     write_json(folder / "config.json", before | now | {"resumed": resumed})
 
 
@@ -138,6 +138,7 @@ def read_config(folder: Path) -> dict:
             f"{shown(folder)} is not a run: its config.json is not of train.py\n"
             f"if it is a Hugging Face folder: python deploy/import_hf.py {shown(folder)} --out runs/NAME"
         )
+    formats.check(config, formats.RUN, shown(folder / "config.json"))
     return config
 
 

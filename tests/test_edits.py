@@ -12,13 +12,15 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import TINY_RUN, call
+from test_training import metrics, stop_at
 
 import compare
 import runs as list_runs
 import train
 from deploy import architectures, export
-from lab import checkpoint, comparison, edits, locks, runs, stages
+from lab import checkpoint, comparison, edits, formats, locks, runs, stages
 from lab.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -487,3 +489,98 @@ def test_a_signal_to_a_comparison_alone_reaches_its_run(workshop):
     assert parent.wait(timeout=120) == 130
     with locks.held(runs.lock_file(folder)):  # nobody is training it any more
         assert 0 < checkpoint.step(folder) < 100000
+
+
+# Files of other versions
+
+
+def change(path, **changes):
+    """Sets fields of a JSON file; None removes one."""
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+def test_a_run_of_a_newer_version_is_refused_in_a_sentence(run_train, run_sample, capsys):
+    assert run_train("--stage", "0", "--steps", "2", "--out", "run") == 0
+    change(Path("run/config.json"), format=99)
+    capsys.readouterr()
+    assert run_sample("--run", "run", "--prompt", "a") == 2
+    err = capsys.readouterr().err
+    assert "run/config.json has format 99" in err and len(err.splitlines()) == 2
+    assert run_train("--resume", "--out", "run", "--steps", "3") == 2
+    assert "run/config.json has format 99" in capsys.readouterr().err
+
+
+def rewrite_state(change):
+    path = Path("run/last/state.pt")
+    state = torch.load(path, weights_only=True)
+    change(state)
+    torch.save(state, path)
+
+
+def test_a_run_of_the_first_format_is_resumed_bit_for_bit(run_train, workshop, monkeypatch):
+    """config.json without a number and a hash, state.pt with one process's generator under another name."""
+    flags = (
+        "--stage",
+        "0",
+        "--model.dropout",
+        "0.1",
+        "--steps",
+        "8",
+        "--eval-every",
+        "4",
+        "--log-every",
+        "1",
+    )
+    assert run_train(*flags, "--out", "whole") == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5)
+        assert run_train(*flags, "--out", "run") == 128 + signal.SIGTERM
+    change(Path("run/config.json"), format=None, code=None)
+
+    def older(state):
+        del state["format"]
+        state["rng"] = state.pop("rngs")[0]
+        del state["progress"]["tokens"]
+
+    rewrite_state(older)
+    assert run_train("--resume", "--out", "run") == 0
+    assert metrics("run") == metrics("whole")
+
+
+def test_a_state_without_what_resuming_needs_is_refused_in_a_sentence(run_train, capsys):
+    assert run_train("--stage", "0", "--steps", "2", "--out", "run") == 0
+    rewrite_state(lambda state: state.pop("rngs"))
+    capsys.readouterr()
+    assert run_train("--resume", "--out", "run", "--steps", "3") == 2
+    err = capsys.readouterr().err
+    assert "without rngs: it cannot be resumed" in err and "--init-from run" in err
+    assert run_train("--stage", "0", "--init-from", "run", "--steps", "1") == 0
+
+
+def test_settings_of_another_version_are_named(run_train, capsys):
+    assert run_train("--stage", "0", "--steps", "2", "--out", "run") == 0
+    config = runs.read_config(Path("run"))
+    change(Path("run/config.json"), settings=config["settings"] | {"momentum": 0.9})
+    capsys.readouterr()
+    assert run_train("--resume", "--out", "run", "--steps", "3") == 2
+    assert "it has momentum, which this one does not know" in capsys.readouterr().err
+
+
+def test_every_file_of_a_run_has_a_format_number(run_train):
+    assert run_train("--stage", "0", "--steps", "2", "--out", "run") == 0
+    assert json.loads(Path("run/config.json").read_text())["format"] == formats.RUN
+    assert torch.load("run/last/state.pt", weights_only=True)["format"] == formats.RUN
+    for name in ("best", "last"):
+        assert checkpoint.metadata(Path("run", name))["run_format"] == str(formats.RUN)
+
+
+def test_results_of_a_newer_version_are_not_overwritten(copied, monkeypatch, capsys):
+    trained(monkeypatch, "--stage", "3")
+    folder = copied / "out"
+    folder.mkdir()
+    runs.write_json(folder / "results.json", {"format": 99})
+    flags = ("--only-draw", "--stages", "3", "--seeds", "1", "--out", "out")
+    assert call(monkeypatch, compare, *flags, *SHORT) == 2
+    assert "out/results.json has format 99" in capsys.readouterr().err
+    assert json.loads((folder / "results.json").read_text()) == {"format": 99}
