@@ -62,7 +62,7 @@ class Settings:
     """Folder of the figures and pictures. None: runs/compare/<preset>/results, for some stages with their
     numbers, as in results-3-4."""
     diff: tuple[str, str] | None = None
-    """Show the diff of two stages side by side instead, as in --diff 3 4."""
+    """Show the diff of two stages instead, as in --diff 3 4 (side by side from 120 characters on)."""
     runs: tuple[str, ...] = ()
     """Compare these runs instead, whatever they are: --runs runs/A runs/B. Trains and measures nothing."""
 

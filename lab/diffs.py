@@ -7,6 +7,7 @@ import subprocess
 import tokenize
 
 from rich.console import Console
+from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
@@ -14,6 +15,7 @@ from lab import stages
 from lab.errors import UserError
 
 CONTEXT = 3  # unchanged lines shown around a change
+SIDE_BY_SIDE_WIDTH = 120  # characters: in a narrower console lines of code would be broken
 
 
 def diff(name: str) -> str:
@@ -49,8 +51,16 @@ def git_diff(*arguments: str) -> str:
 
 
 def show(first: str, second: str, console: Console) -> None:
-    """Prints the diff of two stages' model.py, with the lines and names that changed counted."""
+    """Prints the diff of two stages' model.py, with the lines and names that changed counted.
+
+    It is side by side where the console is wide enough, and unified elsewhere.
+    """
     before, after = (source(name) for name in (first, second))
+    if console.width < SIDE_BY_SIDE_WIDTH:
+        unified = git_diff(f"{first}/model.py", f"{second}/model.py")
+        console.print(Syntax(unified, "diff", theme="ansi_dark", background_color="default", word_wrap=True))
+        console.print(summary(before, after), highlight=False)
+        return
     table = Table(box=None, padding=(0, 1), expand=True, show_edge=False)
     for title in (first, second):
         table.add_column("", justify="right", style="dim", width=4)

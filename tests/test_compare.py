@@ -1,5 +1,6 @@
 """compare.py: what is reused, resumed and missing, statistics, table, pictures, and a whole comparison."""
 
+import io
 import json
 import math
 import os
@@ -375,6 +376,15 @@ def test_the_diff_counts_lines_and_names(capsys, monkeypatch):
     added, removed = diffs.changed_lines("stage3_swiglu", "stage4_gqa")
     assert f"{added} lines added, {removed} removed" in out
     assert "n_kv_head" in out.split("came: ")[1] and "repeats" in out.split("came: ")[1]
+
+
+@pytest.mark.parametrize("width, side_by_side", [(119, False), (120, True)])
+def test_a_narrow_terminal_gets_a_unified_diff(width, side_by_side):
+    console = Console(width=width, record=True, file=io.StringIO())
+    diffs.show("stage3_swiglu", "stage4_gqa", console)
+    text = console.export_text()
+    assert ("+    n_kv_head: int | None = None" in text) is not side_by_side
+    assert "names came" in text and max(map(len, text.splitlines())) <= width
 
 
 def test_names_are_those_of_the_code_alone():

@@ -39,7 +39,7 @@ import train
 from data import files
 from data.tokenizers import CharTokenizer, HuggingFaceTokenizer
 from deploy import export, import_hf, llama2c, tokenizer_json
-from lab import checkpoint, runs, sampling, stages
+from lab import checkpoint, edits, runs, sampling, stages
 from lab.errors import UserError
 
 transformers_logging.disable_progress_bar()  # it writes to stderr, which the tests read
@@ -82,7 +82,9 @@ def make_run(folder, stage, characters=CHARACTERS, **sizes) -> torch.nn.Module:
     tokenizer = CharTokenizer(characters)
     meta = {"tokenizer": "char", "characters": tokenizer.characters, "vocab_size": tokenizer.vocab_size}
     runs.write_json(folder / "meta.json", meta)
-    runs.write_json(folder / "config.json", {"stage": stages.find(stage), "model": vars(model.config)})
+    name = stages.find(stage)
+    config = {"stage": name, "code": edits.code_hash(name), "model": vars(model.config)}
+    runs.write_json(folder / "config.json", config)
     return model
 
 

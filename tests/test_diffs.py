@@ -1,4 +1,4 @@
-"""Every stage differs from the one before by its idea alone: bounds on the diffs, and reductions."""
+"""Every stage differs from the one before by its idea alone: nothing else moves, and reductions."""
 
 import difflib
 from pathlib import Path
@@ -7,22 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lab import cost, diffs, presets, stages
+from lab import cost, presets, stages
 
 NAMES = stages.names()
-# Lines added plus removed in model.py, against the stage before.
-BOUNDS = {1: 45, 2: 55, 3: 30, 4: 40, 5: 60, 6: 170, 7: 260}
 
 
 def source(number):
     return Path(stages.load(NAMES[number]).__file__).read_text().splitlines()
-
-
-@pytest.mark.parametrize("number", [number for number in NAMES if number > 0])
-def test_a_stage_changes_few_lines_of_the_one_before(number):
-    added, removed = diffs.changed_lines(NAMES[number - 1], NAMES[number])
-    print(f"\n{NAMES[number - 1]} -> {NAMES[number]}: +{added} -{removed} = {added + removed}", end="")
-    assert added + removed <= BOUNDS[number]
 
 
 @pytest.mark.parametrize("number", [number for number in NAMES if number > 0])

@@ -233,6 +233,25 @@ def test_gradients_travel_once_a_step(group):
         assert counts["c10d::_reduce_scatter_base_"] == 3  # of the two blocks and the rest
 
 
+def storages_of_gradients():
+    """How many pieces of memory the gradients lie in, and how many gradients there are."""
+    model = tiny("stage4_gqa")
+    joined = parallel.join(model, "ddp", torch.float32)
+    optimizer = optim.make("adamw", model, 1e-3, 0.1, (0.9, 0.99))
+    for _ in range(2):  # DDP sorts its buckets after the first step
+        idx, targets = torch.randint(13, (2, 4, 16))
+        optim.accumulate_gradients(joined, idx, targets, 2, FLOAT32)
+        pieces = {p.grad.untyped_storage().data_ptr() for p in model.parameters()}
+        n_gradients = len(list(model.parameters()))
+        optim.update(model, optimizer, 1e-3, 1.0)
+    return len(pieces), n_gradients
+
+
+def test_ddp_holds_no_second_copy_of_the_gradients(group):
+    for pieces, n_gradients in group(together, storages_of_gradients):
+        assert pieces == 1 < n_gradients
+
+
 def test_every_process_drops_out_other_activations(monkeypatch):
     settings = command_line.parse(["--stage", "0", "--device", "cpu"])
     dropped = set()
