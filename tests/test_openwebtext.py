@@ -324,6 +324,59 @@ def test_a_tokenizing_process_that_dies_is_said_and_loses_nothing(parquet, monke
     assert prepared(parquet).train[:].tolist() == expected(TEXTS, 10)["train"]
 
 
+BROKEN = {
+    "an error of the tokenizer": (
+        "raise ValueError('Regex error:\\nout of stack')",
+        r"^cannot tokenize the text that begins with '.+': ValueError: Regex error: out of stack\n"
+        r"running again will not help: leave that text out$",
+    ),
+    "a panic of Rust's": (
+        "raise BaseException('panicked')",
+        r"^cannot tokenize the text that begins with '.+': BaseException: panicked\nrunning again",
+    ),
+    "an error for the user": (
+        "raise workers.UserError('the text is bad\\nmend it')",
+        "^the text is bad\nmend it$",
+    ),
+    "no memory": (
+        "raise MemoryError",
+        r"^a tokenizing process has no memory left; .* too little memory\?\nrun again",
+    ),
+    "an end by itself": (
+        "print('no such library', file=sys.stderr); os._exit(3)",
+        r"^a tokenizing process ended, with status 3: no such library\nmend that and run again",
+    ),
+    "a signal": (
+        "os.kill(os.getpid(), signal.SIGSEGV)",
+        r"^a tokenizing process ended, with status -11: Segmentation fault\nmend that and run again",
+    ),
+    "an abort for want of memory": (
+        "print('memory allocation of 9 bytes failed', file=sys.stderr, flush=True); os.abort()",
+        r"^a tokenizing process ended, with status -6; was there too little memory\?\nrun again",
+    ),
+}
+
+
+@pytest.mark.parametrize(("code", "message"), BROKEN.values(), ids=BROKEN.keys())
+def test_what_goes_wrong_in_a_tokenizing_process_reaches_the_user(parquet, monkeypatch, capfd, code, message):
+    script = f"import os, signal, sys\nfrom data import workers\ndef encode(self, text):\n    {code}\n"
+    script += "workers.GPT2Tokenizer.encode = encode\nworkers.serve()"
+    monkeypatch.setattr(workers, "COMMAND", [sys.executable, "-c", script])
+    with pytest.raises(UserError, match=message) as error:
+        prepared(parquet)
+    assert str(error.value).count("\n") == 1
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_tokenizing_process_that_cannot_start_says_why(parquet, monkeypatch, capfd):
+    monkeypatch.setattr(workers, "COMMAND", [sys.executable, "-c", "import missing_module"])
+    with pytest.raises(
+        UserError, match=r"status 1: ModuleNotFoundError: No module named 'missing_module'\nmend"
+    ):
+        prepared(parquet)
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_an_unfinished_preparation_may_be_copied_but_not_changed(made, parquet, capsys):
     tokens = files.root() / "tokens"
     assert run_until(parquet, "half", "_close", 4).returncode == -signal.SIGKILL
