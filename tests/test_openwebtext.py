@@ -158,10 +158,10 @@ def test_shards_have_the_length_asked_for_and_their_sha256_in_meta(made):
 
 
 def test_tokens_that_fill_the_last_shard_exactly_leave_no_empty_one(tmp_path):
-    write_jsonl(tmp_path / "source" / "a.jsonl", [""] * 20)  # 18 and 2 tokens
+    write_jsonl(tmp_path / "source" / "a.jsonl", ["a"] * 20)  # 36 and 4 tokens
     folder = files.root() / "tokens" / "exact"
-    dataset = documents.prepare("exact", sources.in_folder(tmp_path / "source"), folder, 10, 1, 2)
-    assert {shard["tokens"] for shard in dataset.meta["shards"].values()} == {2}
+    dataset = documents.prepare("exact", sources.in_folder(tmp_path / "source"), folder, 10, 1, 4)
+    assert {shard["tokens"] for shard in dataset.meta["shards"].values()} == {4}
     assert len(dataset.meta["shards"]) == 10
     assert len(list(dataset.folder.glob("*.bin"))) == 10
 
@@ -568,6 +568,28 @@ def test_a_file_that_is_no_parquet_and_a_text_that_is_no_utf8_are_named(tmp_path
 def test_too_few_documents_are_refused(tmp_path):
     write_jsonl(tmp_path / "lines" / "a.jsonl", TEXTS[:1])
     refused(tmp_path / "lines", "has 1 documents: too few .*\none of each 10 is held out")
+
+
+def test_documents_without_text_are_refused_before_the_training(tmp_path):
+    write_jsonl(tmp_path / "all" / "a.jsonl", [""] * 100)
+    refused(tmp_path / "all", r"all documents of .*all are empty\nuse documents with text")
+    held = [documents.held_out(number, 10) for number in range(100)]
+    write_jsonl(tmp_path / "val" / "a.jsonl", ["" if is_held else "text" for is_held in held])
+    refused(tmp_path / "val", r"all documents of .*val held out for validation are empty\nuse more")
+    write_jsonl(tmp_path / "train" / "a.jsonl", ["text" if is_held else "" for is_held in held])
+    refused(tmp_path / "train", r"all documents of .*train for training are empty\nuse more")
+    files.write(tmp_path / "texts" / "a.txt", b"\xef\xbb\xbf")
+    for number in range(100):
+        files.write(tmp_path / "texts" / f"{number}.txt", b"\xef\xbb\xbf")
+    refused(tmp_path / "texts", "all documents of .*texts are empty")
+
+
+def test_documents_without_text_that_were_prepared_before_are_refused(made):
+    meta = json.loads((made.folder / "meta.json").read_text())
+    meta["bytes"]["val"] = 0
+    (made.folder / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(UserError, match="held out for validation are empty"):
+        documents.open_prepared(made.folder)
 
 
 def test_without_the_package_datasets_the_extra_is_named(parquet, monkeypatch):
