@@ -1,22 +1,26 @@
-"""Where documents come from: the files of a folder, parquet, JSONL or text, or those of a dataset on the hub.
+"""Where documents come from: files of parquet, JSONL or text, of one's own or of a dataset on the hub.
 
 A source is read one document after another, and from any place on, so that memory stays flat and a killed
 preparation goes on where it was.
 """
 
+import codecs
 import hashlib
 import json
-import re
+import stat
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from data import cuts, files
 from lab.errors import UserError
 
 COLUMN = "text"
 KINDS = (".parquet", ".jsonl", ".txt")
-PART = 2**20  # bytes: a longer document is tokenized in parts
+READING = 2  # raised when the same files are read as other documents, so that older tokens are not taken
+PART = 2**20  # bytes (of a text file) or characters: a longer document is tokenized in parts
 ROWS = 64  # of a parquet file at once
 HUB_TIMEOUT = 10  # seconds
 
@@ -26,7 +30,7 @@ class BadDocument(UserError):
 
 
 class Part(NamedTuple):
-    text: str  # of a document: all of it, or about PART bytes
+    text: str  # of a document: all of it, or about PART of it
     ends: bool  # whether the document does
     place: tuple[int, int] | None  # where to go on after it: a file's number and the offset in it (rows or
     #                                bytes); None inside a document that must be read from its start
@@ -49,20 +53,24 @@ class Source:
         read = {".parquet": parquet_rows, ".jsonl": json_lines, ".txt": text_parts}[self.kind]
         for number in range(first, len(self.names)):
             before, name = sum(self.sizes[:number]), self.names[number]
+            named = self.where if Path(self.where).name == name else f"{name} in {self.where}"
             try:
                 with self.open(name) as file:
                     for text, ends, after, share in read(file, offset, self.sizes[number]):
                         done = before + int(share * self.sizes[number])
-                        *begun, last = in_parts(text)
+                        try:
+                            *begun, last = cuts.parts(text, PART)
+                        except cuts.Unbroken as error:
+                            place = f"row {after - 1:,}" if self.kind == ".parquet" else f"byte {after:,}"
+                            raise BadDocument(f"the text that ends at {place}: {error}") from None
                         yield from (Part(part, False, None, done) for part in begun)
                         yield Part(last, ends, (number, after), done)
             except BadDocument as error:
-                raise BadDocument(f"{name} in {self.where}: {error}") from None
+                raise BadDocument(f"{named}: {error}") from None
             except self.failures as error:
                 reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
                 raise UserError(
-                    f"cannot read {name} in {self.where} ({reason})\n"
-                    f"run again when it can be read: it goes on where it was"
+                    f"cannot read {named} ({reason})\nrun again when it can be read: it goes on where it was"
                 ) from error
             offset = 0
 
@@ -200,19 +208,28 @@ def json_lines(file: BinaryIO, offset: int, size: int) -> Iterator[tuple[str, bo
 
 def text_parts(file: BinaryIO, offset: int, size: int) -> Iterator[tuple[str, bool, int, float]]:
     """A text file, which is one document, in parts; offsets are bytes."""
+    wanted = PART
     while offset < size:
         file.seek(offset)
-        content = file.read(PART)
-        ends = offset + len(content) >= size
-        end = len(content) if ends else boundary(content)
-        try:
-            text = content[:end].decode("utf-8-sig" if offset == 0 else "utf-8")
+        content = file.read(wanted)
+        ends = offset + len(content) >= size or len(content) < wanted
+        try:  # a character that is cut off at the end is left for the next part
+            text = codecs.getincrementaldecoder("utf-8")().decode(content, final=ends)
         except UnicodeDecodeError as error:
             raise BadDocument(
                 f"it is not UTF-8 at byte {offset + error.start:,}: save it as UTF-8"
             ) from error
-        offset += end
-        yield text.replace("\r\n", "\n"), ends, offset, offset / size
+        end = len(text) if ends else cuts.last(text, 0, len(text))
+        if not end:
+            if len(text) > cuts.LONGEST:
+                raise BadDocument(f"the text that begins at byte {offset:,}: {cuts.Unbroken(0)}")
+            wanted *= 2
+            continue
+        text = text[:end]
+        begins = offset == 0
+        offset = size if ends else offset + len(text.encode())
+        yield files.newlines(text.removeprefix("\ufeff") if begins else text), ends, offset, offset / size
+        wanted = PART
 
 
 def checked(text, place: str) -> str:
@@ -226,31 +243,3 @@ def checked(text, place: str) -> str:
 
 def no_column(names: list[str]) -> BadDocument:
     return BadDocument(f"it has no column {COLUMN!r}, only {', '.join(map(repr, names)) or 'none'}")
-
-
-def in_parts(text: str) -> list[str]:
-    """A text in parts of at most about PART bytes, which give the same tokens as the whole."""
-    if len(text) <= PART // 4:
-        return [text]
-    content, parts = text.encode(), []
-    while len(content) > PART:
-        end = boundary(content[:PART])
-        parts.append(content[:end].decode())
-        content = content[end:]
-    return [*parts, content.decode()]
-
-
-def boundary(content: bytes) -> int:
-    """Where UTF-8 text can be cut near its end: before a space between two letters, digits or marks.
-
-    GPT-2's pattern begins a new piece at each such space, so cutting there changes no token. Where the last
-    64 KiB have none, the cut is before the last character.
-    """
-    start = max(0, len(content) - 2**16)
-    spaces = [match.start() for match in re.finditer(rb"(?<=[!-~]) (?=[!-~])", content[start:])]
-    if spaces:
-        return start + spaces[-1]
-    end = len(content) - 1
-    while end > 1 and content[end] & 0xC0 == 0x80:  # inside a character
-        end -= 1
-    return max(end, 1)

@@ -9,6 +9,7 @@ import http.server
 import io
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -20,9 +21,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import regex
+import tiktoken
 
 import data
-from data import download, files, openshakespeare, prepare, tinyshakespeare, tokenizers
+from data import cuts, download, files, openshakespeare, prepare, sources, tinyshakespeare, tokenizers
 from lab.errors import UserError
 
 REPOSITORY = Path(__file__).parents[1]
@@ -582,6 +585,81 @@ def test_gpt2_takes_any_text_and_gives_it_back(gpt2):
     ids = gpt2.encode(text)
     assert gpt2.decode(ids) == text
     assert 50256 not in ids
+
+
+# Long texts: cut in parts, and runs that tiktoken cannot take. The reference is the pattern itself, by the
+# package regex, and tiktoken on each piece alone.
+
+
+def by_the_pattern(gpt2: data.GPT2Tokenizer, text: str) -> list[int]:
+    pieces = regex.findall(tokenizers.GPT2_PATTERN, text)
+    return [token for piece in pieces for token in gpt2._encoding._encode_single_piece(piece)]
+
+
+@pytest.mark.parametrize("run", [" ", "\n", "\r\n", "\u3000"])
+def test_a_million_and_more_of_the_same_are_tokenized_as_gpt2_does(gpt2, run):
+    run *= 1_200_000 // len(run)
+    for text in (run, f"first {run}then\u2003 more"):
+        assert np.array_equal(gpt2.encode(text), by_the_pattern(gpt2, text))
+        assert gpt2.decode(gpt2.encode(text)) == text
+
+
+@pytest.mark.parametrize("n", [2**19 - 1, 2**19, 2**19 + 1])
+def test_runs_as_long_as_a_part_are_tokenized_as_gpt2_does(gpt2, n):
+    for text in (" " * n, " " * n + "word", "word" + "\n" * n + "!", "a" * n + "  b"):
+        assert np.array_equal(gpt2.encode(text), by_the_pattern(gpt2, text))
+
+
+def made_up_text(draw: random.Random) -> str:
+    """Letters, digits, marks and all sorts of space, each repeated now and then."""
+    characters = ["a", "B", "é", "中", "が", "1", "２", "½", "'", "'s", "'re", "!", ".", "。", "，", "😀"]
+    characters += ["\u0301", "\x1c", "\x1f", "\u200b", "\0", *"    \n\n\n\r\t\xa0\u3000\x85", "\r\n"]
+    return "".join(
+        draw.choice(characters) * draw.choice([1, 1, 1, 2, 3, 40]) for _ in range(draw.randint(0, 60))
+    )
+
+
+def test_a_text_in_parts_has_the_tokens_of_the_whole(gpt2):
+    draw = random.Random(0)
+    for _ in range(3000):
+        text, gpt2.part = made_up_text(draw), draw.randint(1, 30)
+        parts = list(cuts.parts(text, gpt2.part))
+        assert "".join(parts) == text and (all(parts) or parts == [""])
+        assert gpt2.encode(text).tolist() == gpt2._encoding.encode_ordinary(text), (text, gpt2.part)
+
+
+def test_parts_are_as_long_as_asked_for_wherever_there_are_cuts():
+    text = "It's a text, as long as most: 12 words of 3 lines.\n" * 100
+    for size in (20, 100, 1000):
+        lengths = [len(part) for part in cuts.parts(text, size)]
+        assert max(lengths) <= size and min(lengths[:-1]) > size - 10
+
+
+def test_whitespace_is_what_tiktoken_takes_for_it():
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    only_spaces = tiktoken.Encoding("spaces", pat_str=r"\s", mergeable_ranks=ranks, special_tokens={})
+    characters = [chr(code) for code in (*range(0xD800), *range(0xE000, 0x20000))]
+    assert [c for c in characters if only_spaces.encode_ordinary(c)] == sorted(cuts.WHITESPACE)
+
+
+def test_half_a_surrogate_pair_in_a_long_text_is_replaced_as_before(gpt2):
+    gpt2.part = 5
+    assert gpt2.decode(gpt2.encode("word \ud83d word \ud83d\ude00" + " " * 20)) == "word � word 😀" + " " * 20
+
+
+def test_text_without_a_break_for_too_long_is_refused_by_name_and_place(gpt2, tmp_path, monkeypatch):
+    monkeypatch.setattr(cuts, "LONGEST", 1000)
+    monkeypatch.setattr(data.GPT2Tokenizer, "part", 100)
+    path = tmp_path / "blob.txt"
+    for run in ("a", " "):
+        path.write_text("word " * 1000 + run * 1001 + " word" * 1000)
+        with pytest.raises(
+            UserError, match=r"blob\.txt: from character 4,999 on, .*\nbreak them up"
+        ) as error:
+            data.load(str(path), "gpt2")
+        assert str(error.value).count("\n") == 1
+        path.write_text("word " * 1000 + run * 990 + " word" * 1000)
+        assert len(data.load(str(path), "gpt2").train) > 1000
 
 
 def test_a_character_split_over_two_tokens_can_be_streamed(gpt2):

@@ -21,7 +21,7 @@ from conftest import TINY_RUN, call
 
 import data
 import train
-from data import documents, download, files, openwebtext, owntext, shards, sources, tokenizers, workers
+from data import cuts, documents, download, files, openwebtext, owntext, shards, sources, tokenizers, workers
 from lab import batches
 from lab.errors import UserError
 
@@ -204,6 +204,64 @@ def test_a_document_cut_into_parts_has_the_tokens_of_the_whole(tmp_path, monkeyp
         assert tokens[: len(whole)].tolist() == whole.tolist()
         assert tokens[-1] == END and (tokens[:-1] != END).all()
         assert n_bytes == len(text.replace("\r\n", "\n").encode())
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
+def test_wherever_a_text_is_cut_its_tokens_and_lines_are_those_of_the_whole(tmp_path, monkeypatch, newline):
+    tokenizer, draw = data.GPT2Tokenizer(), random.Random(0)
+    for number in range(60):
+        monkeypatch.setattr(sources, "PART", draw.randint(7, 60))
+        pieces = [
+            "word",
+            "é",
+            "中。",
+            " ",
+            "  ",
+            "\n",
+            "\n\n",
+            "\n" * 50,
+            "a" * 70,
+            "!",
+            "12",
+            "😀",
+            " " * 80,
+        ]
+        text = "".join(draw.choices(pieces, k=60)) + "."
+        content = b"\xef\xbb\xbf" * (number % 2) + text.replace("\n", newline).encode()
+        files.write(tmp_path / "texts" / "a.txt", content)
+        parts = list(sources.in_folder(tmp_path / "texts").parts())
+        assert "".join(part.text for part in parts) == text
+        tokens, _ = workers.encode(tokenizer, [(part.text, part.ends) for part in parts])
+        assert tokens.tolist() == [*tokenizer.encode(text).tolist(), END]
+        assert len(parts) > 5
+
+
+def test_documents_of_more_than_a_million_spaces_are_tokenized_in_full(tmp_path):
+    texts = [*TEXTS[:15], " " * 1_200_000 + "word", *TEXTS[15:30]]
+    write_jsonl(tmp_path / "lines" / "a.jsonl", texts)
+    for number, text in enumerate(texts):
+        files.write(tmp_path / "texts" / f"{number:03d}.txt", text.encode())
+    tokens = expected(texts, 10)
+    for folder in (tmp_path / "lines", tmp_path / "texts"):
+        made = files.root() / "tokens" / folder.name
+        dataset = documents.prepare(folder.name, sources.in_folder(folder), made, 10, 1, 10**6)
+        assert np.array_equal(dataset.train[:], tokens["train"])
+        assert np.array_equal(dataset.val[:], tokens["val"])
+
+
+def test_a_document_without_a_break_for_too_long_is_named_with_its_place(tmp_path, monkeypatch):
+    monkeypatch.setattr(cuts, "LONGEST", 1000)
+    monkeypatch.setattr(sources, "PART", 100)
+    texts = [*TEXTS[:20], "word " + "a" * 1001]
+    write_jsonl(tmp_path / "lines" / "a.jsonl", texts)
+    end = (tmp_path / "lines" / "a.jsonl").stat().st_size
+    refused(tmp_path / "lines", rf"a\.jsonl in .*: the text that ends at byte {end:,}: from character 4 on")
+    write_parquet(tmp_path / "rows" / "a.parquet", texts)
+    refused(tmp_path / "rows", r"a\.parquet in .*: the text that ends at row 20: from character 4 on")
+    files.write(tmp_path / "texts" / "a.txt", texts[-1].encode() * 2)
+    refused(tmp_path / "texts", r"a\.txt in .*: the text that ends at byte 1,010: from character 0 on")
+    files.write(tmp_path / "texts" / "a.txt", b"word " + b"a" * 2000)
+    refused(tmp_path / "texts", r"a\.txt in .*: the text that begins at byte 4: from character 0 on")
 
 
 @pytest.mark.parametrize("kind", sources.KINDS)
