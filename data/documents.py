@@ -166,8 +166,9 @@ class _Writer:
             before = self.state["plan"]
             differs = [key for key in plan if plan[key] != before[key] and key != "identity"]
             what = ", ".join(f"{key} {before[key]}, not {plan[key]}" for key in differs)
+            changed = "read files that have changed since, or read them with an older version of this program"
             raise UserError(
-                f"an unfinished preparation has {what or 'read files that have changed since'}\n"
+                f"an unfinished preparation has {what or changed}\n"
                 f"ask for the same, or delete {unfinished} to start anew"
             )
         self.files = {}

@@ -39,7 +39,7 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    where: str  # the folder, or dataset@revision
+    where: str  # the folder, the file, or dataset@revision
     kind: str  # one of KINDS
     names: list[str]  # the files, in order
     sizes: list[int]  # bytes of each
@@ -78,41 +78,96 @@ class Source:
 def in_folder(folder: Path) -> Source:
     """The files of a folder and the folders in it, sorted by path: .parquet, .jsonl or .txt, of one kind.
 
-    Hidden ones are left out. UserError if there is no such folder, no such file, or more than one kind.
+    UserError if there is no such folder, no such file, or more than one kind.
     """
     folder = folder.expanduser().resolve()
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}")
-    by_kind = files_of(folder)
-    if not by_kind:
-        raise UserError(
-            f"the folder {folder} has no .parquet, .jsonl or .txt files\n"
-            f"put parquet or JSONL files with a column {COLUMN!r}, or UTF-8 texts that end in .txt, there"
-        )
-    if len(by_kind) > 1:
-        raise UserError(
-            f"the folder {folder} has files of more than one kind: {', '.join(by_kind)}\n"
-            f"move those that are not the data elsewhere"
-        )
-    ((kind, paths),) = by_kind.items()
+    return of_files(folder, *files_of(folder))
+
+
+def of_files(where: Path, kind: str, paths: list[Path]) -> Source:
+    """Files of one kind: those of the folder `where`, or the file `where` alone."""
+    folder = where if where.is_dir() else where.parent
     stats = [path.stat() for path in paths]
     names = [path.relative_to(folder).as_posix() for path in paths]
     listed = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in zip(names, stats, strict=True)]
-    identity = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+    identity = hashlib.sha256(json.dumps([READING, listed]).encode()).hexdigest()
     if kind == ".parquet":
         import_datasets()
     sizes = [stat.st_size for stat in stats]
-    return Source(str(folder), kind, names, sizes, identity, lambda name: open(folder / name, "rb"))
+    return Source(str(where), kind, names, sizes, identity, lambda name: open(folder / name, "rb"))
 
 
-def files_of(folder: Path) -> dict[str, list[Path]]:
-    """By kind, the data files in a folder and the folders in it, sorted by path; hidden ones left out."""
-    found = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix in KINDS and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
-    return {kind: paths for kind in KINDS if (paths := [path for path in found if path.suffix == kind])}
+def files_of(folder: Path) -> tuple[str, list[Path]]:
+    """The kind of the data files in a folder (one of KINDS), and the files, sorted by path.
+
+    A line on stderr names what is left out. UserError if there is no data file, or more than one kind.
+    """
+    found, left_out = _walk(folder)
+    others = "; ".join(f"{len(paths):,} {why} ({_some(folder, paths)})" for why, paths in left_out.items())
+    kinds = [kind for kind in KINDS if any(path.suffix.lower() == kind for path in found)]
+    if not kinds:
+        raise UserError(
+            f"the folder {folder} has no .parquet, .jsonl or .txt files"
+            f"{f' to read, but {others}' if others else ''}\n"
+            f"put parquet or JSONL files with a column {COLUMN!r}, or UTF-8 texts that end in .txt, there"
+        )
+    if len(kinds) > 1:
+        raise UserError(
+            f"the folder {folder} has files of more than one kind: {', '.join(kinds)}\n"
+            f"move those that are not the data elsewhere"
+        )
+    if others:
+        files.say(f"left out of {folder}: {others}")
+    return kinds[0], found
+
+
+def _walk(folder: Path) -> tuple[list[Path], dict[str, list[Path]]]:
+    """The data files in a folder and the folders in it, linked ones too, each once; all else by reason."""
+    found, left_out = [], defaultdict(list)
+    again = "read already under another name"
+    folders, linked, entered = deque([folder]), deque(), set()
+    while folders or linked:
+        here = (folders or linked).popleft()  # linked ones last: a file is known by its own name
+        real = here.resolve()
+        if real in entered:
+            left_out[again].append(here)
+            continue
+        entered.add(real)
+        try:
+            paths = sorted(here.iterdir())
+        except OSError:
+            left_out["unreadable"].append(here)
+            continue
+        for path in paths:
+            try:
+                about = path.stat()
+            except OSError:
+                left_out["linked to nothing" if path.is_symlink() else "unreadable"].append(path)
+                continue
+            if path.name.startswith("."):
+                left_out["hidden"].append(path)
+            elif stat.S_ISDIR(about.st_mode):
+                (linked if path.is_symlink() else folders).append(path)
+            elif not stat.S_ISREG(about.st_mode):
+                left_out["neither file nor folder"].append(path)
+            elif path.suffix.lower() not in KINDS:
+                left_out["not .parquet, .jsonl or .txt"].append(path)
+            elif about.st_size == 0:
+                left_out["empty"].append(path)
+            else:
+                found.append((path, path.resolve() if path.is_symlink() else real / path.name))
+    kept = {}
+    for path, real in sorted(found, key=lambda pair: (pair[0] != pair[1], pair[0])):
+        if kept.setdefault(real, path) != path:
+            left_out[again].append(path)
+    return sorted(kept.values()), left_out
+
+
+def _some(folder: Path, paths: list[Path]) -> str:
+    names = [path.relative_to(folder).as_posix() for path in sorted(paths)[:3]]
+    return ", ".join([*names, "…"] if len(paths) > 3 else names)
 
 
 def on_hub(repository: str, revision: str | None) -> Source:

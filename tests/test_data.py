@@ -176,6 +176,127 @@ def test_the_same_text_saved_on_windows_gives_the_same_tokens(tmp_path, own_text
     assert data.load(str(tmp_path / "windows.txt")).meta["sha256"] == data.load(str(own_text)).meta["sha256"]
 
 
+def test_every_kind_of_line_end_becomes_a_newline(tmp_path, own_text):
+    (tmp_path / "old.txt").write_bytes(TEXT.replace("\n", "\r").encode())
+    assert data.load(str(tmp_path / "old.txt")).meta["sha256"] == sha256(TEXT.encode())
+    (tmp_path / "mixed.txt").write_bytes(b"\xef\xbb\xbfa\rb\r\nc\n\r\n\rd")
+    assert files.read_text(tmp_path / "mixed.txt") == "a\nb\nc\n\n\nd"
+
+
+def test_a_file_of_another_suffix_is_text_if_it_is_utf8(tmp_path):
+    for name in ("notes.md", "NOTES", "code.py", "B.TXT"):
+        (tmp_path / name).write_text(TEXT)
+        assert data.load(str(tmp_path / name)).meta["sha256"] == sha256(TEXT.encode())
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("table.csv", "save its texts as the column 'text'"),
+        ("TABLE.TSV", "save its texts as the column 'text'"),
+        ("rows.json", r'save it as \.jsonl, one object a line: \{"text": '),
+        ("rows.jsonl.gz", "unpack it first"),
+        ("texts.zip", "unpack it first"),
+        ("book.pdf", r"save its text as UTF-8 in a \.txt file"),
+        ("book.docx", r"save its text as UTF-8 in a \.txt file"),
+    ],
+)
+def test_a_file_that_is_no_text_is_refused_by_its_kind_with_the_remedy(tmp_path, name, remedy):
+    (tmp_path / name).write_text(TEXT)
+    for tokenizer in ("char", "gpt2"):
+        with pytest.raises(UserError, match=f"{name} cannot be trained on: .* not read\n{remedy}") as error:
+            data.load(str(tmp_path / name), tokenizer)
+        assert str(error.value).count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "ROWS.JSONL", "rows.parquet"])
+def test_a_file_of_documents_needs_the_tokens_of_gpt2(tmp_path, name):
+    (tmp_path / name).write_text('{"text": "a document"}\n' * 100)
+    with pytest.raises(UserError, match=r"is a \.(jsonl|parquet) file, which needs .* --tokenizer gpt2"):
+        data.load(str(tmp_path / name))
+
+
+def test_texts_in_linked_folders_and_of_upper_case_suffixes_are_read_once(tmp_path, capsys):
+    folder, elsewhere = tmp_path / "texts", tmp_path / "elsewhere"
+    (folder / "z").mkdir(parents=True)
+    elsewhere.mkdir()
+    for path in (folder / "B.TXT", folder / "z" / "c.txt", elsewhere / "d.Txt"):
+        path.write_text(f"{path.name} " * 20)
+    (folder / "a_loop").symlink_to(folder, target_is_directory=True)
+    (folder / "a_link").symlink_to(folder / "z", target_is_directory=True)
+    (folder / "more").symlink_to(elsewhere, target_is_directory=True)
+    (folder / "a.txt").symlink_to(folder / "B.TXT")
+    kind, paths = sources.files_of(folder)
+    assert kind == ".txt"
+    assert [path.relative_to(folder).as_posix() for path in paths] == ["B.TXT", "more/d.Txt", "z/c.txt"]
+    assert capsys.readouterr().err == (
+        f"left out of {folder}: 3 read already under another name (a.txt, a_link, a_loop)\n"
+    )
+    dataset = data.load(str(folder))
+    text = dataset.tokenizer.decode(dataset.train) + dataset.tokenizer.decode(dataset.val)
+    assert text == "B.TXT " * 20 + "\n" + "d.Txt " * 20 + "\n" + "c.txt " * 20
+
+
+@pytest.fixture
+def odd_folder(tmp_path) -> Path:
+    """A folder with a text and all that is not read."""
+    folder = tmp_path / "odd"
+    (folder / ".git").mkdir(parents=True)
+    (folder / ".git" / "config.txt").write_text("not a text to train on")
+    for name in ("a.pdf", "b.md", "c.csv", "d.json"):
+        (folder / name).write_text("something")
+    (folder / "empty.txt").touch()
+    (folder / "gone.txt").symlink_to("nowhere")
+    os.mkfifo(folder / "pipe.txt")
+    (folder / "text.txt").write_text(TEXT)
+    return folder
+
+
+def test_what_a_folder_has_that_is_not_read_is_counted_and_named_in_one_line(odd_folder, capsys):
+    assert data.load(str(odd_folder)).meta["sha256"] == sha256(TEXT.encode())
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    listed = said.removeprefix(f"left out of {odd_folder}: ").strip().split("; ")
+    assert sorted(listed) == [
+        "1 empty (empty.txt)",
+        "1 hidden (.git)",
+        "1 linked to nothing (gone.txt)",
+        "1 neither file nor folder (pipe.txt)",
+        "4 not .parquet, .jsonl or .txt (a.pdf, b.md, c.csv, …)",
+    ]
+
+
+def test_a_folder_in_the_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch, capsys):
+    (tmp_path / "texts" / "closed").mkdir(parents=True)
+    (tmp_path / "texts" / "a.txt").write_text(TEXT)
+    iterdir = Path.iterdir
+
+    def closed(path):
+        if path.name == "closed":
+            raise PermissionError(13, "Permission denied")
+        return iterdir(path)
+
+    monkeypatch.setattr(Path, "iterdir", closed)
+    data.load(str(tmp_path / "texts"))
+    assert capsys.readouterr().err.endswith(": 1 unreadable (closed)\n")
+
+
+def test_only_the_first_of_several_processes_names_what_is_left_out(odd_folder, monkeypatch, capsys):
+    for rank, lines in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        data.load(str(odd_folder))
+        assert capsys.readouterr().err.count("\n") == lines
+
+
+def test_a_folder_with_nothing_to_read_names_what_it_has(odd_folder, capsys):
+    (odd_folder / "text.txt").unlink()
+    with pytest.raises(
+        UserError, match=r"no \.parquet, \.jsonl or \.txt files to read, but .*1 empty"
+    ) as error:
+        data.load(str(odd_folder))
+    assert str(error.value).count("\n") == 1 and capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

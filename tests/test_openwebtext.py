@@ -709,6 +709,36 @@ def test_a_folder_of_documents_needs_the_tokens_of_gpt2(parquet):
         data.load("openwebtext", "char")
 
 
+def test_a_single_file_of_documents_gives_the_tokens_of_its_documents(tmp_path):
+    write_jsonl(tmp_path / "rows" / "ROWS.JSONL", TEXTS)
+    write_parquet(tmp_path / "blob", TEXTS)
+    (tmp_path / "linked.parquet").symlink_to(tmp_path / "blob")
+    for path in (tmp_path / "rows" / "ROWS.JSONL", tmp_path / "linked.parquet"):
+        dataset = data.load(str(path), "gpt2")
+        assert dataset.train[:].tolist() == expected(TEXTS, 10)["train"]
+        assert dataset.val[:].tolist() == expected(TEXTS, 10)["val"]
+        assert dataset.meta["source"] == str(path.resolve()) and dataset.name == path.resolve().stem
+
+
+def test_a_single_file_that_cannot_be_read_is_named_once(tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"content": "b"}\n')
+    with pytest.raises(UserError, match=rf"^{tmp_path}/bad\.jsonl: it has no column 'text', only 'content'$"):
+        data.load(str(tmp_path / "bad.jsonl"), "gpt2")
+
+
+def test_dictionary_coded_parquet_is_read_as_any_other(made, tmp_path):
+    (tmp_path / "coded").mkdir()
+    table = pa.table({"text": pa.array(TEXTS).dictionary_encode()})
+    pq.write_table(table, tmp_path / "coded" / "a.parquet", use_dictionary=True, row_group_size=30)
+    assert same_tokens(made, prepared(tmp_path / "coded", name="coded"))
+
+
+def test_a_folder_that_was_prepared_by_an_older_reading_is_prepared_anew(parquet, monkeypatch):
+    before = data.load(str(parquet), "gpt2")
+    monkeypatch.setattr(sources, "READING", sources.READING + 1)
+    assert data.load(str(parquet), "gpt2").folder != before.folder
+
+
 def test_many_texts_become_shards_and_few_stay_as_they_were(tmp_path, monkeypatch):
     for number, text in enumerate(TEXTS):
         files.write(tmp_path / "texts" / f"{number:03d}.txt", text.encode())
