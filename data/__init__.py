@@ -31,7 +31,7 @@ def load(data: str, tokenizer: str = "char") -> Dataset:
     if not data or not path.exists():
         raise UserError(
             f"there is no dataset or file {data!r}\n"
-            f"name tinyshakespeare, openshakespeare, openwebtext, or a path to a UTF-8 text file or a folder "
-            f"of .txt, .jsonl or .parquet files"
+            f"name tinyshakespeare, openshakespeare, openwebtext, or a path: a UTF-8 text, .jsonl or "
+            f".parquet file, or a folder of .txt, .jsonl or .parquet files"
         )
     return owntext.load(path, tokenizer)

@@ -166,8 +166,9 @@ class _Writer:
             before = self.state["plan"]
             differs = [key for key in plan if plan[key] != before[key] and key != "identity"]
             what = ", ".join(f"{key} {before[key]}, not {plan[key]}" for key in differs)
+            changed = "read files that have changed since, or read them with an older version of this program"
             raise UserError(
-                f"an unfinished preparation has {what or 'read files that have changed since'}\n"
+                f"an unfinished preparation has {what or changed}\n"
                 f"ask for the same, or delete {unfinished} to start anew"
             )
         self.files = {}
@@ -260,6 +261,8 @@ class _Writer:
                 f"{source.where} has {state['parts']:,} documents: too few for training and held-out ones\n"
                 f"one of each {state['plan']['every']:,} is held out: use more"
             )
+        if failure := without_text(source.where, state["bytes"]):
+            raise BadDocument(failure)
         for split in SPLITS:
             if state["tokens"][split] % self.shard_tokens:
                 self._close(split)
@@ -278,6 +281,16 @@ class _Writer:
         }
         (self.folder / "checked.json").write_text(json.dumps(state["seen"], indent=2) + "\n")
         (self.folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+
+
+def without_text(where: str, n_bytes: dict[str, int]) -> str:
+    """The error where all documents of a split are empty, else an empty string."""
+    if all(n_bytes[split] for split in SPLITS):
+        return ""
+    if not any(n_bytes.values()):
+        return f"all documents of {where} are empty\nuse documents with text"
+    which = "held out for validation" if n_bytes["train"] else "for training"
+    return f"all documents of {where} {which} are empty\nuse more documents with text"
 
 
 def _to_extend(path: Path) -> BinaryIO:
@@ -338,8 +351,11 @@ def open_prepared(folder: Path) -> Dataset:
         tokens = {split: sum(meta["shards"][name]["tokens"] for name in names[split]) for split in SPLITS}
         if tokens != meta["tokens"] or min(tokens.values()) < 2:
             raise ValueError("its shards do not add up to its tokens")
+        without = without_text(meta["source"], meta["bytes"])
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{folder} is damaged ({error})\ndelete that folder and run again") from error
+    if without:  # prepared when that was not refused yet
+        raise UserError(without)
     check(folder, meta["shards"])
     train, val = (Shards([folder / name for name in names[split]]) for split in SPLITS)
     return Dataset(meta["name"], folder, meta, train, val, GPT2Tokenizer())

@@ -1,6 +1,7 @@
 """Where the data lies on disk, and how it is read and written so that nothing half-written is ever found."""
 
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,7 +56,10 @@ def read(path: Path) -> bytes:
 
 
 def read_text(path: Path) -> str:
-    """The UTF-8 text of a file that the user named: no byte-order mark, lines ended by a newline alone."""
+    """The UTF-8 text of a file that the user named: no byte-order mark, lines ended by a newline alone.
+
+    UserError if it cannot be read, is empty, or is not UTF-8.
+    """
     try:
         text = read(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -63,4 +67,15 @@ def read_text(path: Path) -> str:
             f"{path} is not UTF-8: byte {error.object[error.start]:#04x} at offset {error.start:,}\n"
             f"save it as UTF-8 (in most editors: Save As, encoding UTF-8)"
         ) from error
-    return text.replace("\r\n", "\n")
+    return newlines(text)
+
+
+def newlines(text: str) -> str:
+    """The text with the line ends of Windows (\\r\\n) and of old Macs (\\r) as newlines."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def say(message: str) -> None:
+    """Prints a line on stderr, once a run: of torchrun's processes only the first prints it."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""One's own text: a UTF-8 file, or a folder of .txt, .jsonl or .parquet files."""
+"""One's own text: a file of UTF-8 text, JSONL or parquet, or a folder of .txt, .jsonl or .parquet files."""
 
 from pathlib import Path
 
@@ -8,24 +8,40 @@ from lab.errors import UserError
 
 IN_MEMORY = 100 * 2**20  # bytes of .txt files with the tokenizer gpt2, above which they become shards
 HELD_OUT = 4 * 2**20  # bytes of files for each part held out: enough for --eval-tokens, from 40 MiB on
+# What a file that is no text is to become, by its suffix.
+REMEDIES = {
+    "unpack it first": ".gz .tgz .bz2 .xz .zst .zip .7z .rar .tar",
+    f"save its texts as the column {sources.COLUMN!r} of a .parquet or .jsonl file": (
+        ".csv .tsv .xls .xlsx .ods .arrow .feather .orc .avro"
+    ),
+    f'save it as .jsonl, one object a line: {{"{sources.COLUMN}": "…"}}': ".json .ndjson",
+    "save its text as UTF-8 in a .txt file": ".pdf .doc .docx .odt .rtf .epub .mobi .ppt .pptx .ps",
+}
+REMEDY_OF = {suffix: remedy for remedy, suffixes in REMEDIES.items() for suffix in suffixes.split()}
 
 
 def load(path: Path, tokenizer: str) -> Dataset:
-    """The dataset of a text file, or of the .txt files in a folder, sorted by path and joined by a newline.
+    """The dataset of a file, or of the files of one kind in a folder, sorted by path.
 
-    The last tenth is held out. Parquet and JSONL files, and .txt files beyond IN_MEMORY bytes, are
-    documents instead: with GPT-2's tokens and in shards, the end-of-text token after each (see `at_size`).
+    Text files are joined by a newline, and the last tenth is held out. A file of another suffix than .jsonl
+    and .parquet is text if it is UTF-8. JSONL and parquet files, and a folder with more than IN_MEMORY bytes
+    of .txt files, are documents instead: with GPT-2's tokens and in shards, the end-of-text token after each
+    (see `at_size`).
 
     The prepared folder's name holds a sha256, so a text that changed is prepared anew.
     """
+    suffix = path.suffix.lower()  # before links are followed
     path = path.resolve()
     if path.is_dir():
-        if is_large(path, tokenizer):
-            return at_size(path, tokenizer)
-        parts = sources.files_of(path)[".txt"]
-        name, text = path.name, "\n".join(files.read_text(part) for part in parts)
+        kind, paths = sources.files_of(path)
+    elif suffix in REMEDY_OF:
+        raise UserError(f"{path} cannot be trained on: {suffix} files are not read\n{REMEDY_OF[suffix]}")
     else:
-        name, text = path.stem, files.read_text(path)
+        kind, paths = suffix if suffix in (".jsonl", ".parquet") else ".txt", [path]
+    if kind != ".txt" or (path.is_dir() and tokenizer == "gpt2" and size_of(paths) > IN_MEMORY):
+        return at_size(path, kind, paths, tokenizer)
+    name = path.name if path.is_dir() else path.stem
+    text = "\n".join(files.read_text(part) for part in paths)
     sha256 = sha256_of(text)
     folder = tokens_folder(f"{name}-{sha256[:8]}", tokenizer)
     if folder.exists():
@@ -33,26 +49,24 @@ def load(path: Path, tokenizer: str) -> Dataset:
     return prepare(name, text, str(path), tokenizer, folder)
 
 
-def is_large(path: Path, tokenizer: str) -> bool:
-    """Whether a folder is tokenized document by document, not held in memory."""
-    by_kind = sources.files_of(path)
-    if list(by_kind) != [".txt"]:
-        return True  # also where it has none, or of several kinds: `sources.in_folder` says so
-    texts = by_kind[".txt"]
-    return tokenizer == "gpt2" and sum(text.stat().st_size for text in texts) > IN_MEMORY
+def size_of(paths: list[Path]) -> int:
+    """Bytes of the files."""
+    return sum(path.stat().st_size for path in paths)
 
 
-def at_size(path: Path, tokenizer: str) -> Dataset:
-    """The dataset of a folder of documents: the rows of .parquet or lines of .jsonl, or each .txt file.
+def at_size(path: Path, kind: str, paths: list[Path], tokenizer: str) -> Dataset:
+    """The dataset of documents: the rows of .parquet or lines of .jsonl files, or each .txt file.
 
     About 4 MiB are held out, at most one document of 10 and at least one of 2000, drawn as for OpenWebText.
     UserError if the tokenizer is not gpt2: the characters of a text are known at its end.
     """
-    source = sources.in_folder(path)
     if tokenizer != "gpt2":
-        raise UserError(f"{path} has {source.kind} files, which need GPT-2's tokens: add --tokenizer gpt2")
-    folder = tokens_folder(f"{path.name}-{source.identity[:8]}", tokenizer)
+        of = f"has {kind} files, which need" if path.is_dir() else f"is a {kind} file, which needs"
+        raise UserError(f"{path} {of} GPT-2's tokens: add --tokenizer gpt2")
+    source = sources.of_files(path, kind, paths)
+    name = path.name if path.is_dir() else path.stem
+    folder = tokens_folder(f"{name}-{source.identity[:8]}", tokenizer)
     if folder.exists():
         return documents.open_prepared(folder)
     every = min(2000, max(10, sum(source.sizes) // HELD_OUT))
-    return documents.prepare(path.name, source, folder, every)
+    return documents.prepare(name, source, folder, every)

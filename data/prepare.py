@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import files
+from data import cuts, files
 from data.shards import Shards
 from data.tokenizers import CharTokenizer, GPT2Tokenizer, from_meta
 from lab.errors import UserError
@@ -39,12 +39,16 @@ def tokens_folder(name: str, tokenizer: str) -> Path:
 def prepare(name: str, text: str, source: str, tokenizer: str, folder: Path) -> Dataset:
     """Splits and encodes `text`, writes `folder`, and opens it. `source` says where the text came from.
 
-    The whole text is held in memory. UserError if it is too short to split.
+    The whole text is held in memory. UserError if it is too short to split, or cannot be encoded.
     """
     encoder = CharTokenizer(text) if tokenizer == "char" else GPT2Tokenizer()
     first = int(TRAINING_SHARE * len(text))
-    texts = {"train": text[:first], "val": text[first:]}
-    ids = {split: encoder.encode(part) for split, part in texts.items()}
+    texts, ids = {"train": text[:first], "val": text[first:]}, {}
+    for split, start in zip(SPLITS, (0, first), strict=True):
+        try:
+            ids[split] = encoder.encode(texts[split])
+        except cuts.Unbroken as error:
+            raise UserError(f"{source}: {cuts.Unbroken(start + error.start)}") from None
     if min(map(len, ids.values())) < 2:  # an input and its target
         raise UserError(
             f"{source} has {len(text):,} characters: too few for a training and a validation split\n"

@@ -1,22 +1,26 @@
-"""Where documents come from: the files of a folder, parquet, JSONL or text, or those of a dataset on the hub.
+"""Where documents come from: files of parquet, JSONL or text, of one's own or of a dataset on the hub.
 
 A source is read one document after another, and from any place on, so that memory stays flat and a killed
 preparation goes on where it was.
 """
 
+import codecs
 import hashlib
 import json
-import re
+import stat
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from data import cuts, files
 from lab.errors import UserError
 
 COLUMN = "text"
 KINDS = (".parquet", ".jsonl", ".txt")
-PART = 2**20  # bytes: a longer document is tokenized in parts
+READING = 2  # raised when the same files are read as other documents, so that older tokens are not taken
+PART = 2**20  # bytes (of a text file) or characters: a longer document is tokenized in parts
 ROWS = 64  # of a parquet file at once
 HUB_TIMEOUT = 10  # seconds
 
@@ -26,7 +30,7 @@ class BadDocument(UserError):
 
 
 class Part(NamedTuple):
-    text: str  # of a document: all of it, or about PART bytes
+    text: str  # of a document: all of it, or about PART of it
     ends: bool  # whether the document does
     place: tuple[int, int] | None  # where to go on after it: a file's number and the offset in it (rows or
     #                                bytes); None inside a document that must be read from its start
@@ -35,7 +39,7 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    where: str  # the folder, or dataset@revision
+    where: str  # the folder, the file, or dataset@revision
     kind: str  # one of KINDS
     names: list[str]  # the files, in order
     sizes: list[int]  # bytes of each
@@ -49,20 +53,24 @@ class Source:
         read = {".parquet": parquet_rows, ".jsonl": json_lines, ".txt": text_parts}[self.kind]
         for number in range(first, len(self.names)):
             before, name = sum(self.sizes[:number]), self.names[number]
+            named = self.where if Path(self.where).name == name else f"{name} in {self.where}"
             try:
                 with self.open(name) as file:
                     for text, ends, after, share in read(file, offset, self.sizes[number]):
                         done = before + int(share * self.sizes[number])
-                        *begun, last = in_parts(text)
+                        try:
+                            *begun, last = cuts.parts(text, PART)
+                        except cuts.Unbroken as error:
+                            place = f"row {after - 1:,}" if self.kind == ".parquet" else f"byte {after:,}"
+                            raise BadDocument(f"the text that ends at {place}: {error}") from None
                         yield from (Part(part, False, None, done) for part in begun)
                         yield Part(last, ends, (number, after), done)
             except BadDocument as error:
-                raise BadDocument(f"{name} in {self.where}: {error}") from None
+                raise BadDocument(f"{named}: {error}") from None
             except self.failures as error:
                 reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
                 raise UserError(
-                    f"cannot read {name} in {self.where} ({reason})\n"
-                    f"run again when it can be read: it goes on where it was"
+                    f"cannot read {named} ({reason})\nrun again when it can be read: it goes on where it was"
                 ) from error
             offset = 0
 
@@ -70,41 +78,96 @@ class Source:
 def in_folder(folder: Path) -> Source:
     """The files of a folder and the folders in it, sorted by path: .parquet, .jsonl or .txt, of one kind.
 
-    Hidden ones are left out. UserError if there is no such folder, no such file, or more than one kind.
+    UserError if there is no such folder, no such file, or more than one kind.
     """
     folder = folder.expanduser().resolve()
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}")
-    by_kind = files_of(folder)
-    if not by_kind:
-        raise UserError(
-            f"the folder {folder} has no .parquet, .jsonl or .txt files\n"
-            f"put parquet or JSONL files with a column {COLUMN!r}, or UTF-8 texts that end in .txt, there"
-        )
-    if len(by_kind) > 1:
-        raise UserError(
-            f"the folder {folder} has files of more than one kind: {', '.join(by_kind)}\n"
-            f"move those that are not the data elsewhere"
-        )
-    ((kind, paths),) = by_kind.items()
+    return of_files(folder, *files_of(folder))
+
+
+def of_files(where: Path, kind: str, paths: list[Path]) -> Source:
+    """Files of one kind: those of the folder `where`, or the file `where` alone."""
+    folder = where if where.is_dir() else where.parent
     stats = [path.stat() for path in paths]
     names = [path.relative_to(folder).as_posix() for path in paths]
     listed = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in zip(names, stats, strict=True)]
-    identity = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+    identity = hashlib.sha256(json.dumps([READING, listed]).encode()).hexdigest()
     if kind == ".parquet":
         import_datasets()
     sizes = [stat.st_size for stat in stats]
-    return Source(str(folder), kind, names, sizes, identity, lambda name: open(folder / name, "rb"))
+    return Source(str(where), kind, names, sizes, identity, lambda name: open(folder / name, "rb"))
 
 
-def files_of(folder: Path) -> dict[str, list[Path]]:
-    """By kind, the data files in a folder and the folders in it, sorted by path; hidden ones left out."""
-    found = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix in KINDS and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
-    return {kind: paths for kind in KINDS if (paths := [path for path in found if path.suffix == kind])}
+def files_of(folder: Path) -> tuple[str, list[Path]]:
+    """The kind of the data files in a folder (one of KINDS), and the files, sorted by path.
+
+    A line on stderr names what is left out. UserError if there is no data file, or more than one kind.
+    """
+    found, left_out = _walk(folder)
+    others = "; ".join(f"{len(paths):,} {why} ({_some(folder, paths)})" for why, paths in left_out.items())
+    kinds = [kind for kind in KINDS if any(path.suffix.lower() == kind for path in found)]
+    if not kinds:
+        raise UserError(
+            f"the folder {folder} has no .parquet, .jsonl or .txt files"
+            f"{f' to read, but {others}' if others else ''}\n"
+            f"put parquet or JSONL files with a column {COLUMN!r}, or UTF-8 texts that end in .txt, there"
+        )
+    if len(kinds) > 1:
+        raise UserError(
+            f"the folder {folder} has files of more than one kind: {', '.join(kinds)}\n"
+            f"move those that are not the data elsewhere"
+        )
+    if others:
+        files.say(f"left out of {folder}: {others}")
+    return kinds[0], found
+
+
+def _walk(folder: Path) -> tuple[list[Path], dict[str, list[Path]]]:
+    """The data files in a folder and the folders in it, linked ones too, each once; all else by reason."""
+    found, left_out = [], defaultdict(list)
+    again = "read already under another name"
+    folders, linked, entered = deque([folder]), deque(), set()
+    while folders or linked:
+        here = (folders or linked).popleft()  # linked ones last: a file is known by its own name
+        real = here.resolve()
+        if real in entered:
+            left_out[again].append(here)
+            continue
+        entered.add(real)
+        try:
+            paths = sorted(here.iterdir())
+        except OSError:
+            left_out["unreadable"].append(here)
+            continue
+        for path in paths:
+            try:
+                about = path.stat()
+            except OSError:
+                left_out["linked to nothing" if path.is_symlink() else "unreadable"].append(path)
+                continue
+            if path.name.startswith("."):
+                left_out["hidden"].append(path)
+            elif stat.S_ISDIR(about.st_mode):
+                (linked if path.is_symlink() else folders).append(path)
+            elif not stat.S_ISREG(about.st_mode):
+                left_out["neither file nor folder"].append(path)
+            elif path.suffix.lower() not in KINDS:
+                left_out["not .parquet, .jsonl or .txt"].append(path)
+            elif about.st_size == 0:
+                left_out["empty"].append(path)
+            else:
+                found.append((path, path.resolve() if path.is_symlink() else real / path.name))
+    kept = {}
+    for path, real in sorted(found, key=lambda pair: (pair[0] != pair[1], pair[0])):
+        if kept.setdefault(real, path) != path:
+            left_out[again].append(path)
+    return sorted(kept.values()), left_out
+
+
+def _some(folder: Path, paths: list[Path]) -> str:
+    names = [path.relative_to(folder).as_posix() for path in sorted(paths)[:3]]
+    return ", ".join([*names, "…"] if len(paths) > 3 else names)
 
 
 def on_hub(repository: str, revision: str | None) -> Source:
@@ -200,19 +263,28 @@ def json_lines(file: BinaryIO, offset: int, size: int) -> Iterator[tuple[str, bo
 
 def text_parts(file: BinaryIO, offset: int, size: int) -> Iterator[tuple[str, bool, int, float]]:
     """A text file, which is one document, in parts; offsets are bytes."""
+    wanted = PART
     while offset < size:
         file.seek(offset)
-        content = file.read(PART)
-        ends = offset + len(content) >= size
-        end = len(content) if ends else boundary(content)
-        try:
-            text = content[:end].decode("utf-8-sig" if offset == 0 else "utf-8")
+        content = file.read(wanted)
+        ends = offset + len(content) >= size or len(content) < wanted
+        try:  # a character that is cut off at the end is left for the next part
+            text = codecs.getincrementaldecoder("utf-8")().decode(content, final=ends)
         except UnicodeDecodeError as error:
             raise BadDocument(
                 f"it is not UTF-8 at byte {offset + error.start:,}: save it as UTF-8"
             ) from error
-        offset += end
-        yield text.replace("\r\n", "\n"), ends, offset, offset / size
+        end = len(text) if ends else cuts.last(text, 0, len(text))
+        if not end:
+            if len(text) > cuts.LONGEST:
+                raise BadDocument(f"the text that begins at byte {offset:,}: {cuts.Unbroken(0)}")
+            wanted *= 2
+            continue
+        text = text[:end]
+        begins = offset == 0
+        offset = size if ends else offset + len(text.encode())
+        yield files.newlines(text.removeprefix("\ufeff") if begins else text), ends, offset, offset / size
+        wanted = PART
 
 
 def checked(text, place: str) -> str:
@@ -226,31 +298,3 @@ def checked(text, place: str) -> str:
 
 def no_column(names: list[str]) -> BadDocument:
     return BadDocument(f"it has no column {COLUMN!r}, only {', '.join(map(repr, names)) or 'none'}")
-
-
-def in_parts(text: str) -> list[str]:
-    """A text in parts of at most about PART bytes, which give the same tokens as the whole."""
-    if len(text) <= PART // 4:
-        return [text]
-    content, parts = text.encode(), []
-    while len(content) > PART:
-        end = boundary(content[:PART])
-        parts.append(content[:end].decode())
-        content = content[end:]
-    return [*parts, content.decode()]
-
-
-def boundary(content: bytes) -> int:
-    """Where UTF-8 text can be cut near its end: before a space between two letters, digits or marks.
-
-    GPT-2's pattern begins a new piece at each such space, so cutting there changes no token. Where the last
-    64 KiB have none, the cut is before the last character.
-    """
-    start = max(0, len(content) - 2**16)
-    spaces = [match.start() for match in re.finditer(rb"(?<=[!-~]) (?=[!-~])", content[start:])]
-    if spaces:
-        return start + spaces[-1]
-    end = len(content) - 1
-    while end > 1 and content[end] & 0xC0 == 0x80:  # inside a character
-        end -= 1
-    return max(end, 1)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import files
+from data import cuts, files
 from data.download import download, pip_download
 from lab.errors import UserError, shown
 
@@ -76,6 +76,7 @@ class GPT2Tokenizer:
     name = "gpt2"
     vocab_size = 50257
     end_of_text = 50256  # <|endoftext|>
+    part = 2**19  # characters given to tiktoken at once: it fails on a million of whitespace in a row
 
     def __init__(self):
         import tiktoken
@@ -91,7 +92,19 @@ class GPT2Tokenizer:
         )
 
     def encode(self, text: str) -> np.ndarray:
-        """uint16 ids. All text is ordinary: "<|endoftext|>" is encoded as the characters it consists of."""
+        """uint16 ids. All text is ordinary: "<|endoftext|>" is encoded as the characters it consists of.
+
+        cuts.Unbroken, a UserError, if millions of characters have no space or other break between them.
+        """
+        return np.concatenate([self._encode(part) for part in cuts.parts(text, self.part)])
+
+    def _encode(self, text: str) -> np.ndarray:
+        if len(text) > self.part:  # it has no cut, so long whitespace can only be at its start
+            spaces = len(text) - len(text.lstrip(cuts.WHITESPACE))
+            if spaces > 1:  # the pattern leaves the last one to the word that follows; the rest is one piece
+                end = spaces if spaces == len(text) else spaces - 1
+                piece = np.array(self._encoding._encode_single_piece(text[:end]), dtype=np.uint16)
+                return np.concatenate([piece, self.encode(text[end:])])
         try:
             return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
         except UnicodeEncodeError:  # half of a surrogate pair, which encode_ordinary replaces

@@ -7,8 +7,10 @@ module, and when the driver is killed, the pipe ends and they end too.
 import os
 import pickle
 import queue
+import signal
 import subprocess
 import sys
+import tempfile
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -33,9 +35,10 @@ class Workers:
         # In a session of their own Ctrl-C does not reach them: the driver ends them.
         options = {"cwd": Path(__file__).parents[1], "start_new_session": True}
         options["env"] = os.environ | {"DATA_DIR": str(files.root().resolve())}
+        self.stderrs = [tempfile.TemporaryFile() for _ in range(n)]  # noqa: SIM115
         self.processes = [
-            subprocess.Popen(COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, **options)
-            for _ in range(n)
+            subprocess.Popen(COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, **options)
+            for stderr in self.stderrs
         ]
         self.idle = queue.SimpleQueue()
         for process in self.processes:
@@ -43,7 +46,10 @@ class Workers:
         self.threads = ThreadPoolExecutor(n)  # each hands a block to a process and waits for it
 
     def map(self, blocks: Iterable) -> Iterator[tuple]:
-        """Each block with what `encode` makes of its parts, by split; in order, a few blocks ahead."""
+        """Each block with what `encode` makes of its parts, by split; in order, a few blocks ahead.
+
+        UserError if that fails, with the reason that the process gives.
+        """
         waiting = deque()
         for block in blocks:
             waiting.append((block, self.threads.submit(self._encode, block.parts)))
@@ -58,14 +64,29 @@ class Workers:
         try:
             pickle.dump(parts, process.stdin, protocol=pickle.HIGHEST_PROTOCOL)
             process.stdin.flush()
-            return pickle.load(process.stdout)
+            found = pickle.load(process.stdout)
         except (OSError, EOFError, pickle.UnpicklingError):
-            raise UserError(
-                f"a tokenizing process ended, with status {process.wait()}; was there too little memory?\n"
-                f"run again, perhaps with fewer --workers: it goes on where it was"
-            ) from None
+            raise self._ended(process) from None
         finally:
             self.idle.put(process)
+        if isinstance(found, UserError):
+            raise found
+        return found
+
+    def _ended(self, process: subprocess.Popen) -> UserError:
+        """The error for a process that has ended."""
+        status = process.wait()
+        stderr = self.stderrs[self.processes.index(process)]
+        stderr.seek(0)
+        lines = stderr.read().decode(errors="replace").split("\n")
+        said = next((line.strip() for line in reversed(lines) if line.strip()), "")
+        if status == -signal.SIGKILL or "memory allocation" in said:  # Rust's words, before it aborts
+            return too_little_memory(f"ended, with status {status}")
+        said = said or (signal.strsignal(-status) if status < 0 else "no message")
+        return UserError(
+            f"a tokenizing process ended, with status {status}: {said}\n"
+            f"mend that and run again: it goes on where it was"
+        )
 
     def stop(self) -> None:
         for process in self.processes:
@@ -76,6 +97,15 @@ class Workers:
             with suppress(OSError):  # what was left to say to it
                 process.stdin.close()
             process.stdout.close()
+        for stderr in self.stderrs:
+            stderr.close()
+
+
+def too_little_memory(what: str) -> UserError:
+    return UserError(
+        f"a tokenizing process {what}; was there too little memory?\n"
+        f"run again, perhaps with fewer --workers: it goes on where it was"
+    )
 
 
 @contextmanager
@@ -90,11 +120,19 @@ def started(n: int) -> Iterator[Workers]:
 
 def serve() -> None:
     """What a process does: parts from stdin, their tokens to stdout, until the driver has gone."""
-    tokenizer = GPT2Tokenizer()
+    tokenizer = None
     try:
         while True:
             parts = pickle.load(sys.stdin.buffer)
-            found = {split: encode(tokenizer, texts) for split, texts in parts.items()}
+            try:
+                tokenizer = tokenizer or GPT2Tokenizer()
+                found = {split: encode(tokenizer, texts) for split, texts in parts.items()}
+            except UserError as error:
+                found = UserError(str(error))  # a subclass need not survive the pipe
+            except MemoryError:
+                found = too_little_memory("has no memory left")
+            except Exception as error:
+                found = UserError(f"a tokenizing process failed: {reason(error)}")
             pickle.dump(found, sys.stdout.buffer, protocol=pickle.HIGHEST_PROTOCOL)
             sys.stdout.buffer.flush()
     except (EOFError, BrokenPipeError):
@@ -109,8 +147,21 @@ def encode(tokenizer: GPT2Tokenizer, texts: list[tuple[str, bool]]) -> tuple[np.
     end = np.array([tokenizer.end_of_text], dtype=np.uint16)
     tokens, n_bytes = [end[:0]], 0
     for text, ends in texts:
-        tokens.append(tokenizer.encode(text))
+        try:
+            tokens.append(tokenizer.encode(text))
+        except (UserError, MemoryError):
+            raise
+        except BaseException as error:  # also a panic of Rust's, which is no Exception
+            raise UserError(
+                f"cannot tokenize the text that begins with {text[:40]!r}: {reason(error)}\n"
+                f"running again will not help: leave that text out"
+            ) from error
         if ends:
             tokens.append(end)
         n_bytes += len(text.encode())
     return np.concatenate(tokens), n_bytes
+
+
+def reason(error: BaseException) -> str:
+    """The error in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -9,6 +9,7 @@ import http.server
 import io
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -20,9 +21,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import regex
+import tiktoken
 
 import data
-from data import download, files, openshakespeare, prepare, tinyshakespeare, tokenizers
+from data import cuts, download, files, openshakespeare, prepare, sources, tinyshakespeare, tokenizers
 from lab.errors import UserError
 
 REPOSITORY = Path(__file__).parents[1]
@@ -171,6 +174,127 @@ def test_a_folder_of_texts_is_joined_in_the_order_of_names(tmp_path):
 def test_the_same_text_saved_on_windows_gives_the_same_tokens(tmp_path, own_text):
     (tmp_path / "windows.txt").write_bytes(b"\xef\xbb\xbf" + TEXT.replace("\n", "\r\n").encode())
     assert data.load(str(tmp_path / "windows.txt")).meta["sha256"] == data.load(str(own_text)).meta["sha256"]
+
+
+def test_every_kind_of_line_end_becomes_a_newline(tmp_path, own_text):
+    (tmp_path / "old.txt").write_bytes(TEXT.replace("\n", "\r").encode())
+    assert data.load(str(tmp_path / "old.txt")).meta["sha256"] == sha256(TEXT.encode())
+    (tmp_path / "mixed.txt").write_bytes(b"\xef\xbb\xbfa\rb\r\nc\n\r\n\rd")
+    assert files.read_text(tmp_path / "mixed.txt") == "a\nb\nc\n\n\nd"
+
+
+def test_a_file_of_another_suffix_is_text_if_it_is_utf8(tmp_path):
+    for name in ("notes.md", "NOTES", "code.py", "B.TXT"):
+        (tmp_path / name).write_text(TEXT)
+        assert data.load(str(tmp_path / name)).meta["sha256"] == sha256(TEXT.encode())
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("table.csv", "save its texts as the column 'text'"),
+        ("TABLE.TSV", "save its texts as the column 'text'"),
+        ("rows.json", r'save it as \.jsonl, one object a line: \{"text": '),
+        ("rows.jsonl.gz", "unpack it first"),
+        ("texts.zip", "unpack it first"),
+        ("book.pdf", r"save its text as UTF-8 in a \.txt file"),
+        ("book.docx", r"save its text as UTF-8 in a \.txt file"),
+    ],
+)
+def test_a_file_that_is_no_text_is_refused_by_its_kind_with_the_remedy(tmp_path, name, remedy):
+    (tmp_path / name).write_text(TEXT)
+    for tokenizer in ("char", "gpt2"):
+        with pytest.raises(UserError, match=f"{name} cannot be trained on: .* not read\n{remedy}") as error:
+            data.load(str(tmp_path / name), tokenizer)
+        assert str(error.value).count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "ROWS.JSONL", "rows.parquet"])
+def test_a_file_of_documents_needs_the_tokens_of_gpt2(tmp_path, name):
+    (tmp_path / name).write_text('{"text": "a document"}\n' * 100)
+    with pytest.raises(UserError, match=r"is a \.(jsonl|parquet) file, which needs .* --tokenizer gpt2"):
+        data.load(str(tmp_path / name))
+
+
+def test_texts_in_linked_folders_and_of_upper_case_suffixes_are_read_once(tmp_path, capsys):
+    folder, elsewhere = tmp_path / "texts", tmp_path / "elsewhere"
+    (folder / "z").mkdir(parents=True)
+    elsewhere.mkdir()
+    for path in (folder / "B.TXT", folder / "z" / "c.txt", elsewhere / "d.Txt"):
+        path.write_text(f"{path.name} " * 20)
+    (folder / "a_loop").symlink_to(folder, target_is_directory=True)
+    (folder / "a_link").symlink_to(folder / "z", target_is_directory=True)
+    (folder / "more").symlink_to(elsewhere, target_is_directory=True)
+    (folder / "a.txt").symlink_to(folder / "B.TXT")
+    kind, paths = sources.files_of(folder)
+    assert kind == ".txt"
+    assert [path.relative_to(folder).as_posix() for path in paths] == ["B.TXT", "more/d.Txt", "z/c.txt"]
+    assert capsys.readouterr().err == (
+        f"left out of {folder}: 3 read already under another name (a.txt, a_link, a_loop)\n"
+    )
+    dataset = data.load(str(folder))
+    text = dataset.tokenizer.decode(dataset.train) + dataset.tokenizer.decode(dataset.val)
+    assert text == "B.TXT " * 20 + "\n" + "d.Txt " * 20 + "\n" + "c.txt " * 20
+
+
+@pytest.fixture
+def odd_folder(tmp_path) -> Path:
+    """A folder with a text and all that is not read."""
+    folder = tmp_path / "odd"
+    (folder / ".git").mkdir(parents=True)
+    (folder / ".git" / "config.txt").write_text("not a text to train on")
+    for name in ("a.pdf", "b.md", "c.csv", "d.json"):
+        (folder / name).write_text("something")
+    (folder / "empty.txt").touch()
+    (folder / "gone.txt").symlink_to("nowhere")
+    os.mkfifo(folder / "pipe.txt")
+    (folder / "text.txt").write_text(TEXT)
+    return folder
+
+
+def test_what_a_folder_has_that_is_not_read_is_counted_and_named_in_one_line(odd_folder, capsys):
+    assert data.load(str(odd_folder)).meta["sha256"] == sha256(TEXT.encode())
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    listed = said.removeprefix(f"left out of {odd_folder}: ").strip().split("; ")
+    assert sorted(listed) == [
+        "1 empty (empty.txt)",
+        "1 hidden (.git)",
+        "1 linked to nothing (gone.txt)",
+        "1 neither file nor folder (pipe.txt)",
+        "4 not .parquet, .jsonl or .txt (a.pdf, b.md, c.csv, …)",
+    ]
+
+
+def test_a_folder_in_the_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch, capsys):
+    (tmp_path / "texts" / "closed").mkdir(parents=True)
+    (tmp_path / "texts" / "a.txt").write_text(TEXT)
+    iterdir = Path.iterdir
+
+    def closed(path):
+        if path.name == "closed":
+            raise PermissionError(13, "Permission denied")
+        return iterdir(path)
+
+    monkeypatch.setattr(Path, "iterdir", closed)
+    data.load(str(tmp_path / "texts"))
+    assert capsys.readouterr().err.endswith(": 1 unreadable (closed)\n")
+
+
+def test_only_the_first_of_several_processes_names_what_is_left_out(odd_folder, monkeypatch, capsys):
+    for rank, lines in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        data.load(str(odd_folder))
+        assert capsys.readouterr().err.count("\n") == lines
+
+
+def test_a_folder_with_nothing_to_read_names_what_it_has(odd_folder, capsys):
+    (odd_folder / "text.txt").unlink()
+    with pytest.raises(
+        UserError, match=r"no \.parquet, \.jsonl or \.txt files to read, but .*1 empty"
+    ) as error:
+        data.load(str(odd_folder))
+    assert str(error.value).count("\n") == 1 and capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
@@ -582,6 +706,81 @@ def test_gpt2_takes_any_text_and_gives_it_back(gpt2):
     ids = gpt2.encode(text)
     assert gpt2.decode(ids) == text
     assert 50256 not in ids
+
+
+# Long texts: cut in parts, and runs that tiktoken cannot take. The reference is the pattern itself, by the
+# package regex, and tiktoken on each piece alone.
+
+
+def by_the_pattern(gpt2: data.GPT2Tokenizer, text: str) -> list[int]:
+    pieces = regex.findall(tokenizers.GPT2_PATTERN, text)
+    return [token for piece in pieces for token in gpt2._encoding._encode_single_piece(piece)]
+
+
+@pytest.mark.parametrize("run", [" ", "\n", "\r\n", "\u3000"])
+def test_a_million_and_more_of_the_same_are_tokenized_as_gpt2_does(gpt2, run):
+    run *= 1_200_000 // len(run)
+    for text in (run, f"first {run}then\u2003 more"):
+        assert np.array_equal(gpt2.encode(text), by_the_pattern(gpt2, text))
+        assert gpt2.decode(gpt2.encode(text)) == text
+
+
+@pytest.mark.parametrize("n", [2**19 - 1, 2**19, 2**19 + 1])
+def test_runs_as_long_as_a_part_are_tokenized_as_gpt2_does(gpt2, n):
+    for text in (" " * n, " " * n + "word", "word" + "\n" * n + "!", "a" * n + "  b"):
+        assert np.array_equal(gpt2.encode(text), by_the_pattern(gpt2, text))
+
+
+def made_up_text(draw: random.Random) -> str:
+    """Letters, digits, marks and all sorts of space, each repeated now and then."""
+    characters = ["a", "B", "é", "中", "が", "1", "２", "½", "'", "'s", "'re", "!", ".", "。", "，", "😀"]
+    characters += ["\u0301", "\x1c", "\x1f", "\u200b", "\0", *"    \n\n\n\r\t\xa0\u3000\x85", "\r\n"]
+    return "".join(
+        draw.choice(characters) * draw.choice([1, 1, 1, 2, 3, 40]) for _ in range(draw.randint(0, 60))
+    )
+
+
+def test_a_text_in_parts_has_the_tokens_of_the_whole(gpt2):
+    draw = random.Random(0)
+    for _ in range(3000):
+        text, gpt2.part = made_up_text(draw), draw.randint(1, 30)
+        parts = list(cuts.parts(text, gpt2.part))
+        assert "".join(parts) == text and (all(parts) or parts == [""])
+        assert gpt2.encode(text).tolist() == gpt2._encoding.encode_ordinary(text), (text, gpt2.part)
+
+
+def test_parts_are_as_long_as_asked_for_wherever_there_are_cuts():
+    text = "It's a text, as long as most: 12 words of 3 lines.\n" * 100
+    for size in (20, 100, 1000):
+        lengths = [len(part) for part in cuts.parts(text, size)]
+        assert max(lengths) <= size and min(lengths[:-1]) > size - 10
+
+
+def test_whitespace_is_what_tiktoken_takes_for_it():
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    only_spaces = tiktoken.Encoding("spaces", pat_str=r"\s", mergeable_ranks=ranks, special_tokens={})
+    characters = [chr(code) for code in (*range(0xD800), *range(0xE000, 0x20000))]
+    assert [c for c in characters if only_spaces.encode_ordinary(c)] == sorted(cuts.WHITESPACE)
+
+
+def test_half_a_surrogate_pair_in_a_long_text_is_replaced_as_before(gpt2):
+    gpt2.part = 5
+    assert gpt2.decode(gpt2.encode("word \ud83d word \ud83d\ude00" + " " * 20)) == "word � word 😀" + " " * 20
+
+
+def test_text_without_a_break_for_too_long_is_refused_by_name_and_place(gpt2, tmp_path, monkeypatch):
+    monkeypatch.setattr(cuts, "LONGEST", 1000)
+    monkeypatch.setattr(data.GPT2Tokenizer, "part", 100)
+    path = tmp_path / "blob.txt"
+    for run in ("a", " "):
+        path.write_text("word " * 1000 + run * 1001 + " word" * 1000)
+        with pytest.raises(
+            UserError, match=r"blob\.txt: from character 4,999 on, .*\nbreak them up"
+        ) as error:
+            data.load(str(path), "gpt2")
+        assert str(error.value).count("\n") == 1
+        path.write_text("word " * 1000 + run * 990 + " word" * 1000)
+        assert len(data.load(str(path), "gpt2").train) > 1000
 
 
 def test_a_character_split_over_two_tokens_can_be_streamed(gpt2):

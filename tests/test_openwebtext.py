@@ -21,7 +21,7 @@ from conftest import TINY_RUN, call
 
 import data
 import train
-from data import documents, download, files, openwebtext, owntext, shards, sources, tokenizers, workers
+from data import cuts, documents, download, files, openwebtext, owntext, shards, sources, tokenizers, workers
 from lab import batches
 from lab.errors import UserError
 
@@ -158,10 +158,10 @@ def test_shards_have_the_length_asked_for_and_their_sha256_in_meta(made):
 
 
 def test_tokens_that_fill_the_last_shard_exactly_leave_no_empty_one(tmp_path):
-    write_jsonl(tmp_path / "source" / "a.jsonl", [""] * 20)  # 18 and 2 tokens
+    write_jsonl(tmp_path / "source" / "a.jsonl", ["a"] * 20)  # 36 and 4 tokens
     folder = files.root() / "tokens" / "exact"
-    dataset = documents.prepare("exact", sources.in_folder(tmp_path / "source"), folder, 10, 1, 2)
-    assert {shard["tokens"] for shard in dataset.meta["shards"].values()} == {2}
+    dataset = documents.prepare("exact", sources.in_folder(tmp_path / "source"), folder, 10, 1, 4)
+    assert {shard["tokens"] for shard in dataset.meta["shards"].values()} == {4}
     assert len(dataset.meta["shards"]) == 10
     assert len(list(dataset.folder.glob("*.bin"))) == 10
 
@@ -204,6 +204,64 @@ def test_a_document_cut_into_parts_has_the_tokens_of_the_whole(tmp_path, monkeyp
         assert tokens[: len(whole)].tolist() == whole.tolist()
         assert tokens[-1] == END and (tokens[:-1] != END).all()
         assert n_bytes == len(text.replace("\r\n", "\n").encode())
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
+def test_wherever_a_text_is_cut_its_tokens_and_lines_are_those_of_the_whole(tmp_path, monkeypatch, newline):
+    tokenizer, draw = data.GPT2Tokenizer(), random.Random(0)
+    for number in range(60):
+        monkeypatch.setattr(sources, "PART", draw.randint(7, 60))
+        pieces = [
+            "word",
+            "é",
+            "中。",
+            " ",
+            "  ",
+            "\n",
+            "\n\n",
+            "\n" * 50,
+            "a" * 70,
+            "!",
+            "12",
+            "😀",
+            " " * 80,
+        ]
+        text = "".join(draw.choices(pieces, k=60)) + "."
+        content = b"\xef\xbb\xbf" * (number % 2) + text.replace("\n", newline).encode()
+        files.write(tmp_path / "texts" / "a.txt", content)
+        parts = list(sources.in_folder(tmp_path / "texts").parts())
+        assert "".join(part.text for part in parts) == text
+        tokens, _ = workers.encode(tokenizer, [(part.text, part.ends) for part in parts])
+        assert tokens.tolist() == [*tokenizer.encode(text).tolist(), END]
+        assert len(parts) > 5
+
+
+def test_documents_of_more_than_a_million_spaces_are_tokenized_in_full(tmp_path):
+    texts = [*TEXTS[:15], " " * 1_200_000 + "word", *TEXTS[15:30]]
+    write_jsonl(tmp_path / "lines" / "a.jsonl", texts)
+    for number, text in enumerate(texts):
+        files.write(tmp_path / "texts" / f"{number:03d}.txt", text.encode())
+    tokens = expected(texts, 10)
+    for folder in (tmp_path / "lines", tmp_path / "texts"):
+        made = files.root() / "tokens" / folder.name
+        dataset = documents.prepare(folder.name, sources.in_folder(folder), made, 10, 1, 10**6)
+        assert np.array_equal(dataset.train[:], tokens["train"])
+        assert np.array_equal(dataset.val[:], tokens["val"])
+
+
+def test_a_document_without_a_break_for_too_long_is_named_with_its_place(tmp_path, monkeypatch):
+    monkeypatch.setattr(cuts, "LONGEST", 1000)
+    monkeypatch.setattr(sources, "PART", 100)
+    texts = [*TEXTS[:20], "word " + "a" * 1001]
+    write_jsonl(tmp_path / "lines" / "a.jsonl", texts)
+    end = (tmp_path / "lines" / "a.jsonl").stat().st_size
+    refused(tmp_path / "lines", rf"a\.jsonl in .*: the text that ends at byte {end:,}: from character 4 on")
+    write_parquet(tmp_path / "rows" / "a.parquet", texts)
+    refused(tmp_path / "rows", r"a\.parquet in .*: the text that ends at row 20: from character 4 on")
+    files.write(tmp_path / "texts" / "a.txt", texts[-1].encode() * 2)
+    refused(tmp_path / "texts", r"a\.txt in .*: the text that ends at byte 1,010: from character 0 on")
+    files.write(tmp_path / "texts" / "a.txt", b"word " + b"a" * 2000)
+    refused(tmp_path / "texts", r"a\.txt in .*: the text that begins at byte 4: from character 0 on")
 
 
 @pytest.mark.parametrize("kind", sources.KINDS)
@@ -322,6 +380,59 @@ def test_a_tokenizing_process_that_dies_is_said_and_loses_nothing(parquet, monke
             prepared(parquet)
     assert documents.read_state(files.root() / "tokens" / ".unfinished-made")["parts"] > 0
     assert prepared(parquet).train[:].tolist() == expected(TEXTS, 10)["train"]
+
+
+BROKEN = {
+    "an error of the tokenizer": (
+        "raise ValueError('Regex error:\\nout of stack')",
+        r"^cannot tokenize the text that begins with '.+': ValueError: Regex error: out of stack\n"
+        r"running again will not help: leave that text out$",
+    ),
+    "a panic of Rust's": (
+        "raise BaseException('panicked')",
+        r"^cannot tokenize the text that begins with '.+': BaseException: panicked\nrunning again",
+    ),
+    "an error for the user": (
+        "raise workers.UserError('the text is bad\\nmend it')",
+        "^the text is bad\nmend it$",
+    ),
+    "no memory": (
+        "raise MemoryError",
+        r"^a tokenizing process has no memory left; .* too little memory\?\nrun again",
+    ),
+    "an end by itself": (
+        "print('no such library', file=sys.stderr); os._exit(3)",
+        r"^a tokenizing process ended, with status 3: no such library\nmend that and run again",
+    ),
+    "a signal": (
+        "os.kill(os.getpid(), signal.SIGSEGV)",
+        r"^a tokenizing process ended, with status -11: Segmentation fault\nmend that and run again",
+    ),
+    "an abort for want of memory": (
+        "print('memory allocation of 9 bytes failed', file=sys.stderr, flush=True); os.abort()",
+        r"^a tokenizing process ended, with status -6; was there too little memory\?\nrun again",
+    ),
+}
+
+
+@pytest.mark.parametrize(("code", "message"), BROKEN.values(), ids=BROKEN.keys())
+def test_what_goes_wrong_in_a_tokenizing_process_reaches_the_user(parquet, monkeypatch, capfd, code, message):
+    script = f"import os, signal, sys\nfrom data import workers\ndef encode(self, text):\n    {code}\n"
+    script += "workers.GPT2Tokenizer.encode = encode\nworkers.serve()"
+    monkeypatch.setattr(workers, "COMMAND", [sys.executable, "-c", script])
+    with pytest.raises(UserError, match=message) as error:
+        prepared(parquet)
+    assert str(error.value).count("\n") == 1
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_tokenizing_process_that_cannot_start_says_why(parquet, monkeypatch, capfd):
+    monkeypatch.setattr(workers, "COMMAND", [sys.executable, "-c", "import missing_module"])
+    with pytest.raises(
+        UserError, match=r"status 1: ModuleNotFoundError: No module named 'missing_module'\nmend"
+    ):
+        prepared(parquet)
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_an_unfinished_preparation_may_be_copied_but_not_changed(made, parquet, capsys):
@@ -517,6 +628,28 @@ def test_too_few_documents_are_refused(tmp_path):
     refused(tmp_path / "lines", "has 1 documents: too few .*\none of each 10 is held out")
 
 
+def test_documents_without_text_are_refused_before_the_training(tmp_path):
+    write_jsonl(tmp_path / "all" / "a.jsonl", [""] * 100)
+    refused(tmp_path / "all", r"all documents of .*all are empty\nuse documents with text")
+    held = [documents.held_out(number, 10) for number in range(100)]
+    write_jsonl(tmp_path / "val" / "a.jsonl", ["" if is_held else "text" for is_held in held])
+    refused(tmp_path / "val", r"all documents of .*val held out for validation are empty\nuse more")
+    write_jsonl(tmp_path / "train" / "a.jsonl", ["text" if is_held else "" for is_held in held])
+    refused(tmp_path / "train", r"all documents of .*train for training are empty\nuse more")
+    files.write(tmp_path / "texts" / "a.txt", b"\xef\xbb\xbf")
+    for number in range(100):
+        files.write(tmp_path / "texts" / f"{number}.txt", b"\xef\xbb\xbf")
+    refused(tmp_path / "texts", "all documents of .*texts are empty")
+
+
+def test_documents_without_text_that_were_prepared_before_are_refused(made):
+    meta = json.loads((made.folder / "meta.json").read_text())
+    meta["bytes"]["val"] = 0
+    (made.folder / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(UserError, match="held out for validation are empty"):
+        documents.open_prepared(made.folder)
+
+
 def test_without_the_package_datasets_the_extra_is_named(parquet, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     refused(parquet, r"pip install -e '\.\[owt\]'")
@@ -574,6 +707,36 @@ def test_a_folder_of_documents_needs_the_tokens_of_gpt2(parquet):
         data.load(str(parquet))
     with pytest.raises(UserError, match="use --tokenizer gpt2"):
         data.load("openwebtext", "char")
+
+
+def test_a_single_file_of_documents_gives_the_tokens_of_its_documents(tmp_path):
+    write_jsonl(tmp_path / "rows" / "ROWS.JSONL", TEXTS)
+    write_parquet(tmp_path / "blob", TEXTS)
+    (tmp_path / "linked.parquet").symlink_to(tmp_path / "blob")
+    for path in (tmp_path / "rows" / "ROWS.JSONL", tmp_path / "linked.parquet"):
+        dataset = data.load(str(path), "gpt2")
+        assert dataset.train[:].tolist() == expected(TEXTS, 10)["train"]
+        assert dataset.val[:].tolist() == expected(TEXTS, 10)["val"]
+        assert dataset.meta["source"] == str(path.resolve()) and dataset.name == path.resolve().stem
+
+
+def test_a_single_file_that_cannot_be_read_is_named_once(tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"content": "b"}\n')
+    with pytest.raises(UserError, match=rf"^{tmp_path}/bad\.jsonl: it has no column 'text', only 'content'$"):
+        data.load(str(tmp_path / "bad.jsonl"), "gpt2")
+
+
+def test_dictionary_coded_parquet_is_read_as_any_other(made, tmp_path):
+    (tmp_path / "coded").mkdir()
+    table = pa.table({"text": pa.array(TEXTS).dictionary_encode()})
+    pq.write_table(table, tmp_path / "coded" / "a.parquet", use_dictionary=True, row_group_size=30)
+    assert same_tokens(made, prepared(tmp_path / "coded", name="coded"))
+
+
+def test_a_folder_that_was_prepared_by_an_older_reading_is_prepared_anew(parquet, monkeypatch):
+    before = data.load(str(parquet), "gpt2")
+    monkeypatch.setattr(sources, "READING", sources.READING + 1)
+    assert data.load(str(parquet), "gpt2").folder != before.folder
 
 
 def test_many_texts_become_shards_and_few_stay_as_they_were(tmp_path, monkeypatch):
