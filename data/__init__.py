@@ -1,5 +1,6 @@
 """Text for training: `load` finds or fetches a text, prepares its token files once, and maps them."""
 
+from difflib import get_close_matches
 from pathlib import Path
 
 from data import openshakespeare, owntext, tinyshakespeare
@@ -29,8 +30,10 @@ def load(data: str, tokenizer: str = "char") -> Dataset:
         return openwebtext.load(tokenizer)
     path = Path(data).expanduser()
     if not data or not path.exists():
+        close = get_close_matches(data, ("tinyshakespeare", "openshakespeare", "openwebtext"), n=1)
+        guess = f"; did you mean {close[0]}?" if close else ""
         raise UserError(
-            f"there is no dataset or file {data!r}\n"
+            f"there is no dataset or file {data!r}{guess}\n"
             f"name tinyshakespeare, openshakespeare, openwebtext, or a path: a UTF-8 text, .jsonl or "
             f".parquet file, or a folder of .txt, .jsonl or .parquet files"
         )

@@ -26,6 +26,7 @@ from data.prepare import SPLITS, Dataset
 from data.shards import Shards, check, seen, sha256_of_file
 from data.sources import PART, BadDocument, Part, Source
 from data.tokenizers import GPT2Tokenizer
+from lab import formats
 from lab.errors import UserError
 
 SHARD_TOKENS = 100_000_000
@@ -162,6 +163,7 @@ class _Writer:
         self.folder = unfinished / "tokens"
         self.shard_tokens = plan["shard_tokens"]
         self.state = read_state(unfinished)
+        formats.check(self.state, formats.DATA, str(self.path))
         if self.state and self.state["plan"] != plan:
             before = self.state["plan"]
             differs = [key for key in plan if plan[key] != before[key] and key != "identity"]
@@ -180,6 +182,7 @@ class _Writer:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir()
             self.state = {
+                "format": formats.DATA,
                 "plan": plan,
                 "place": (0, 0),
                 "parts": 0,
@@ -269,6 +272,7 @@ class _Writer:
             else:  # the shard before ended with the last token
                 os.unlink(self.files.pop(split).name)
         meta = {
+            "format": formats.DATA,
             "name": name,
             "tokenizer": GPT2Tokenizer.name,
             "vocab_size": GPT2Tokenizer.vocab_size,
@@ -347,6 +351,7 @@ def open_prepared(folder: Path) -> Dataset:
     """Opens a prepared folder. UserError names a shard that is missing, truncated or changed."""
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        formats.check(meta, formats.DATA, str(folder / "meta.json"))
         names = {split: [name for name in meta["shards"] if name.startswith(split)] for split in SPLITS}
         tokens = {split: sum(meta["shards"][name]["tokens"] for name in names[split]) for split in SPLITS}
         if tokens != meta["tokens"] or min(tokens.values()) < 2:

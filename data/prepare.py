@@ -15,6 +15,7 @@ import numpy as np
 from data import cuts, files
 from data.shards import Shards
 from data.tokenizers import CharTokenizer, GPT2Tokenizer, from_meta
+from lab import formats
 from lab.errors import UserError
 
 TRAINING_SHARE = 0.9  # the first 90 % of the characters, as nanoGPT does
@@ -55,6 +56,7 @@ def prepare(name: str, text: str, source: str, tokenizer: str, folder: Path) -> 
             f"use a longer text"
         )
     meta = {
+        "format": formats.DATA,
         "name": name,
         "tokenizer": tokenizer,
         **({"characters": encoder.characters} if tokenizer == "char" else {}),
@@ -83,6 +85,7 @@ def open_prepared(folder: Path, sha256: str) -> Dataset:
     """Opens a prepared folder. UserError if it is damaged or of a text with another sha256."""
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        formats.check(meta, formats.DATA, str(folder / "meta.json"))
         if meta["sha256"] != sha256:
             raise ValueError(f"it was made from another text, sha256 {meta['sha256'][:8]}…")
         for split in SPLITS:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -72,7 +71,7 @@ def check(folder: Path, shards: dict[str, dict]) -> None:
         try:
             files.write(folder / "checked.json", (json.dumps(now, indent=2) + "\n").encode())
         except UserError:  # a folder that is only to be read: hashed again next time
-            print(f"{folder} cannot be written: its shards are hashed at every start", file=sys.stderr)
+            files.say(f"{folder} cannot be written: its shards are hashed at every start")
 
 
 def _last_check(folder: Path) -> dict:

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -76,9 +75,8 @@ def _stand_in(tokenizer: str, failure: str) -> Dataset:
             f"neither TinyShakespeare nor its stand-in can be had: {failure}; {error}\n"
             f"download {URL} elsewhere and set TINYSHAKESPEARE to the file's path"
         ) from error
-    print(
+    files.say(
         "TinyShakespeare cannot be reached: this is openshakespeare, whose losses do not compare with "
-        "TinyShakespeare's (to have the real one, set TINYSHAKESPEARE to the path of its input.txt)",
-        file=sys.stderr,
+        "TinyShakespeare's (to have the real one, set TINYSHAKESPEARE to the path of its input.txt)"
     )
     return dataset

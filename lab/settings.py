@@ -21,8 +21,8 @@ class Settings(Generic[ModelConfig]):
     stage: str
     """Stage to train: its number or its folder's name."""
     data: str = "tinyshakespeare"
-    """tinyshakespeare, openshakespeare, openwebtext, or a path: a text file, or a folder of .txt, .jsonl or
-    .parquet files."""
+    """tinyshakespeare, openshakespeare, openwebtext, or a path: a file of UTF-8 text, .jsonl or .parquet, or
+    a folder of them."""
     tokenizer: Literal["char", "gpt2"] = "char"
     """What a token is: a character, or one of GPT-2's 50257 pieces of words (openwebtext knows no other)."""
     preset: Literal["auto", "laptop", "baby", "gpt2"] = "auto"

@@ -104,6 +104,7 @@ def test_meta_says_what_was_prepared_and_from_where(own_text):
     dataset = data.load(str(own_text))
     first = int(0.9 * len(TEXT))
     assert json.loads((dataset.folder / "meta.json").read_text(encoding="utf-8")) == {
+        "format": 2,
         "name": "mine",
         "tokenizer": "char",
         "characters": "".join(sorted(set(TEXT))),

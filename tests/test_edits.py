@@ -584,3 +584,20 @@ def test_results_of_a_newer_version_are_not_overwritten(copied, monkeypatch, cap
     assert call(monkeypatch, compare, *flags, *SHORT) == 2
     assert "out/results.json has format 99" in capsys.readouterr().err
     assert json.loads((folder / "results.json").read_text()) == {"format": 99}
+
+
+def test_prepared_data_of_a_newer_version_is_refused_in_a_sentence(run_train, workshop, capsys):
+    assert run_train("--stage", "0", "--steps", "1") == 0
+    (meta,) = workshop.glob("data/tokens/*/meta.json")
+    assert json.loads(meta.read_text())["format"] == formats.DATA
+    change(meta, format=99)
+    capsys.readouterr()
+    assert run_train("--stage", "0", "--steps", "1") == 2
+    assert "meta.json has format 99" in capsys.readouterr().err
+    change(meta, format=None)  # of the first version
+    assert run_train("--stage", "0", "--steps", "1") == 0
+
+
+def test_a_misspelt_data_set_gets_a_guess(run_train, capsys):
+    assert run_train("--stage", "0", "--data", "tinyshakespear") == 2
+    assert "did you mean tinyshakespeare?" in capsys.readouterr().err
