@@ -285,11 +285,12 @@ def test_a_mistral_that_becomes_a_llama_keeps_its_ids(run_import, run_export, te
     config |= {"model_type": "mistral", "sliding_window": None}
     Path("theirs/config.json").write_text(json.dumps(config))
     library.save("theirs/tokenizer.json")
-    Path("theirs/tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer", "eos_token": "a"}')
+    Path("theirs/tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer", "eos_token": "j"}')
     assert run_import("theirs", "--out", "runs/it") == 0
     assert run_export("--run", "runs/it", "--to", "hf", "--out", "back") == 0
-    again = AutoTokenizer.from_pretrained("back")
-    assert again("ab")["input_ids"] == library.encode("ab").ids and again.eos_token == "a"
+    theirs, again = AutoTokenizer.from_pretrained("theirs"), AutoTokenizer.from_pretrained("back")
+    assert again("ab")["input_ids"] == theirs("ab")["input_ids"] == library.encode("ab").ids
+    assert again.eos_token == "j"
 
 
 def test_a_fine_tuned_model_keeps_the_side_files(run_import, run_export, workshop, monkeypatch):  # noqa: F811
