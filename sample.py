@@ -4,7 +4,6 @@ The prompt may also come from a pipe (echo "ROMEO:" | python sample.py --stage 0
 The text goes to stdout as it is made, the rest to stderr.
 """
 
-import codecs
 import functools
 import os
 import stat
@@ -16,6 +15,7 @@ from typing import Literal
 
 import torch
 
+from data import files
 from lab import cli, device, runs, sampling
 from lab.errors import UserError, shown
 from lab.static import CompiledStep
@@ -32,7 +32,7 @@ class Settings:
     checkpoint: Literal["best", "last"] = "best"
     """best (lowest validation loss) or last."""
     prompt: str | None = None
-    """Text to continue; without it what is piped in, or a newline."""
+    """Text to continue. None: what is piped in; without that, a new text."""
     prompt_file: str | None = None
     """File with the text to continue."""
     max_new_tokens: int = 500
@@ -90,6 +90,11 @@ def main():
     tokenizer = runs.tokenizer(folder)
     prompt = read_prompt(settings)
     tokens = tokenizer.encode(prompt).tolist() if prompt else sampling.default_prompt(tokenizer)
+    if not tokens:
+        raise UserError(
+            f"the prompt {prompt!r} gives no tokens: the model's tokenizer drops all of it\n"
+            "give another, or none to start a new text"
+        )
     print(f"{config['stage']} from {shown(folder)}", file=sys.stderr)
 
     generator = torch.Generator().manual_seed(settings.seed)
@@ -110,7 +115,7 @@ def main():
         if number:
             print("\n---------------")
         write(prompt)
-        text = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may span tokens
+        text_of = tokenizer.stream(tokens)
         started = time.perf_counter()
         for token in generate(
             model,
@@ -122,10 +127,10 @@ def main():
             top_p=settings.top_p,
             generator=generator,
         ):
-            write(text.decode(tokenizer.decode_bytes([token])))
+            write(text_of(token))
             n_tokens += 1
         seconds += time.perf_counter() - started
-        write(text.decode(b"", final=True))
+        write(text_of(None))
     print()
     speed = f"{n_tokens} tokens in {seconds:.1f} s: {n_tokens / seconds:,.0f} tokens/s"
     if counts.drafted:
@@ -137,21 +142,22 @@ def read_prompt(settings: Settings) -> str:
     """The prompt from its flag, its file or a pipe; empty where there is none."""
     if settings.prompt is not None and settings.prompt_file is not None:
         raise UserError("give --prompt or --prompt-file, not both")
+    if settings.prompt is not None:
+        # Python has made surrogates of bytes that are not UTF-8; this gives those bytes again.
+        escapes = all(not "\ud800" <= c <= "\udfff" or "\udc80" <= c <= "\udcff" for c in settings.prompt)
+        errors = "surrogateescape" if escapes else "surrogatepass"
+        return files.decoded(settings.prompt.encode("utf-8", errors), "the prompt")
+    source = "standard input" if settings.prompt_file is None else settings.prompt_file or "''"
     try:
-        if settings.prompt is not None:
-            return settings.prompt
         if settings.prompt_file is not None:
-            return Path(settings.prompt_file).read_text(encoding="utf-8")
+            return files.decoded(Path(settings.prompt_file).expanduser().read_bytes(), source)
         if sys.stdin is None:  # closed
             return ""
         mode = os.fstat(sys.stdin.fileno()).st_mode
         if stat.S_ISFIFO(mode) or stat.S_ISREG(mode):
-            return sys.stdin.read()
+            return files.decoded(sys.stdin.buffer.read(), source)
     except OSError as error:
-        read = settings.prompt_file or "standard input"
-        raise UserError(f"cannot read {read}: {error.strerror or error}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{settings.prompt_file or 'standard input'} is not UTF-8 text") from None
+        raise UserError(f"cannot read {source}: {error.strerror or error}") from None
     return ""
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 import data
+from data.tokenizers import HF_CONFIG, copy_side_files
 from lab import (
     batches,
     checkpoint,
@@ -85,6 +86,8 @@ def main():
         folder = parallel.from_first(
             lambda: runs.create(settings.out, settings.stage, dataset, settings.seed, config)
         )
+        if settings.init_from and parallel.RANK == 0:
+            copy_side_files(Path(settings.init_from), folder, HF_CONFIG)
     with runs.locked(folder):
         progress = {"step": 0, "tokens": 0, "seconds": 0.0, "best_val_loss": math.inf}
         if settings.resume:

@@ -60,12 +60,17 @@ def read_text(path: Path) -> str:
 
     UserError if it cannot be read, is empty, or is not UTF-8.
     """
+    return decoded(read(path), path)
+
+
+def decoded(content: bytes, name: Path | str) -> str:
+    """Text from UTF-8 as in read_text; `name` says where it is from, for the UserError if it is not UTF-8."""
     try:
-        text = read(path).decode("utf-8-sig")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{path} is not UTF-8: byte {error.object[error.start]:#04x} at offset {error.start:,}\n"
-            f"save it as UTF-8 (in most editors: Save As, encoding UTF-8)"
+            f"{name} is not UTF-8: byte {error.object[error.start]:#04x} at offset {error.start:,}\n"
+            f"save it as UTF-8 (in most editors: Save As, encoding UTF-8), or convert it with iconv"
         ) from error
     return newlines(text)
 

@@ -1,13 +1,16 @@
 """Text to token ids and back: an id a character, GPT-2's byte-pair encoding, or an imported tokenizer."""
 
+import codecs
 import hashlib
 import io
 import json
 import os
 import re
+import shutil
+import sys
 import tempfile
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +40,7 @@ class CharTokenizer:
     """One id a character: its place among the distinct ones of `characters`, sorted (as nanoGPT does)."""
 
     name = "char"
+    prefix = ()  # no token comes before every text
 
     def __init__(self, characters: str):
         self.characters = "".join(sorted(set(characters)))
@@ -69,6 +73,10 @@ class CharTokenizer:
         """The UTF-8 bytes of the ids."""
         return self.decode(ids).encode("utf-8", "surrogatepass")
 
+    def stream(self, prompt: Iterable[int] = ()) -> Callable[[int | None], str]:
+        """A function from each token after the prompt to the text that it completes; None gives the rest."""
+        return _stream_of_bytes(self)
+
 
 class GPT2Tokenizer:
     """GPT-2's byte-pair encoding by tiktoken; its two files are fetched once (see `gpt2_files`)."""
@@ -76,6 +84,7 @@ class GPT2Tokenizer:
     name = "gpt2"
     vocab_size = 50257
     end_of_text = 50256  # <|endoftext|>
+    prefix = ()
     part = 2**19  # characters given to tiktoken at once: it fails on a million of whitespace in a row
 
     def __init__(self):
@@ -118,65 +127,215 @@ class GPT2Tokenizer:
         """The UTF-8 bytes of the ids; a token may end inside a character."""
         return self._encoding.decode_bytes(_integers(ids).tolist())
 
+    def stream(self, prompt: Iterable[int] = ()) -> Callable[[int | None], str]:
+        """A function from each token after the prompt to the text that it completes; None gives the rest."""
+        return _stream_of_bytes(self)
+
 
 class HuggingFaceTokenizer:
-    """The tokenizer.json of an imported run; `encode` adds the special tokens that it asks for (Llama: BOS).
+    """The tokenizer of an imported run: its tokenizer.json, and the added tokens of the files beside it.
 
-    Byte-level ones (GPT-2, Llama 3) and SentencePiece's (Llama 2, Mistral) are known.
+    The library `tokenizers` does all of the work. `encode` adds the special tokens that tokenizer.json asks
+    for (Llama: BOS). Special tokens are shown as text.
     """
 
     name = "hf"
 
-    def __init__(self, path: Path):
-        library = import_tokenizers()
-        try:
-            self._tokenizer = library.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library's only kind
-            raise UserError(f"{shown(path)} is missing or damaged: {error}") from None
+    def __init__(self, folder: Path):
+        self._tokenizer = library_tokenizer(folder)
+        self._encode = self._tokenizer.encode
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self.vocab_size = max(self._tokenizer.get_vocab().values(), default=-1) + 1
         described = json.loads(self._tokenizer.to_str())
-        self._added = {token["id"]: token["content"] for token in described["added_tokens"]}
-        decoder = json.dumps(described["decoder"])
-        self._byte_level = '"ByteLevel"' in decoder
-        if not self._byte_level and '"ByteFallback"' not in decoder and '"Metaspace"' not in decoder:
-            raise UserError(
-                f"{shown(path)} has a decoder that is not known here: {decoder[:60]}\n"
-                "known are ByteLevel (GPT-2, Llama 3) and SentencePiece's (Llama 2, Mistral)"
-            )
-        self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
+        self._byte_fallback = '"ByteFallback"' in json.dumps(described["decoder"])
+        # The library leaves out what such a model has no token for; the other models raise an error.
+        model = described["model"]
+        self._may_drop = model["type"] == "BPE" and model["unk_token"] is None
+        try:
+            example = self._encode("a")
+        except Exception:  # no token for it
+            example = self._encode("")
+        n_before = [*example.special_tokens_mask, 0].index(0)
+        self.prefix = example.ids[:n_before]  # what comes before every text, such as BOS
 
     def encode(self, text: str) -> np.ndarray:
-        """int64 ids."""
-        return np.array(self._tokenizer.encode(text).ids, dtype=np.int64)
+        """int64 ids. Half of a surrogate pair becomes U+FFFD, as in GPT2Tokenizer."""
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        try:
+            encoding = self._encode(text)
+        except Exception as error:  # the library's only kind
+            raise UserError(f"the model's tokenizer cannot encode this text: {error}") from None
+        if self._may_drop:
+            characters = [character for character in dict.fromkeys(text) if not character.isspace()]
+            dropped = [c for c in characters if self._encode(c).ids == self._encode(2 * c).ids]
+            if dropped:
+                print(f"left out, as the model has no token for it: {' '.join(dropped)}", file=sys.stderr)
+        return np.array(encoding.ids, dtype=np.int64)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Bytes that are not UTF-8, such as part of a character, become U+FFFD."""
-        return self.decode_bytes(ids).decode("utf-8", "replace")
+        return self._tokenizer.decode(_integers(ids).tolist(), skip_special_tokens=False)
 
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The UTF-8 bytes of the ids; a token may end inside a character."""
-        return b"".join(map(self._bytes, _integers(ids).tolist()))
+    def stream(self, prompt: Iterable[int] = ()) -> Callable[[int | None], str]:
+        """A function from each token after the prompt to the text that it completes; None gives the rest.
 
-    def _bytes(self, token: int) -> bytes:
-        if token in self._added:
-            return self._added[token].encode()
-        text = self._tokenizer.id_to_token(token) or ""  # ids may have gaps
-        if self._byte_level:
-            return bytes(GPT2_BYTES[character] for character in text)
-        if byte := re.fullmatch("<0x([0-9A-F]{2})>", text):
-            return bytes.fromhex(byte[1])
-        return text.replace("▁", " ").encode()
+        Joined, these texts are what decode(prompt + tokens) has after decode(prompt). (The library's own
+        DecodeStream raises an error where a later token changes earlier text, and cannot give the rest.)
+        """
+        window = _integers(prompt).tolist()  # tokens whose text was given, then those whose text was not
+        n_given, given = len(window), self.decode(window)
+
+        def text_of(token: int | None) -> str:
+            nonlocal window, n_given, given
+            if token is not None:
+                window.append(token)
+            text = self.decode(window)
+            if token is not None and (text.endswith("\ufffd") or self._is_byte(token)):
+                return ""  # perhaps part of a character
+            # Text changes where new bytes make a character of the prompt invalid, which is shown already.
+            new = text[len(given) :] if text.startswith(given) else self.decode(window[n_given:])
+            # The last token is context enough for the next: decoders treat the first of all differently.
+            if window and self.decode(window[-1:]):
+                window = window[-1:]
+            n_given, given = len(window), self.decode(window)
+            return new
+
+        return text_of
+
+    def _is_byte(self, token: int) -> bool:
+        # If one byte of several in a row is invalid, the library's ByteFallback replaces all of them.
+        text = self._tokenizer.id_to_token(token) or ""
+        return self._byte_fallback and re.fullmatch("<0x[0-9A-F]{2}>", text) is not None
 
 
-def from_meta(meta: dict, folder: Path = Path()) -> CharTokenizer | GPT2Tokenizer | HuggingFaceTokenizer:
-    """The tokenizer that a meta.json describes; `folder` has the tokenizer.json of one that was imported.
+# What a Hugging Face folder has beside its weights; chat templates may also be in a folder of their own.
+SIDE_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+SIDE_FILES += ("chat_template.jinja", "chat_template.json", "generation_config.json")
+# The same vocabulary in the formats of other libraries.
+SIDE_FILES += ("tokenizer.model", "tekken.json", "vocab.json", "merges.txt", "vocab.txt")
+CHAT_TEMPLATES = "additional_chat_templates"
+HF_CONFIG = "hf_config.json"  # the name in a run of the config.json that was imported
+# The tokens that transformers knows by name, in the order in which it adds those that are new.
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
-    KeyError if it describes none.
+
+def copy_side_files(source: Path, folder: Path, *others: str) -> None:
+    """Copies SIDE_FILES, chat templates and the others named, those that are there."""
+    for name in (*SIDE_FILES, *others):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    if (source / CHAT_TEMPLATES).is_dir():
+        shutil.copytree(source / CHAT_TEMPLATES, folder / CHAT_TEMPLATES)
+
+
+def library_tokenizer(folder: Path):
+    """The tokenizers.Tokenizer of a Hugging Face folder: tokenizer.json and the added tokens beside it.
+
+    It is what transformers 5 makes for PreTrainedTokenizerFast: tokenizer.json decides all but the added
+    tokens, and add_bos_token, add_eos_token and add_prefix_space in tokenizer_config.json have no effect.
+    (For GPT2Tokenizer and LlamaTokenizer, transformers takes only the vocabulary, the merges and the
+    post-processor from tokenizer.json. Its ids then differ where the normalizer or pre-tokenizer there is not
+    the one of that class.)
     """
-    if meta["tokenizer"] == "hf":
-        return HuggingFaceTokenizer(folder / "tokenizer.json")
-    return CharTokenizer(meta["characters"]) if meta["tokenizer"] == "char" else GPT2Tokenizer()
+    library = import_tokenizers()
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        raise UserError(f"{shown(folder)} has no tokenizer.json")
+    try:
+        tokenizer = library.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library's only kind
+        raise UserError(f"{shown(path)} is damaged: {error}") from None
+    dropout = getattr(tokenizer.model, "dropout", None)
+    if dropout:
+        raise UserError(
+            f"{shown(path)} has dropout = {dropout:.3g}: it would split the same text differently each time\n"
+            "set dropout to null in that file"
+        )
+    config = read_object(folder / "tokenizer_config.json")
+    if config.get("fast_tokenizer_files") not in (None, [], [path.name]):
+        raise UserError(
+            f"{shown(folder / 'tokenizer_config.json')} has fast_tokenizer_files = "
+            f"{json.dumps(config['fast_tokenizer_files'])}: only tokenizer.json is read\n"
+            "load it with AutoTokenizer.from_pretrained and save it with save_pretrained"
+        )
+    try:
+        declared, special = tokens_beside(folder, config, library.AddedToken)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"the added tokens in {shown(folder)} are damaged: {error}") from None
+    known = {token.content for token in [*tokenizer.get_added_tokens_decoder().values(), *declared.values()]}
+    tokenizer.add_tokens([token for _, token in sorted(declared.items())])
+    tokenizer.add_tokens([token for token in special if token.content not in known])
+    for number, token in declared.items():
+        found = tokenizer.token_to_id(token.content)
+        if found != number:
+            file = "tokenizer_config.json" if "added_tokens_decoder" in config else "added_tokens.json"
+            raise UserError(
+                f"{shown(folder / file)} gives {token.content!r} the id {number}, but with tokenizer.json "
+                f"it is {found}\nthe ids of added tokens must follow those of tokenizer.json without a gap"
+            )
+    tokenizer.encode_special_tokens = bool(config.get("split_special_tokens"))
+    return tokenizer
+
+
+def tokens_beside(folder: Path, config: dict, added_token: type) -> tuple[dict, list]:
+    """The added tokens that tokenizer_config.json (config) and older files in its place declare.
+
+    By id those with one, and a list of the special ones (bos_token, …), which get the next free ids where
+    they are new. The order is that of transformers.
+    """
+
+    def made(token: str | dict, is_special: bool = True):
+        token = {"content": token} if isinstance(token, str) else token
+        flags = {key: token[key] for key in ("lstrip", "rstrip", "normalized", "single_word") if key in token}
+        return added_token(token["content"], special=is_special, **flags)
+
+    in_config = "added_tokens_decoder" in config
+    if not in_config:
+        config = config | read_object(folder / "special_tokens_map.json")
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    named = [config.get(name) for name in NAMED_TOKENS]
+    named += [token for name, token in config.items() if name.endswith("_token") and name not in NAMED_TOKENS]
+    named += extra.values() if isinstance(extra, dict) else extra
+    special = [made(token) for token in named if isinstance(token, str | dict)]
+    special = {token.content: token for token in special}
+    if in_config:
+        declared = {
+            int(number): made(token, token.get("special", False) or token["content"] in special)
+            for number, token in config["added_tokens_decoder"].items()
+        }
+    else:
+        declared = {
+            int(number): made(content, content in special)
+            for content, number in read_object(folder / "added_tokens.json").items()
+        }
+    return declared, list(special.values())
+
+
+def read_object(path: Path) -> dict:
+    """The JSON object in a file, empty where there is no file; UserError where it is damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise UserError(f"{shown(path)} is damaged: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{shown(path)} is damaged: it holds no JSON object")
+    return content
+
+
+def from_meta(meta: dict, folder: Path | None = None) -> CharTokenizer | GPT2Tokenizer | HuggingFaceTokenizer:
+    """The tokenizer that a meta.json describes; `folder` is that of its run.
+
+    An imported run has a tokenizer.json. Even where its ids are GPT-2's, it may know special tokens.
+    KeyError if meta describes none.
+    """
+    if meta["tokenizer"] == "char":
+        return CharTokenizer(meta["characters"])
+    if folder and (meta["tokenizer"] == "hf" or (folder / "tokenizer.json").exists()):
+        return HuggingFaceTokenizer(folder)
+    return GPT2Tokenizer()
 
 
 def import_tokenizers():
@@ -191,6 +350,13 @@ def import_tokenizers():
 def _code_points(text: str) -> np.ndarray:
     # surrogates: what Python makes of command line bytes that are not UTF-8
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+
+
+def _stream_of_bytes(tokenizer: CharTokenizer | GPT2Tokenizer) -> Callable[[int | None], str]:
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may span tokens
+    return lambda token: decoder.decode(
+        b"" if token is None else tokenizer.decode_bytes([token]), final=token is None
+    )
 
 
 def _integers(ids: Iterable[int]) -> np.ndarray:

@@ -4,6 +4,8 @@
 text of `sample.py --temperature 0`, up to the context. (Past it sample.py slides its window; transformers
 stops.) Stage 0 becomes GPT2LMHeadModel, stages 3 to 5 LlamaForCausalLM,
 stage 6 without shared experts MixtralForCausalLM, and stage 7 DeepseekV3ForCausalLM.
+A run that was imported, or fine-tuned from one, gets back the files of its tokenizer, generation_config.json
+and the ids of its special tokens. Transformers follows them: it may sample, and stop at an end-of-text token.
 
 --to llama2c: model.bin and tokenizer.bin for the C program `run` of karpathy/llama2.c; see deploy/llama2c.py.
 """
@@ -18,6 +20,7 @@ from safetensors.torch import save as safetensors_bytes
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # Python looks in deploy/ alone
 
+from data.tokenizers import HF_CONFIG, read_object
 from deploy import architectures, deepseek, gpt2, llama, llama2c, mixtral, tokenizer_json
 from deploy.output import new_folder
 from lab import checkpoint, cli, runs
@@ -31,6 +34,8 @@ COUNTERPARTS = {
     "stage6_moe": mixtral,
     "stage7_mla_mtp": deepseek,
 }
+
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # the same in an export as they were imported
 
 
 @dataclass
@@ -76,15 +81,27 @@ def main():
 
 def write_hf(folder: Path, counterpart, tensors: dict, sizes: dict, meta: dict, run: Path) -> None:
     """Writes what transformers loads; counterpart is the module gpt2, llama, mixtral or deepseek."""
+    tokenizer = runs.tokenizer(run)
+    imported = read_object(run / HF_CONFIG)  # empty where the run was not imported
     config = counterpart.to_config(sizes)
+    if imported:
+        for key in TOKEN_IDS:
+            config.pop(key, None)  # a missing field has a meaning too: the default of its class
+        config |= {key: imported[key] for key in TOKEN_IDS if key in imported}
     theirs = {name: t.contiguous() for name, t in counterpart.to_tensors(tensors, sizes).items()}
     checkpoint.write(folder / "model.safetensors", safetensors_bytes(theirs, {"format": "pt"}))
     tokenizer_json.write(meta, run, folder, sizes["block_size"])
-    # Greedy and within the context, unless the call says otherwise; never what only pads the vocabulary.
-    generation = {"do_sample": False, "max_length": sizes["block_size"]}
-    padding = list(range(runs.tokenizer(run).vocab_size, sizes["vocab_size"]))
+    if imported and imported["model_type"] != config["model_type"]:
+        tokenizer_json.unbind(folder)
+    # Greedy and within the context, unless the call or what was imported says otherwise.
+    generation = read_object(run / "generation_config.json")
+    if not generation:
+        generation = {"do_sample": False, "max_length": sizes["block_size"]}
+        generation |= {key: imported[key] for key in TOKEN_IDS if key in imported}
+    # Never what only pads the vocabulary.
+    padding = range(tokenizer.vocab_size, sizes["vocab_size"])
     if padding:
-        generation["suppress_tokens"] = padding
+        generation["suppress_tokens"] = sorted({*(generation.get("suppress_tokens") or []), *padding})
     for name, content in (("config.json", config), ("generation_config.json", generation)):
         runs.write_json(folder / name, content)
 

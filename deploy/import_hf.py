@@ -3,7 +3,8 @@
 GPT-2 becomes stage 0; Llama, and Mistral without its sliding window, stage 3 or, with fewer key/value heads
 than heads, stage 4; Mixtral becomes stage 6, DeepSeek-V3 stage 7. The run is for sample.py, deploy/export.py
 and, where its tokenizer is GPT-2's or of characters, train.py --init-from. Nothing is fetched: DIR is on this
-machine. Weights become float32. What no stage can represent is refused by its name. Tokens that end a text in
+machine. Weights become float32. What no stage can represent is refused by its name. The files of the
+tokenizer and generation_config.json are kept in the run, for deploy/export.py. Tokens that end a text in
 transformers (eos_token_id) end none in sample.py.
 """
 
@@ -23,6 +24,7 @@ from safetensors.torch import save as safetensors_bytes
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # Python looks in deploy/ alone
 
 from data import from_meta
+from data.tokenizers import HF_CONFIG, copy_side_files
 from deploy import architectures, deepseek, gpt2, llama, mixtral, tokenizer_json
 from deploy.output import new_folder
 from lab import checkpoint, cli, cost, edits, formats, runs, stages
@@ -59,9 +61,10 @@ def main():
     tokenizer = from_meta(meta, source)
     if tokenizer.vocab_size > sizes["vocab_size"]:
         raise UserError(
-            f"{shown(source)}: tokenizer.json has {tokenizer.vocab_size:,} tokens, the model in config.json "
-            f"{sizes['vocab_size']:,}"
+            f"{shown(source)}: tokenizer.json has {tokenizer.vocab_size:,} tokens, with those added in other "
+            f"files; the model in config.json has {sizes['vocab_size']:,}"
         )
+    tokenizer_json.say_what_is_ignored(source)
     with new_folder(out) as run:
         tensors = read_weights(source, counterpart, model, sizes | layout)
         write_run(run, source, stage, model, tensors, meta | {"vocab_size": tokenizer.vocab_size})
@@ -180,8 +183,8 @@ def write_run(run: Path, source: Path, stage: str, model, tensors: dict, meta: d
     (run / "last").mkdir()
     metadata = {"stage": stage, "step": "0"}
     checkpoint.write(run / "last" / checkpoint.WEIGHTS, safetensors_bytes(tensors, metadata))
-    if meta["tokenizer"] == "hf":
-        shutil.copyfile(source / "tokenizer.json", run / "tokenizer.json")
+    copy_side_files(source, run)
+    shutil.copyfile(source / "config.json", run / HF_CONFIG)
     runs.write_json(run / "meta.json", meta)
     config = {
         "format": formats.RUN,

@@ -2,28 +2,45 @@
 
 import hashlib
 import json
-import shutil
+import sys
 from pathlib import Path
 
-from data.tokenizers import GPT2_BYTES, GPT2_FILES, CharTokenizer, gpt2_files, import_tokenizers
+from data.tokenizers import (
+    GPT2_BYTES,
+    GPT2_FILES,
+    CharTokenizer,
+    copy_side_files,
+    gpt2_files,
+    import_tokenizers,
+    library_tokenizer,
+    read_object,
+)
 from lab.errors import UserError, shown
 
 ANY_CHARACTER = r"[\s\S]"
 
 
 def write(meta: dict, run: Path, folder: Path, context: int) -> None:
-    """Writes tokenizer.json and tokenizer_config.json for the tokenizer of a run's meta.json."""
-    if meta["tokenizer"] == "hf":
-        shutil.copyfile(run / "tokenizer.json", folder / "tokenizer.json")
-    else:
+    """Writes tokenizer.json and tokenizer_config.json for a run: those imported with it, or new ones."""
+    copy_side_files(run, folder)
+    if not (folder / "tokenizer.json").exists():
         tokenizer = of_characters(meta["characters"]) if meta["tokenizer"] == "char" else of_gpt2()
         tokenizer.save(str(folder / "tokenizer.json"))
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,  # true would delete spaces before punctuation
-        "model_max_length": context,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if not (folder / "tokenizer_config.json").exists():
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,  # true would delete spaces before punctuation
+            "model_max_length": context,
+        }
+        path = folder / "tokenizer_config.json"
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def unbind(folder: Path) -> None:
+    """Names a class in tokenizer_config.json that goes by tokenizer.json alone, not by the kind of model."""
+    config = read_object(folder / "tokenizer_config.json") | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
 
 
 def of_characters(characters: str):
@@ -54,36 +71,64 @@ def of_gpt2():
 def read(folder: Path) -> dict:
     """What meta.json of an imported run says of the tokenizer in a folder: {"tokenizer", …}.
 
-    "char" and "gpt2" are recognised; "hf" is any other.
+    "char" and "gpt2" are those whose ids for any text are exactly ours; "hf" is any other.
     """
-    path = folder / "tokenizer.json"
-    try:
-        described = json.loads(path.read_text(encoding="utf-8"))
-        model = described["model"]
-        vocab = model["vocab"]
-    except FileNotFoundError:
+    if not (folder / "tokenizer.json").exists():
         raise UserError(
             f"{shown(folder)} has no tokenizer.json; transformers writes one: "
             "AutoTokenizer.from_pretrained(…).save_pretrained(FOLDER)"
-        ) from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{shown(path)} is damaged: {type(error).__name__}: {error}") from None
-    if model.get("type") == "WordLevel" and described == json.loads(of_characters("".join(vocab)).to_str()):
+        )
+    described = json.loads(library_tokenizer(folder).to_str())  # every field, also those left to defaults
+    vocab = described["model"]["vocab"]
+    if described["model"]["type"] == "WordLevel" and described == json.loads(
+        of_characters("".join(vocab)).to_str()
+    ):
         return {"tokenizer": "char", "characters": "".join(vocab)}
     return {"tokenizer": "gpt2" if is_gpt2(described) else "hf"}
 
 
 def is_gpt2(described: dict) -> bool:
-    """Whether a tokenizer.json splits text as GPT-2 does and gives the pieces GPT-2's ids."""
-    model, splitter = described["model"], described.get("pre_tokenizer") or {}
-    if model.get("type") != "BPE" or described.get("normalizer") or splitter.get("type") != "ByteLevel":
-        return False
-    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-    vocab_bpe = "\n".join(["#version: 0.2", *merges, ""])
-    pieces = [*GPT2_BYTES, *(pair.replace(" ", "") for pair in merges), "<|endoftext|>"]
-    return (
-        hashlib.sha256(vocab_bpe.encode()).hexdigest() == GPT2_FILES["vocab.bpe"]
-        and model["vocab"] == {piece: i for i, piece in enumerate(pieces)}
+    """Whether a tokenizer.json gives every text GPT-2's ids, and its ids the same text as GPT-2.
+
+    It may know <|endoftext|> as a special token: sample.py then takes it for one in a prompt, train.py takes
+    it for text in data, as always.
+    """
+    model, splitter = described["model"], described["pre_tokenizer"] or {}
+    splits_alike = (
+        splitter.get("type") == "ByteLevel"
+        and splitter["use_regex"]
         and not splitter["add_prefix_space"]
-        and all(token["id"] < len(pieces) for token in described["added_tokens"])
+        and (described["post_processor"] or {"type": "ByteLevel"})["type"] == "ByteLevel"  # adds no token
+        and (described["decoder"] or {}).get("type") == "ByteLevel"
+        and not any(described[field] for field in ("normalizer", "truncation", "padding"))
+        and {token["content"] for token in described["added_tokens"]} <= {"<|endoftext|>"}
     )
+    if not splits_alike or model["type"] != "BPE":
+        return False
+    # unk_token and fuse_unk have no effect: every byte is known
+    options = ("dropout", "byte_fallback", "ignore_merges", "continuing_subword_prefix", "end_of_word_suffix")
+    if any(model[option] for option in options):
+        return False
+    merges = [" ".join(pair) for pair in model["merges"]]
+    vocab_bpe = "\n".join(["#version: 0.2", *merges, ""])
+    pieces = [*GPT2_BYTES, *("".join(pair) for pair in model["merges"]), "<|endoftext|>"]
+    return hashlib.sha256(vocab_bpe.encode()).hexdigest() == GPT2_FILES["vocab.bpe"] and model["vocab"] == {
+        piece: i for i, piece in enumerate(pieces)
+    }
+
+
+def say_what_is_ignored(folder: Path) -> None:
+    """Names on stderr what tokenizer_config.json asks for and tokenizer.json, which decides, does not do."""
+    config = read_object(folder / "tokenizer_config.json")
+    tokenizer = library_tokenizer(folder)
+    added = tokenizer.encode("").tokens  # the special tokens around every text
+    for name in ("bos_token", "eos_token"):
+        token = config.get(name)
+        content = token.get("content") if isinstance(token, dict) else token
+        asked = config.get(f"add_{name}")
+        if isinstance(asked, bool) and content and asked != (content in added):
+            print(
+                f"tokenizer_config.json has add_{name} = {json.dumps(asked)}, but tokenizer.json adds "
+                f"{'no ' if asked else ''}{content}: tokenizer.json decides, as in transformers 5",
+                file=sys.stderr,
+            )

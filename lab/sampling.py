@@ -172,8 +172,14 @@ def verified(
 
 
 def default_prompt(tokenizer) -> list[int]:
-    """The token to start from where nothing is asked: a newline, or the first token without one."""
+    """The tokens to start from where no text is asked for.
+
+    What the tokenizer puts before every text (BOS), else a newline, or token 0 where there is none.
+    """
+    if tokenizer.prefix:
+        return list(tokenizer.prefix)
     try:
-        return tokenizer.encode("\n").tolist()
+        tokens = tokenizer.encode("\n").tolist()
     except UserError:
         return [0]
+    return tokens if "\n" in tokenizer.decode(tokens) else [0]

@@ -769,7 +769,6 @@ def test_another_tokenizer_goes_with_the_run(run_import, run_sample, run_export,
     ids = library.encode(prompt, add_special_tokens=False).ids
     assert len(ids) < len(prompt.encode())
     assert tokenizer.decode(ids) == prompt
-    assert b"".join(tokenizer.decode_bytes([token]) for token in ids) == prompt.encode()
     capsys.readouterr()
     assert run_sample("--run", "run", "--prompt", "ab", "--temperature", "0", "--max-new-tokens", "8") == 0
     tokens = torch.tensor([library.encode("ab").ids])
@@ -777,14 +776,6 @@ def test_another_tokenizer_goes_with_the_run(run_import, run_sample, run_export,
     assert capsys.readouterr().out == f"ab{tokenizer.decode(made)}\n"
     assert run_export("--run", "run", "--to", "hf", "--out", "back") == 0
     assert Path("back/tokenizer.json").read_bytes() == Path("theirs/tokenizer.json").read_bytes()
-
-
-def test_a_tokenizer_whose_text_cannot_be_told_is_refused(spoilt, run_import, capsys):
-    spoilt("llama")
-    library = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
-    library.save("theirs/tokenizer.json")
-    assert run_import("theirs", "--out", "out") == 2
-    explained(capsys, "theirs/tokenizer.json has a decoder that is not known here: null")
 
 
 # llama2.c

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import TINY_MODEL
 
+import data
 import sample
 from lab import sampling
 from lab.static import CompiledStep
@@ -149,14 +150,14 @@ def test_sampling_defaults_to_the_newest_run_of_the_stage(run_train, run_sample,
 def test_a_character_of_several_tokens_is_shown_whole(run_train, run_sample, workshop, monkeypatch, capsys):
     """GPT-2's tokens are bytes: one alone may be half a character."""
 
-    class Bytes:
+    class Bytes(data.GPT2Tokenizer):
         vocab_size = 256
         encode = staticmethod(lambda text: torch.tensor(list(text.encode())))
         decode_bytes = staticmethod(bytes)
 
     assert run_train("--stage", "0", "--steps", "1", "--model.vocab-size", "256") == 0
     capsys.readouterr()
-    monkeypatch.setattr("lab.runs.tokenizer", lambda folder: Bytes)
+    monkeypatch.setattr("lab.runs.tokenizer", lambda folder: Bytes.__new__(Bytes))
     monkeypatch.setattr(sampling, "generate", lambda *arguments, **options: iter("né€".encode()))
     assert run_sample("--prompt", "a") == 0
     assert capsys.readouterr().out == "ané€\n"
