@@ -6,6 +6,11 @@ every run: python compare.py --seeds 1 --steps 500 --data my.txt. And python com
 changed between two stages.
 """
 
+from lab import terminal
+
+if __name__ == "__main__":
+    terminal.prepare()  # before the seconds that importing torch takes
+
 import json
 import signal
 import subprocess

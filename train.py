@@ -6,6 +6,11 @@ checkpoints last/ and best/, loss.png and sample.txt. Ctrl-C saves; --resume goe
 torchrun --nproc-per-node N train.py … does the same with N processes, on one machine or many.
 """
 
+from lab import terminal
+
+if __name__ == "__main__":
+    terminal.prepare()  # before the seconds that importing torch takes
+
 import math
 import shlex
 import sys
@@ -33,7 +38,7 @@ from lab import (
 from lab import device as devices
 from lab import settings as command_line
 from lab.errors import UserError, shown
-from lab.interrupt import StopRequest
+from lab.interrupt import StopRequest, nothing_left_without_a_checkpoint
 
 
 @devices.memory_errors("try a lower --micro-batch-size, --activation-checkpointing, or a smaller model")
@@ -91,7 +96,8 @@ def main():
     print(f"{settings.stage} on {dataset.name}: {counted}, {device}, {config['dtype']}{computed}{processes}")
     print(f"the run is in {shown(folder)}")
 
-    stopped_by = train(settings, model, joined, optimizer, dataset, device, dtype, folder, progress)
+    with nothing_left_without_a_checkpoint(folder):
+        stopped_by = train(settings, model, joined, optimizer, dataset, device, dtype, folder, progress)
     parallel.stop()
     if stopped_by:
         print(f"stopped after step {progress['step']}; go on with: {checkpoint.resume_command(folder)}")

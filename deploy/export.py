@@ -9,14 +9,20 @@ stage 6 without shared experts MixtralForCausalLM, and stage 7 DeepseekV3ForCaus
 """
 
 import sys
-from dataclasses import asdict, dataclass
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # Python looks in deploy/ alone
+
+from lab import terminal
+
+if __name__ == "__main__":
+    terminal.prepare()  # before the seconds that importing torch takes
+
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 import torch
 from safetensors.torch import save as safetensors_bytes
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # Python looks in deploy/ alone
 
 from deploy import deepseek, gpt2, llama, llama2c, mixtral, tokenizer_json
 from deploy.output import new_folder

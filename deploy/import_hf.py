@@ -7,20 +7,26 @@ machine. Weights become float32. What no stage can represent is refused by its n
 transformers (eos_token_id) end none in sample.py.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # Python looks in deploy/ alone
+
+from lab import terminal
+
+if __name__ == "__main__":
+    terminal.prepare()  # before the seconds that importing torch takes
+
 import json
 import re
 import shlex
 import shutil
-import sys
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 import tyro
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # Python looks in deploy/ alone
 
 from data import from_meta
 from deploy import deepseek, gpt2, llama, mixtral, tokenizer_json

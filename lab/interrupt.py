@@ -1,8 +1,16 @@
 """Ctrl-C and SIGTERM as a wish to stop after this step, so that the run can be saved first."""
 
+import shutil
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
-from lab import parallel
+from lab import checkpoint, parallel
+from lab.errors import shown
+
+# What train.py writes before the first checkpoint, and what a checkpoint is called while it is written.
+OURS = ("config.json", "meta.json", "metrics.jsonl", "best.tmp", "last.tmp")
 
 
 class StopRequest:
@@ -28,3 +36,21 @@ class StopRequest:
         if self.signal is not None and parallel.WORLD_SIZE == 1:
             raise KeyboardInterrupt
         self.signal = number
+
+
+@contextmanager
+def nothing_left_without_a_checkpoint(folder: Path) -> Iterator[None]:
+    """Removes a run that ends within the block, by an error or Ctrl-C, before its first checkpoint.
+
+    Nothing could go on with it. Other files in its folder stay, and then the folder does too.
+    """
+    try:
+        yield
+    except BaseException:
+        if parallel.RANK == 0 and not any(checkpoint.find(folder, name) for name in ("best", "last")):
+            for path in (folder / name for name in OURS):
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            with suppress(OSError):  # it holds something else
+                folder.rmdir()
+            print(f"nothing is saved: {shown(folder)} had no checkpoint yet")
+        raise
