@@ -6,6 +6,11 @@ every run: python compare.py --seeds 1 --steps 500 --data my.txt. And python com
 changed between two stages, python compare.py --runs A B compares any two runs.
 """
 
+from lab import terminal
+
+if __name__ == "__main__":
+    terminal.prepare()  # before the seconds that importing torch takes
+
 import signal
 import subprocess
 import sys
@@ -25,6 +30,7 @@ from lab import (
     device,
     diffs,
     formats,
+    interrupt,
     locks,
     measuring,
     overview,
@@ -38,7 +44,7 @@ from lab.errors import UserError, shown
 from lab.interrupt import StopRequest
 
 LEFT_OUT = ("what changed", "lines changed", "parameters (active)", "FLOPs a token", "bits per byte")
-STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # statuses of a run that a signal ended
+STOPPED = [128 + number for number in interrupt.SIGNALS]  # statuses of a run that a signal ended
 RATES = (5e-4, 1e-3, 2e-3, 3e-3)  # those that --tune tries
 
 

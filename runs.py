@@ -4,6 +4,11 @@ Each with its stage and data, what differs from its preset, how far it is, its b
 whether the stage's code is still what it was trained with. python compare.py --runs A B compares runs.
 """
 
+from lab import terminal
+
+if __name__ == "__main__":
+    terminal.prepare()  # before the seconds that importing torch takes
+
 import sys
 from dataclasses import dataclass
 

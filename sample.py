@@ -4,6 +4,11 @@ The prompt may also come from a pipe (echo "ROMEO:" | python sample.py --stage 0
 The text goes to stdout as it is made, the rest to stderr.
 """
 
+from lab import terminal
+
+if __name__ == "__main__":
+    terminal.prepare()  # before the seconds that importing torch takes
+
 import functools
 import os
 import stat

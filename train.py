@@ -6,6 +6,11 @@ checkpoints last/ and best/, loss.png and sample.txt. Ctrl-C saves; --resume goe
 torchrun --nproc-per-node N train.py … does the same with N processes, on one machine or many.
 """
 
+from lab import terminal
+
+if __name__ == "__main__":
+    terminal.prepare()  # before the seconds that importing torch takes
+
 import math
 import shlex
 import sys
@@ -106,7 +111,8 @@ def main():
         )
         print(f"the run is in {shown(folder)}")
 
-        stopped_by = train(settings, model, joined, optimizer, dataset, device, dtype, folder, progress)
+        with runs.nothing_left_without_a_checkpoint(folder):
+            stopped_by = train(settings, model, joined, optimizer, dataset, device, dtype, folder, progress)
         parallel.stop()
         if stopped_by:
             print(f"stopped after step {progress['step']}; go on with: {checkpoint.resume_command(folder)}")

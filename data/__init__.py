@@ -1,7 +1,13 @@
 """Text for training: `load` finds or fetches a text, prepares its token files once, and maps them."""
 
+import sys
 from difflib import get_close_matches
 from pathlib import Path
+
+from lab import terminal
+
+if sys.argv[0] == "-m":  # python -m data.openwebtext is about to import the rest
+    terminal.prepare()
 
 from data import openshakespeare, owntext, tinyshakespeare
 from data.prepare import Dataset, recode

@@ -174,7 +174,8 @@ def full_names(theirs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     for name, tensor in split_experts(theirs, NAMES).items():
         match = re.fullmatch(r"model\.layers\.\d+\.(embed_tokens\.weight|shared_head\.head\.weight)", name)
         if match:
-            shared = theirs.get(copies[match.group(1)], theirs.get(EMBEDDING))
+            tied = theirs.get(EMBEDDING, theirs.get("lm_head.weight"))  # saved under either name
+            shared = theirs.get(copies[match.group(1)], tied)
             if shared is None or not torch.equal(shared, tensor):
                 raise UserError(f"{name} differs from the model's own: stage 7 cannot represent that")
             continue

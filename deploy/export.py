@@ -11,14 +11,20 @@ and the ids of its special tokens. Transformers follows them: it may sample, and
 """
 
 import sys
-from dataclasses import asdict, dataclass
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # Python looks in deploy/ alone
+
+from lab import terminal
+
+if __name__ == "__main__":
+    terminal.prepare()  # before the seconds that importing torch takes
+
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 import torch
 from safetensors.torch import save as safetensors_bytes
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # Python looks in deploy/ alone
 
 from data.tokenizers import HF_CONFIG, read_object
 from deploy import architectures, deepseek, gpt2, llama, llama2c, mixtral, tokenizer_json

@@ -8,20 +8,26 @@ tokenizer and generation_config.json are kept in the run, for deploy/export.py. 
 transformers (eos_token_id) end none in sample.py.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # Python looks in deploy/ alone
+
+from lab import terminal
+
+if __name__ == "__main__":
+    terminal.prepare()  # before the seconds that importing torch takes
+
 import json
 import re
 import shlex
 import shutil
-import sys
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 import tyro
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # Python looks in deploy/ alone
 
 from data import from_meta
 from data.tokenizers import HF_CONFIG, copy_side_files
@@ -51,8 +57,9 @@ def main():
     config = read_config(source)
     counterpart = COUNTERPARTS[config["model_type"]]
     stage, sizes = counterpart.from_config(config)
+    files = tensor_files(source)
     if counterpart is deepseek:
-        sizes = deepseek.fit_to_tensors(sizes, tensor_names(source))
+        sizes = deepseek.fit_to_tensors(sizes, list(files))
     layout = {"rope_interleave": sizes.pop("rope_interleave")} if "rope_interleave" in sizes else {}
     model = empty_model(stage, sizes)
     architectures.warn_if_edited(stage)
@@ -66,7 +73,7 @@ def main():
         )
     tokenizer_json.say_what_is_ignored(source)
     with new_folder(out) as run:
-        tensors = read_weights(source, counterpart, model, sizes | layout)
+        tensors = read_weights(source, files, counterpart, model, sizes | layout)
         write_run(run, source, stage, model, tensors, meta | {"vocab_size": tokenizer.vocab_size})
     print(f"{shown(source)} is {stage} with {cost.parameters(model):,} parameters, in {shown(out)}")
     print(f"use it: python sample.py --run {shlex.quote(shown(out))}")
@@ -97,17 +104,19 @@ def empty_model(stage: str, sizes: dict) -> torch.nn.Module:
         raise UserError(f"config.json does not fit {stage}: {error}") from None
 
 
-def read_weights(folder: Path, counterpart, model: torch.nn.Module, sizes: dict) -> dict[str, torch.Tensor]:
+def read_weights(
+    folder: Path, files: dict[str, Path], counterpart, model: torch.nn.Module, sizes: dict
+) -> dict[str, torch.Tensor]:
     """Our tensors in float32; UserError that names, as the file does, what is missing, odd or too much."""
-    theirs = counterpart.full_names(read_tensors(folder))
+    theirs = counterpart.full_names(read_tensors(files, counterpart.BUFFERS))
     buffers = sorted(name for name in theirs if re.search(counterpart.BUFFERS, name))
     if buffers:
         print(f"left out, as they are no weights: {', '.join(buffers)}", file=sys.stderr)
     theirs = {name: tensor for name, tensor in theirs.items() if name not in buffers}
     expected = counterpart.to_tensors(checkpoint.weights(model), sizes)
-    if "lm_head.weight" in theirs.keys() - expected.keys():  # a tied head that was saved twice
-        head, embedding = theirs.pop("lm_head.weight"), theirs.get(counterpart.EMBEDDING)
-        if embedding is not None and not torch.equal(head, embedding):
+    if "lm_head.weight" in theirs.keys() - expected.keys():  # a tied matrix, saved as the head or twice
+        head = theirs.pop("lm_head.weight")
+        if not torch.equal(head, theirs.setdefault(counterpart.EMBEDDING, head)):
             raise UserError(
                 f"{shown(folder)}: lm_head.weight differs from {counterpart.EMBEDDING}, but config.json has "
                 "tie_word_embeddings = true: set it to false if the head is one of its own"
@@ -123,59 +132,85 @@ def read_weights(folder: Path, counterpart, model: torch.nn.Module, sizes: dict)
                 f"{shown(folder)}: {name} is in {str(theirs[name].dtype).removeprefix('torch.')}; float32, "
                 "float16 and bfloat16 can be read"
             )
-    theirs = {name: tensor.float() for name, tensor in theirs.items()}
     return {name: t.contiguous() for name, t in counterpart.from_tensors(theirs, sizes).items()}
 
 
-def tensor_files(folder: Path) -> list[Path]:
-    """model.safetensors or, where it is in parts, those that its index names."""
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """The file of each tensor: model.safetensors or, where it is in parts, the part that the index names."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.exists():
-        paths = [single]
-    elif index.exists():
-        content = runs.read_json(index)
-        try:
-            paths = [folder / name for name in sorted(set(content["weight_map"].values()))]
-        except (KeyError, TypeError, AttributeError):
+        return dict.fromkeys(names_in(single), single)
+    if index.exists():
+        return indexed_files(folder, index)
+    pickled = sorted(path.name for pattern in PICKLED for path in folder.glob(pattern))
+    if pickled:
+        raise UserError(
+            f"{pickled[0]} is a pickle, which can run any code: only safetensors are read. If trusted, "
+            "convert it:\nAutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
+        )
+    raise UserError(f"{shown(folder)} has no model.safetensors")
+
+
+def indexed_files(folder: Path, index: Path) -> dict[str, Path]:
+    """The file of each tensor that the index names. Of other tensors in these files it says so on stderr."""
+    content = runs.read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise UserError(f"{shown(index)} is damaged: it has no weight_map from tensors to files")
+    held = {}
+    for file in sorted(set(weight_map.values())):
+        if Path(file).is_absolute() or ".." in re.split(r"[/\\]", file):
             raise UserError(
-                f"{shown(index)} is damaged: it has no weight_map from tensors to files"
-            ) from None
-    else:
-        pickled = sorted(path.name for pattern in PICKLED for path in folder.glob(pattern))
-        if pickled:
-            raise UserError(
-                f"{pickled[0]} is a pickle, which can run any code: only safetensors are read. If trusted, "
-                "convert it:\nAutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
+                f"{shown(index)} names a file outside of its folder, {file}\n"
+                "put all parts of the model next to the index, and let it name them without a path"
             )
-        raise UserError(f"{shown(folder)} has no model.safetensors")
-    for path in paths:
-        if not path.exists():
-            raise UserError(f"{shown(folder)} has no {path.name}, which {index.name} names")
-    return paths
+        if not (folder / file).is_file():
+            raise UserError(f"{shown(folder)} has no file {file!r}, which {index.name} names")
+        held[file] = names_in(folder / file)
+    for name, file in weight_map.items():
+        if name not in held[file]:
+            raise UserError(
+                f"{shown(index)} says that {file} holds {name}, but it does not\n"
+                "the index and the parts do not belong together: download the folder again"
+            )
+    others = [f"{name} in {file}" for file in held for name in held[file] if weight_map.get(name) != file]
+    if others:
+        more = f" and {len(others) - 5} more" if len(others) > 5 else ""
+        print(f"left out, as {index.name} does not name them: {', '.join(others[:5])}{more}", file=sys.stderr)
+    return {name: folder / file for name, file in weight_map.items()}
 
 
-def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a folder."""
+def names_in(path: Path) -> list[str]:
+    """The names of the tensors in a file."""
+    try:
+        with safe_open(path, "pt") as file:
+            return list(file.keys())
+    except (OSError, SafetensorError) as error:
+        raise checkpoint.damaged(path, error) from None
+
+
+def read_tensors(files: dict[str, Path], no_weights: str) -> dict[str, torch.Tensor]:
+    """The tensors of these files, what can be read in float32: one by one, so that few are held twice.
+
+    UserError for a tensor with a NaN or an infinity; no_weights matches names for which that does not matter.
+    """
     tensors = {}
-    for path in tensor_files(folder):
+    for path in dict.fromkeys(files.values()):
         try:
             with safe_open(path, "pt") as file:
-                tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                for name in (name for name in files if files[name] == path):
+                    tensor = file.get_tensor(name)
+                    if tensor.dtype in DTYPES:
+                        if not re.search(no_weights, name) and not tensor.isfinite().all():
+                            raise UserError(
+                                f"{shown(path)}: {name} has numbers that are NaN or infinite\n"
+                                "the model diverged, or the file is damaged: use another checkpoint or copy"
+                            )
+                        tensor = tensor.float()
+                    tensors[name] = tensor
         except (OSError, SafetensorError) as error:
             raise checkpoint.damaged(path, error) from None
     return tensors
-
-
-def tensor_names(folder: Path) -> list[str]:
-    """The names of all tensors of a folder."""
-    names = []
-    for path in tensor_files(folder):
-        try:
-            with safe_open(path, "pt") as file:
-                names += list(file.keys())
-        except (OSError, SafetensorError) as error:
-            raise checkpoint.damaged(path, error) from None
-    return names
 
 
 def write_run(run: Path, source: Path, stage: str, model, tensors: dict, meta: dict) -> None:

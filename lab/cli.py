@@ -14,6 +14,7 @@ from pathlib import Path
 
 import tyro
 
+from lab import terminal
 from lab.errors import UserError, shown
 
 SECONDS_FOR_THE_FIRST = 3
@@ -58,7 +59,9 @@ def run(main: Callable[[], None]) -> None:
     mendable = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS}
     mendable |= {errno.EEXIST, errno.ENOTDIR, errno.EISDIR}  # a file where a folder should be, or the reverse
     try:
-        main()
+        with terminal.interrupts_raise():
+            main()
+            sys.stdout.flush()  # what cannot be written is better known here than at the interpreter's end
     except UserError as error:
         sys.exit(fail(str(error)))
     except BrokenPipeError:  # the reader of our output has gone, as in `sample.py | head`

@@ -1,8 +1,11 @@
-"""Ctrl-C and SIGTERM as a wish to stop after this step, so that the run can be saved first."""
+"""Ctrl-C, SIGTERM or a closed terminal as a wish to stop after this step, so that the run is saved first."""
 
 import signal
 
 from lab import parallel
+
+# SIGHUP is what a process gets when its terminal is closed; Windows does not have it.
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 class StopRequest:
@@ -14,9 +17,8 @@ class StopRequest:
 
     def __enter__(self):
         self.signal = None
-        self.before = {
-            number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        heeded = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup's
+        self.before = {number: signal.signal(number, self.receive) for number in heeded}
         return self
 
     def __exit__(self, *exception):

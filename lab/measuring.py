@@ -58,7 +58,7 @@ def everything(
     configs: dict[str, dict], where: torch.device, rounds: int, contexts: list[int], console: Console
 ) -> dict:
     """All speeds of these stages; configs: by stage, config.json of a run of it."""
-    with console.status("measuring training and decoding speed"):
+    with console.status("measuring training and decoding speed", spinner="line"):
         trainers = {name: trainer(config, where) for name, config in configs.items()}
         training = in_turn(trainers, where, rounds, 15)
         decoders = {name: decoder(config, where) for name, config in configs.items()}
@@ -73,7 +73,7 @@ def everything(
         "peak_memory": {},
     }
     for name, config in configs.items():
-        with console.status(f"measuring {name}'s memory"):
+        with console.status(f"measuring {name}'s memory", spinner="line"):
             settings = config["settings"]
             batch = settings["micro_batch_size"] or settings["batch_size"]
             made = throughput.measure(
@@ -110,7 +110,8 @@ def by_context(
     for _ in range(rounds):
         for context in contexts:
             for name, config in configs.items():
-                with console.status(f"measuring {what} of {name} at a context of {context}"):
+                doing = f"measuring {what} of {name} at a context of {context}"
+                with console.status(doing, spinner="line"):
                     steps = 5 if what == "training" else 30
                     one = throughput.measure(**of_run(config, where), what=what, context=context, steps=steps)
                 made[name][str(context)].append(one)

@@ -3,10 +3,11 @@
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 
 from data import Dataset, from_meta
+from data.tokenizers import HF_CONFIG, SIDE_FILES
 from lab import checkpoint, edits, formats, locks, parallel, stages
 from lab.errors import UserError, shown
 
@@ -62,6 +64,25 @@ def locked(folder: Path) -> Iterator[None]:
             f"{shown(folder)} is being trained by process {taken.pid}\n"
             "wait until it is done, or train into another folder with --out"
         ) from None
+
+
+@contextmanager
+def nothing_left_without_a_checkpoint(folder: Path) -> Iterator[None]:
+    """Removes a run that ends within the block, by an error or Ctrl-C, before its first checkpoint.
+
+    Nothing could go on with it. Other files in its folder stay, and then the folder does too.
+    """
+    try:
+        yield
+    except BaseException:
+        if parallel.RANK == 0 and not any(checkpoint.find(folder, name) for name in ("best", "last")):
+            ours = ("config.json", "meta.json", "metrics.jsonl", "best.tmp", "last.tmp", ".lock")
+            for path in (folder / name for name in (*ours, *SIDE_FILES, HF_CONFIG)):
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            with suppress(OSError):  # it holds something else
+                folder.rmdir()
+            print(f"nothing is saved: {shown(folder)} had no checkpoint yet")
+        raise
 
 
 def lock_file(folder: Path) -> Path:

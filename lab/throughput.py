@@ -3,6 +3,11 @@
 A process's peak of memory can't be taken back, so every measurement gets a fresh one; `measure` starts it.
 """
 
+from lab import terminal
+
+if __name__ == "__main__":
+    terminal.prepare()  # before the seconds that importing torch takes
+
 import json
 import statistics
 import subprocess

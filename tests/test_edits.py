@@ -491,6 +491,21 @@ def test_a_signal_to_a_comparison_alone_reaches_its_run(workshop):
         assert 0 < checkpoint.step(folder) < 100000
 
 
+def test_a_closed_terminal_stops_a_run_after_a_save(run_train, monkeypatch):
+    stop_at(monkeypatch, 5, signal.SIGHUP)
+    assert run_train("--stage", "0", "--steps", "8", "--out", "run") == 128 + signal.SIGHUP
+    assert checkpoint.step(Path("run")) == 5
+
+
+def test_a_run_under_nohup_does_not_heed_a_closed_terminal(run_train, monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        stop_at(monkeypatch, 5, signal.SIGHUP)
+        assert run_train("--stage", "0", "--steps", "8", "--out", "run") == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 # Files of other versions
 
 
