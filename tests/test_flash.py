@@ -313,29 +313,5 @@ def check_kernels(dtype, where="cpu"):
             triton_attention(torch.zeros(1, 1, T, head_dim), *[torch.zeros(1, 1, S, head_dim)] * 2)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_the_triton_kernels_are_attention_on_a_gpu(dtype):
-    check_kernels(dtype, "cuda")
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_the_triton_kernels_agree_with_flash_attn_and_sdpa_on_a_gpu():
-    from stage5_flash.kernel import triton_attention
-
-    shape = (2, 8, 2, 1024, 1024, 64)
-    assert_same_function(triton_attention, sdpa, shape, torch.bfloat16, "cuda")
-    flash_attn = pytest.importorskip("flash_attn")
-
-    def theirs(q, k, v):
-        return flash_attn.flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), causal=True).transpose(
-            1, 2
-        )
-
-    assert_same_function(triton_attention, theirs, shape, torch.bfloat16, "cuda")
-
-
 def test_peak_memory_is_known_here():
     assert device.peak_memory(torch.device("cpu")) > 2**20
