@@ -1,9 +1,10 @@
 # make train STAGE=0    sets everything up, trains that stage and samples from it
 # make compare          trains all stages and draws them side by side
 # make test             sets everything up, lints and runs the tests
+# make gpu-check        measures a GPU, and tests on it, in nine minutes
 #
 # With USE_PYTHON, a command runs with that Python and the packages that it has; nothing is installed:
-# make train USE_PYTHON=python3
+# make gpu-check USE_PYTHON=python3
 PYTHON ?= python3
 STAGE ?= 0
 ifdef USE_PYTHON
@@ -19,7 +20,7 @@ DEV = .venv/installed-dev
 endif
 PIP_INSTALL = .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: train compare sample test test-gpu lint format clean
+.PHONY: train compare sample test test-gpu gpu-check lint format clean
 
 train: $(BASE)
 	$(RUN) train.py --stage $(STAGE) $(ARGS)
@@ -37,6 +38,9 @@ test: lint
 # The tests that need a CUDA device; the others skip nothing there.
 test-gpu: $(DEV)
 	$(RUN) -m pytest -q -m gpu $(ARGS)
+
+gpu-check: $(DEV)
+	$(RUN) benchmarks/gpu_check.py $(ARGS)
 
 lint: $(DEV)
 	$(RUN) -m ruff check .
