@@ -1,48 +1,66 @@
 # make train STAGE=0    sets everything up, trains that stage and samples from it
 # make compare          trains all stages and draws them side by side
 # make test             sets everything up, lints and runs the tests
+# make gpu-check        measures a GPU, and tests on it, in nine minutes
+#
+# With USE_PYTHON, a command runs with that Python and the packages that it has; nothing is installed:
+# make gpu-check USE_PYTHON=python3
 PYTHON ?= python3
 STAGE ?= 0
-BIN = .venv/bin
+ifdef USE_PYTHON
+RUN = $(USE_PYTHON)
+BASE =
+COMPARE =
+DEV =
+else
+RUN = .venv/bin/python
+BASE = .venv/installed
+COMPARE = .venv/installed-compare
+DEV = .venv/installed-dev
+endif
+PIP_INSTALL = .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: train compare sample test test-gpu lint format clean
+.PHONY: train compare sample test test-gpu gpu-check lint format clean
 
-train: .venv/installed
-	$(BIN)/python train.py --stage $(STAGE) $(ARGS)
+train: $(BASE)
+	$(RUN) train.py --stage $(STAGE) $(ARGS)
 
-compare: .venv/installed-compare
-	$(BIN)/python compare.py $(ARGS)
+compare: $(COMPARE)
+	$(RUN) compare.py $(ARGS)
 
-sample: .venv/installed
-	$(BIN)/python sample.py --stage $(STAGE) $(ARGS)
+sample: $(BASE)
+	$(RUN) sample.py --stage $(STAGE) $(ARGS)
 
 # Two files at a time, one thread each: more than a quarter faster than one with two threads.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=10 $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=10 $(ARGS)
 
 # The tests that need a CUDA device; the others skip nothing there.
-test-gpu: .venv/installed-dev
-	$(BIN)/python -m pytest -q -m gpu $(ARGS)
+test-gpu: $(DEV)
+	$(RUN) -m pytest -q -m gpu $(ARGS)
 
-lint: .venv/installed-dev
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+gpu-check: $(DEV)
+	$(RUN) benchmarks/gpu_check.py $(ARGS)
 
-format: .venv/installed-dev
-	$(BIN)/ruff check --fix .
-	$(BIN)/ruff format .
+lint: $(DEV)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
 
-.venv/installed: pyproject.toml
+format: $(DEV)
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+.venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -e .
+	$(PIP_INSTALL) -e .
 	touch $@
 
 .venv/installed-compare: .venv/installed
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[compare]'
+	$(PIP_INSTALL) -e '.[compare]'
 	touch $@
 
 .venv/installed-dev: .venv/installed
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(PIP_INSTALL) -e '.[dev]'
 	touch $@
 
 clean:

@@ -48,7 +48,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type == "cpu":
-        able = torch.cpu.get_capabilities()
+        able = getattr(torch.cpu, "get_capabilities", dict)()  # PyTorch 2.9 cannot tell
         native = able.get("avx512_bf16", False) or able.get("amx_bf16", False)
     else:
         native = False

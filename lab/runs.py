@@ -238,13 +238,14 @@ def load_weights(run: Path, name: str, model: torch.nn.Module) -> None:
 
 def machine(device: torch.device) -> dict:
     """What a number must be read together with: the hardware, the versions, the commit."""
-    packages = ("torch", "numpy", "tiktoken", "safetensors")
+    packages = ("numpy", "tiktoken", "safetensors")
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "processor": processor(),
         "threads": torch.get_num_threads(),
         "system": platform.platform(),
-        "versions": {"python": platform.python_version()} | {name: installed(name) for name in packages},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__}  # with its CUDA version
+        | {name: installed(name) for name in packages},
         "commit": commit(),
     }
 

@@ -426,8 +426,8 @@ class Experts(nn.Module):
 
 
 def grouped_mm_takes(x, weight):
-    """Whether torch.nn.functional.grouped_mm takes x and weight (E, in, out): PyTorch 2.13's limits."""
-    aligned = all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])
+    """Whether torch.nn.functional.grouped_mm, which PyTorch 2.9 has not, takes x and weight (E, in, out)."""
+    aligned = hasattr(F, "grouped_mm") and all(n * x.element_size() % 16 == 0 for n in weight.shape[1:])
     eager = x.device.type in ("cpu", "cuda") and not torch.compiler.is_compiling()
     return aligned and x.device.type != "mps" and (x.dtype == torch.bfloat16 or eager)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lab import device, stages
+from lab import device, runs, stages
 from lab.errors import UserError
 from stage5_flash.tiled import tiled_attention
 
@@ -27,6 +27,11 @@ SHAPES = [
     (1, 3, 3, 5, 5, 100),
 ]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+
+
+def version(package):
+    """The first two numbers of the installed version; (0, 0) without the package."""
+    return tuple(map(int, (runs.installed(package) or "0.0").split(".")[:2]))
 
 
 def inputs(shape, dtype, where="cpu"):
@@ -281,6 +286,10 @@ def test_memory_grows_with_the_length_and_not_with_its_square():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
+@pytest.mark.skipif(
+    (0, 0) < version("triton") < (3, 7) and version("numpy") >= (2, 4),
+    reason="the interpreter of Triton before 3.7 needs numpy before 2.4",
+)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_the_triton_kernels_are_attention_in_the_interpreter(dtype):
     """In a process of its own: what interprets is decided when Triton is imported."""
@@ -302,30 +311,6 @@ def check_kernels(dtype, where="cpu"):
         T, S, head_dim = sizes
         with pytest.raises(ValueError, match=message):
             triton_attention(torch.zeros(1, 1, T, head_dim), *[torch.zeros(1, 1, S, head_dim)] * 2)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_the_triton_kernels_are_attention_on_a_gpu(dtype):
-    check_kernels(dtype, "cuda")
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_the_triton_kernels_agree_with_flash_attn_and_sdpa_on_a_gpu():
-    from stage5_flash.kernel import triton_attention
-
-    shape = (2, 8, 2, 1024, 1024, 64)
-    assert_same_function(triton_attention, sdpa, shape, torch.bfloat16, "cuda")
-    flash_attn = pytest.importorskip("flash_attn")
-
-    def theirs(q, k, v):
-        return flash_attn.flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), causal=True).transpose(
-            1, 2
-        )
-
-    assert_same_function(triton_attention, theirs, shape, torch.bfloat16, "cuda")
 
 
 def test_peak_memory_is_known_here():

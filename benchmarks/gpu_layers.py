@@ -1,0 +1,360 @@
+"""Sections of gpu_check.py: attention, the mixture of experts, and decoding."""
+
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from gpu_run import DECODING_STAGES, Memory, Run, check, differences, in_turn, milliseconds, seconds_of
+
+from lab import device, sampling, stages
+from lab.static import CompiledStep
+
+# 3: attention
+
+
+def attention(run: Run) -> None:
+    """Forward and backward of every way to compute attention, against the context; a part is a context."""
+    sizes = run.sizes.attention
+    for context in run.parts(str(context) for context in sizes["contexts"]):
+        with run.attempt(context):
+            attention_at(run, int(context), sizes, context)
+
+
+def attention_at(run: Run, context: int, sizes: dict, part: str) -> None:
+    batch = max(1, sizes["batch_tokens"] // context)
+    shape = {"batch_size": batch, **{key: sizes[key] for key in ("n_head", "n_kv_head", "head_dim")}}
+    torch.manual_seed(0)
+    q, d_out = torch.randn(
+        2, batch, sizes["n_head"], context, sizes["head_dim"], device=run.where, dtype=run.dtype
+    )
+    k, v = torch.randn(
+        2, batch, sizes["n_kv_head"], context, sizes["head_dim"], device=run.where, dtype=run.dtype
+    )
+    inputs = [tensor.requires_grad_() for tensor in (q, k, v)]
+    exact = attention_reference(*inputs, d_out)
+    figures, ways = {}, {}
+    for name, way in attention_ways(run, sizes, context).items():
+        if isinstance(way, str):
+            figures[name] = {"skipped": way}
+            continue
+        if run.broke(name):
+            figures[name] = {"skipped": "it ended a process at another context"}
+            continue
+        with run.attempt(f"{part} {name}"):
+            torch.autograd.grad(way(*inputs), inputs, d_out)  # Triton chooses its configuration
+            with Memory(run.where) as memory:
+                out = way(*inputs)
+                gradients = torch.autograd.grad(out, inputs, d_out)
+            group = sizes["n_head"] // sizes["n_kv_head"]
+            dq, dk, dv = gradients
+            found = {"out": out[0, :group], "dq": dq[0, :group], "dk": dk[0, 0], "dv": dv[0, 0]}
+            found = differences({key: tensor.detach() for key, tensor in found.items()}, exact)
+            figures[name] = {"peak_memory": memory.bytes, "differences": found}
+            del out, gradients, dq, dk, dv
+            ways[name] = way
+            run.record(part, **shape, **figures)
+            check(found, run.dtype)
+    flops = 2 * batch * sizes["n_head"] * context**2 * sizes["head_dim"]  # forward; the mask halves it
+    seconds = {name: ([], []) for name in ways}
+    for number in range(sizes["repeats"] + 2):
+        for name, way in ways.items():
+            out = []
+            timed = partial(seconds_of, times=1, where=run.where, queued=True)
+            forward = timed(lambda way=way, out=out: out.append(way(*inputs)))
+            backward = timed(lambda out=out: torch.autograd.grad(out[0], inputs, d_out))
+            if number >= 2:
+                seconds[name][0].extend(forward)
+                seconds[name][1].extend(backward)
+        for name, (forward, backward) in seconds.items():
+            if forward:
+                both = statistics.median(forward) + statistics.median(backward)
+                figures[name] |= {"forward": milliseconds(forward), "backward": milliseconds(backward)}
+                figures[name] |= {"flops_per_second": 3.5 * flops / both}
+        if number >= 2:
+            run.record(part, **shape, **figures)
+
+
+def attention_ways(run: Run, sizes: dict, context: int) -> dict[str, Callable | str]:
+    """By name, a function of q, k and v; or why there is none here."""
+    stage = stages.load("stage5_flash")
+    width = sizes["n_head"] * sizes["head_dim"]
+    config = partial(stage.GPTConfig, n_embd=width, n_head=sizes["n_head"], n_kv_head=sizes["n_kv_head"])
+
+    def of_stage(name):
+        layer = stage.Attention(config(attention=name), 0).eval()
+
+        def attend(q, k, v):
+            with device.autocast(run.where, run.dtype):  # as in training: the mask is in float32
+                return layer.attend(q, k, v, None)
+
+        return attend
+
+    batch = max(1, sizes["batch_tokens"] // context)
+    needed = 24 * batch * sizes["n_head"] * context**2  # bytes of the scores, weights and their gradients
+    free = torch.cuda.mem_get_info()[0] if run.where.type == "cuda" else 2**30
+    ways = {"explicit": of_stage("explicit"), "sdpa": of_stage("sdpa")}
+    if needed > 0.8 * free:
+        ways["explicit"] = f"it may need {needed / 2**30:.0f} GiB and there are {free / 2**30:.0f}"
+    try:
+        from stage5_flash.kernel import INTERPRETED, triton_attention
+
+        on_cuda = run.where.type == "cuda"
+        ways["triton"] = triton_attention if on_cuda or INTERPRETED else "on a CPU it runs in its interpreter"
+    except ImportError as error:
+        ways["triton"] = str(error)
+    if stage.flash_attn_func is None:
+        ways["flash_attn"] = "flash_attn is not installed"
+    elif run.where.type != "cuda" or run.dtype == torch.float32:
+        ways["flash_attn"] = "it needs CUDA and 16 bits"
+    else:
+        ways["flash_attn"] = of_stage("flash_attn")
+    return ways
+
+
+def attention_reference(q, k, v, d_out) -> dict[str, torch.Tensor]:
+    """Attention in float64 and its gradients, of the first text's first key/value head."""
+    group, context = q.size(1) // k.size(1), q.size(2)
+    later = torch.ones(context, context, dtype=torch.bool, device=q.device).triu(1)
+    k, v = (x[0, 0].detach().double().requires_grad_() for x in (k, v))
+    exact = {"out": [], "dq": [], "dk": 0.0, "dv": 0.0}
+    for head in range(group):  # one at a time: the scores of 16,384 tokens are 2 GiB
+        one = q[0, head].detach().double().requires_grad_()
+        out = (one @ k.mT * q.size(-1) ** -0.5).masked_fill(later, -torch.inf).softmax(-1) @ v
+        dq, dk, dv = torch.autograd.grad(out, (one, k, v), d_out[0, head].double())
+        exact["out"].append(out.detach())
+        exact["dq"].append(dq)
+        exact["dk"] += dk
+        exact["dv"] += dv
+    return exact | {"out": torch.stack(exact["out"]), "dq": torch.stack(exact["dq"])}
+
+
+# 4: the mixture of experts
+
+
+def mixture(run: Run) -> None:
+    """Forward and backward of stage 6's experts with F.grouped_mm, and of two other ways."""
+    sizes = run.sizes.mixture
+    cases = {
+        f"{n} experts, {k} a token, width {w}": (n, k, w)
+        for w in sizes["widths"]
+        for n, k in sizes["experts"]
+    }
+    for part in run.parts(cases):
+        with run.attempt(part):
+            mixture_of(run, part, *cases[part], sizes)
+
+
+def mixture_of(run: Run, part: str, n_experts: int, per_token: int, n_embd: int, sizes: dict) -> None:
+    from moe import loop_over_experts  # results/moe.py
+
+    stage = stages.load("stage6_moe")
+    fields = {"n_embd": n_embd, "n_head": 2, "n_routed_experts": n_experts, "num_experts_per_tok": per_token}
+    torch.manual_seed(0)
+    made = stage.MoE(stage.GPTConfig(n_shared_experts=0, **fields)).eval()
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter, std=0.02 if parameter.dim() == 3 else 1.0)
+    made = made.to(run.where, run.dtype)
+    x, gradient = torch.randn(2, 1, sizes["tokens"], n_embd, device=run.where, dtype=run.dtype)
+    x.requires_grad_()
+    leaves = [x, *made.experts.parameters()]
+    exact_made = copy.deepcopy(made).float()
+    exact_x = x.detach().float().requires_grad_()
+    torch.set_float32_matmul_precision("highest")
+    exact = with_gradients(
+        loop_over_experts(exact_made), exact_x, [exact_x, *exact_made.experts.parameters()], gradient
+    )
+    width = made.experts.down_proj.size(2)
+    ways = {
+        "grouped_mm": made,
+        "loop": loop_over_experts(made),
+        "every expert for every token": batched(stage, made),
+    }
+    figures = {
+        "expert_width": width,
+        "grouped_mm_is_used": stage.grouped_mm_takes(x, made.experts.down_proj.mT),
+    }
+    steps = {}
+    for name, way in ways.items():
+        if run.broke(name):
+            continue
+        with run.attempt(f"{part}: {name}"):
+            with Memory(run.where) as memory:
+                found = with_gradients(way, x, leaves, gradient)
+            found = differences(found, exact)
+            figures[name] = {"peak_memory": memory.bytes, "differences": found}
+            steps[name] = partial(lambda way: torch.autograd.grad(way(x), leaves, gradient), way)
+            run.record(part, **figures)
+            check(found, run.dtype)
+    in_turn(steps, 2, run.where)
+    seconds = in_turn(steps, sizes["repeats"], run.where, queued=True)
+    for name, of in seconds.items():
+        figures[name] |= milliseconds(of)
+        figures[name]["tokens_per_second"] = sizes["tokens"] / statistics.median(of)
+    run.record(part, **figures)
+
+
+def with_gradients(way, x, leaves, gradient) -> dict[str, torch.Tensor]:
+    """The output for x, and the gradients of x and the experts' weights."""
+    out = way(x)
+    gradients = torch.autograd.grad(out, leaves, gradient.to(out.dtype))
+    return dict(zip(("out", "dx", "d_gate_up", "d_down"), (out.detach(), *gradients), strict=True))
+
+
+def batched(stage, made):
+    """The mixture as it computes where grouped_mm cannot be used."""
+
+    def forward(x):
+        real = stage.grouped_mm_takes
+        stage.grouped_mm_takes = lambda x, weight: False
+        try:
+            return made(x)
+        finally:
+            stage.grouped_mm_takes = real
+
+    return forward
+
+
+# 5: decoding
+
+
+class Sequences(torch.nn.Module):
+    """A model that decodes so many sequences for one: where it is given a token, each gets another.
+
+    lab.static.CompiledStep is made for one sequence; with this it measures a batch.
+    """
+
+    def __init__(self, model: torch.nn.Module, batch_size: int):
+        super().__init__()
+        self.model, self.config = model, model.config
+        self.register_buffer("offsets", torch.arange(batch_size).unsqueeze(1), persistent=False)
+
+    def new_cache(self, batch_size: int, *lengths):
+        return self.model.new_cache(len(self.offsets), *lengths)
+
+    def forward(self, idx, cache):
+        return self.model((idx + self.offsets) % self.config.vocab_size, cache=cache)
+
+
+def decoder(run: Run, name: str, batch_size: int) -> torch.nn.Module:
+    """An untrained model of a stage, as sample.py has it, that decodes batch_size sequences."""
+    torch.manual_seed(0)
+    stage = stages.load(name)
+    model = stage.GPT(stage.GPTConfig(**run.sizes.preset["model"] | {"vocab_size": 65}))
+    return Sequences(model, batch_size).to(run.where).eval()
+
+
+@torch.inference_mode()
+def decoding_seconds(run: Run, step: Callable, cache, tokens: int) -> list[float]:
+    """Seconds of each token from the middle of the context on, greedily; after as many as warm up."""
+    context, idx = run.sizes.preset["model"]["block_size"], torch.zeros(1, 1, dtype=torch.int64)
+    state = {"idx": idx.to(run.where)}
+    cache.length = context // 2
+
+    def one():
+        if cache.length == context:
+            cache.length = context // 2
+        state["idx"] = step(state["idx"])[:1, -1:].argmax(-1)
+
+    seconds_of(one, max(2, tokens // 10), run.where)
+    return seconds_of(one, tokens, run.where)
+
+
+def decoding(run: Run) -> None:
+    """Tokens a second, eager and with CUDA graphs (as sample.py --compile), and of MLA in both forms."""
+    device.prepare(run.where)
+    sizes = run.sizes.mla
+    for part in run.parts(f"MLA, batch {batch}" for batch in sizes["batch_sizes"]):
+        with run.attempt(part):
+            mla(run, part, sizes["context"], int(part.split()[-1]))
+    cases = {
+        f"{name}, batch {batch}": (name, batch) for batch in run.sizes.batch_sizes for name in DECODING_STAGES
+    }
+    for kind in ("eager", "graph"):
+        for part in cases:
+            if f"{part}, {kind}" not in run.done:
+                with run.attempt(f"{part}, {kind}"):
+                    decode(run, part, *cases[part], kind)
+
+
+def decode(run: Run, part: str, name: str, batch_size: int, kind: str) -> None:
+    """Records the speed of a stage's decoding, eager alone or in turn with the compiled step."""
+    model = decoder(run, name, batch_size)
+    with torch.inference_mode():
+        cache = model.new_cache(1, model.config.block_size)
+
+    def eager_step(idx):
+        return model(idx, cache=cache)[0]
+
+    def rate(seconds):
+        return batch_size / statistics.median(seconds)
+
+    figures = {"cache_bytes": cache.nbytes}
+    tokens = run.sizes.tokens
+    if kind == "eager":
+        seconds = decoding_seconds(run, eager_step, cache, tokens)
+        run.record(part, **figures, eager={"tokens_per_second": rate(seconds)} | milliseconds(seconds))
+        if batch_size == 1:
+            run.record(part, sampling={"tokens_per_second": sampled(run, model.model, None)})
+        return
+    torch._dynamo.reset()
+    step = CompiledStep(model)
+    seconds = {"eager": [], "graph": []}
+    for _ in range(3):
+        seconds["graph"] += decoding_seconds(run, step, step.cache, tokens)
+        seconds["eager"] += decoding_seconds(run, eager_step, cache, max(2, tokens // 3))
+    graph = {"tokens_per_second": rate(seconds["graph"]), "compile_seconds": step.seconds}
+    speed_up = statistics.median(seconds["eager"]) / statistics.median(seconds["graph"])
+    run.record(part, graph=graph | milliseconds(seconds["graph"]) | {"speed_up": speed_up})
+    if batch_size == 1:
+        rates = sampled(run, model, step)
+        run.record(part, sampling_with_graph={"tokens_per_second": rates})
+
+
+def sampled(run: Run, model: torch.nn.Module, step: CompiledStep | None) -> float:
+    """Tokens a second of sampling one text as sample.py does, its choices on the CPU included."""
+
+    def tokens(number):
+        options = {"top_k": 200, "generator": torch.Generator().manual_seed(0), "step": step}
+        return sum(1 for _ in sampling.generate(model, [0], number, 65, **options))
+
+    tokens(3)
+    started = time.perf_counter()
+    return tokens(2 * run.sizes.tokens) / (time.perf_counter() - started)
+
+
+def mla(run: Run, part: str, context: int, batch_size: int) -> None:
+    """Stage 7's decoding behind a long context: with absorbed and with expanded keys and values, in turn."""
+    stage = stages.load("stage7_mla_mtp")
+    sizes = run.sizes.preset["model"] | {"vocab_size": 65, "block_size": context + 1}
+    model = stage.GPT(stage.GPTConfig(**sizes)).to(run.where).eval()
+    form = {"absorbed": True}
+    for module in model.modules():
+        if isinstance(module, stage.Attention):
+            module.absorbing_is_cheaper = lambda T, S: form["absorbed"]
+    idx = torch.zeros(batch_size, 1, dtype=torch.int64, device=run.where)
+    with torch.inference_mode():
+        cache = model.new_cache(batch_size, context + 1)
+        cache.keys.normal_()
+        cache.latents.normal_()
+
+        def step(absorbed):
+            form["absorbed"], cache.length = absorbed, context
+            return model(idx, cache=cache)[0]
+
+        calls = {"absorbed": partial(step, True), "expanded": partial(step, False)}
+        found = differences({"logits": calls["absorbed"]()}, {"logits": calls["expanded"]()})
+        in_turn(calls, 2, run.where)
+        seconds = in_turn(calls, max(2, run.sizes.tokens // 3), run.where)
+        figures = {
+            name: milliseconds(of) | {"tokens_per_second": batch_size / statistics.median(of)}
+            for name, of in seconds.items()
+        }
+        for name, call in calls.items():
+            with Memory(run.where) as memory:
+                call()
+            figures[name]["peak_memory"] = memory.bytes
+    run.record(part, context=context, **figures, differences=found, cache_bytes=cache.nbytes)
+    check(found, torch.bfloat16)  # TF32 is on, as in sample.py
