@@ -10,16 +10,27 @@ import torch
 
 from lab.errors import UserError
 
-# Dense bfloat16 FLOP/s by name, from NVIDIA's data sheets: model FLOPs utilisation is relative to it.
+# Dense bfloat16 FLOP/s with float32 sums, by the name that torch gives, from the makers' data sheets: model
+# FLOPs utilisation is relative to it. (Cards of one generation differ: an H100 PCIe has 3/4 of an SXM's.)
 PEAK_FLOPS = {
-    "H200": 989e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10G": 70e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA GH200 480GB": 989e12,
+    "NVIDIA H100 80GB HBM3": 989e12,  # SXM
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA L40": 181e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA A10": 125e12,
+    "NVIDIA A10G": 70e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
+    "NVIDIA GeForce RTX 3090": 71e12,
+    "AMD Instinct MI300X": 1307e12,
 }
 
 
@@ -153,10 +164,7 @@ def set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
 
 def peak_flops(device: torch.device) -> float | None:
     """FLOP/s that the device can do in bfloat16, where known."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+    return PEAK_FLOPS.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 def peak_memory(device: torch.device) -> int | None:

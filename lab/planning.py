@@ -66,7 +66,7 @@ def plan(number: int, sizes: dict) -> dict:
     """What a model of the stage with these sizes needs; memory in bytes, speeds in tokens a second."""
     model = bare(number, sizes)
     flops = cost.flops_per_token(model)
-    speed = UTILISATION * device.PEAK_FLOPS["H100"] / flops
+    speed = UTILISATION * device.PEAK_FLOPS["NVIDIA H100 80GB HBM3"] / flops
     state = {str(n_gpus): state_bytes(model, n_gpus) for n_gpus in GPUS}
     kept, copies = step_bytes(model)
     parallel.recompute_blocks(model)

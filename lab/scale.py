@@ -103,7 +103,7 @@ def steps(plans: list[tuple[str, dict]]) -> str:
 
 def assumptions() -> str:
     """What speeds and fits rest on, in words."""
-    memory, peak = planning.GPU_BYTES / 1e9, device.PEAK_FLOPS["H100"] / 1e12
+    memory, peak = planning.GPU_BYTES / 1e9, device.PEAK_FLOPS["NVIDIA H100 80GB HBM3"] / 1e12
     return (
         f"An H100 is taken to have {memory:.0f} GB, {planning.USABLE:.0%} of them for all this: CUDA, NCCL "
         "and gaps between tensors take the\nrest. Below it computes "

@@ -531,6 +531,21 @@ def test_the_cpu_gets_bfloat16_where_it_has_it(monkeypatch, capabilities, expect
     assert device.choose_dtype("float32", torch.device("cpu")) == torch.float32
 
 
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),  # not an SXM
+        ("NVIDIA L40", 181e12),  # not an L4
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA H900", None),
+    ],
+)
+def test_the_peak_of_a_gpu_is_that_of_its_exact_name(monkeypatch, name, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda where: name)
+    assert device.peak_flops(torch.device("cuda")) == expected
+
+
 def test_flops_are_those_of_the_matrix_products():
     stage = stages.load("stage0_gpt")
     config = stage.GPTConfig(vocab_size=65, block_size=16, n_layer=2, n_head=4, n_embd=32)
