@@ -88,6 +88,13 @@ def test_the_batched_path_is_the_loop_over_experts(router, monkeypatch):
     assert_close(with_gradients(made, made, x), with_gradients(lambda x: loop(made, x), made, x))
 
 
+@pytest.mark.parametrize("router", ROUTERS)
+def test_without_grouped_mm_as_in_pytorch_2_9_the_mixture_is_the_same(router, monkeypatch):
+    monkeypatch.delattr(F, "grouped_mm", raising=False)
+    made, x = moe(router=router), torch.randn(3, 11, 32)
+    assert_close(with_gradients(made, made, x), with_gradients(lambda x: loop(made, x), made, x))
+
+
 @needs_grouped_mm
 def test_the_grouped_product_is_used_where_it_can_be(monkeypatch):
     calls = []

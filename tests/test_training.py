@@ -531,6 +531,12 @@ def test_the_cpu_gets_bfloat16_where_it_has_it(monkeypatch, capabilities, expect
     assert device.choose_dtype("float32", torch.device("cpu")) == torch.float32
 
 
+def test_the_cpu_gets_float32_where_pytorch_cannot_tell(monkeypatch):
+    """As PyTorch 2.9."""
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert device.choose_dtype("auto", torch.device("cpu")) == torch.float32
+
+
 @pytest.mark.parametrize(
     "name, expected",
     [
