@@ -31,7 +31,7 @@ from safetensors.torch import save as safetensors_bytes
 from data import from_meta
 from deploy import deepseek, gpt2, llama, mixtral, tokenizer_json
 from deploy.output import new_folder
-from lab import checkpoint, cli, cost, runs, stages
+from lab import checkpoint, cli, cost, device, runs, stages
 from lab.errors import UserError, shown
 
 COUNTERPARTS = {"gpt2": gpt2, "llama": llama, "mistral": llama, "mixtral": mixtral, "deepseek_v3": deepseek}
@@ -49,6 +49,9 @@ class Settings:
     """Folder of the run to make."""
 
 
+@device.memory_errors(
+    "import holds the weights about three times, in float32: close other programs, or use a larger machine"
+)
 def main():
     settings = cli.parse_flags(Settings, sys.argv[1:])
     source, out = Path(settings.folder), Path(settings.out)
@@ -68,7 +71,7 @@ def main():
             f"{shown(source)}: tokenizer.json has {tokenizer.vocab_size:,} tokens, the model in config.json "
             f"{sizes['vocab_size']:,}"
         )
-    with new_folder(out) as run:
+    with new_folder(out, source) as run:
         tensors = read_weights(source, files, counterpart, model, sizes | layout)
         write_run(run, source, stage, model, tensors, meta | {"vocab_size": tokenizer.vocab_size})
     print(f"{shown(source)} is {stage} with {cost.parameters(model):,} parameters, in {shown(out)}")
