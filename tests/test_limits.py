@@ -4,12 +4,13 @@ import functools
 import itertools
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import TINY_MODEL, call
-from test_deploy import make_run
+from test_deploy import llama, make_run, save_theirs
 
 import compare
 from deploy import export, import_hf
@@ -301,3 +302,75 @@ def test_a_run_of_older_code_goes_on_with_its_schedule_whatever_it_is(run_train,
     capsys.readouterr()
     assert run_train("--resume", "--out", "run", "--steps", "6") == 2
     explained(capsys, "--warmup-steps 100 is more than --steps 6")
+
+
+# What stands in the way
+
+
+class Wandb:
+    """Raises its own kind of error, as the real one does, at login or when a run begins."""
+
+    class errors:
+        class Error(Exception):
+            pass
+
+    def __init__(self, fails):
+        self.fails = fails
+
+    def login(self):
+        if self.fails == "login":
+            raise self.errors.Error("No API key configured. Use `wandb login` to log in.\nMore of it.")
+
+    def init(self, **_):
+        raise self.errors.Error("Timed out while retrying\nConsider …")
+
+
+@pytest.mark.parametrize("fails, message", [("login", "No API key configured"), ("init", "Timed out")])
+def test_wandb_without_a_login_is_explained_and_leaves_no_run(
+    run_train, workshop, monkeypatch, capsys, fails, message
+):
+    monkeypatch.setitem(sys.modules, "wandb", Wandb(fails))
+    assert run_train("--stage", "0", "--steps", "1", "--wandb") == 2
+    explained(capsys, message, "`wandb login`, or set WANDB_MODE=offline")
+    assert not list((workshop / "runs").glob("*"))
+
+
+def test_help_shows_no_default_for_the_stage_that_has_none(run_train, capsys):
+    for flags in ([], ["--stage", "4"]):
+        assert run_train(*flags, "--help") == 0
+        _, after = capsys.readouterr().out.split("--stage STR")
+        said = after[: after.index("--data STR")]
+        assert "(required)" in said and "default" not in said and "stage0_gpt" not in said
+
+
+def files_under(folder):
+    return sorted((path, path.stat().st_mtime_ns) for path in Path(folder).rglob("*"))
+
+
+@pytest.mark.parametrize("to", ["hf", "llama2c", "import"])
+def test_nothing_is_written_over_a_run_a_file_or_a_folder_with_files_and_nobody_is_told_to_delete_one(
+    workshop, monkeypatch, capsys, to
+):
+    make_run("run", "3", norm_eps=1e-5)
+    if to == "import":
+        save_theirs(llama(), "theirs")
+    (workshop / "mine").mkdir()
+    (workshop / "mine" / "notes.txt").write_text("mine")
+    (workshop / "train.py").write_text("code")
+    source, driver, flags = "run", export, ["--run", "run", "--to", to]
+    if to == "import":
+        source, driver, flags = "theirs", import_hf, ["theirs"]
+    before = files_under(".")
+    for out, reason in (
+        (source, "is the folder that is read"),
+        (f"mine/../{source}", "is the folder that is read"),
+        (f"{source}/new", f"is inside the folder that is read, {source}"),
+        (f"{source}/best/a/b", f"is inside the folder that is read, {source}"),
+        ("train.py", "train.py is a file, not a folder"),
+        ("mine", "mine exists and is not empty"),
+    ):
+        assert call(monkeypatch, driver, *flags, "--out", out) == 2
+        err = capsys.readouterr().err
+        assert reason in err and "name another folder with --out" in err and "delete" not in err
+        assert "Traceback" not in err and len(err.splitlines()) <= 2
+    assert files_under(".") == before
