@@ -77,6 +77,7 @@ class Settings:
             raise ValueError("seeds must be at least 1, and rounds 0 or more")
 
 
+@device.memory_errors("try --rounds 0, which measures no speed, shorter --contexts, or smaller sizes")
 def main():
     settings, flags = cli.parse_flags(Settings, sys.argv[1:], return_unknown_args=True)
     console = Console()

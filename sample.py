@@ -10,6 +10,7 @@ if __name__ == "__main__":
     terminal.prepare()  # before the seconds that importing torch takes
 
 import functools
+import math
 import os
 import stat
 import sys
@@ -42,6 +43,8 @@ class Settings:
     """File with the text to continue."""
     max_new_tokens: int = 500
     """Tokens to make for each sample."""
+    context: int | None = None
+    """Tokens that the model sees at most, fewer than it was trained on; less memory. None: all of them."""
     num_samples: int = 1
     """Number of samples."""
     temperature: float = 0.8
@@ -65,8 +68,10 @@ class Settings:
         for name in ("max_new_tokens", "num_samples", "draft_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature must be 0 or more, not {self.temperature}")
+        if self.context is not None and self.context < 1:
+            raise ValueError(f"context must be at least 1, not {self.context}")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be a number of 0 or more, not {self.temperature}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be from 0 to below 2**63, not {self.seed}")
         if self.compile and self.draft:
@@ -77,6 +82,7 @@ class Settings:
             raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}")
 
 
+@device.memory_errors("try a lower --max-new-tokens, a shorter prompt, or a lower --context")
 def main():
     settings = cli.parse_flags(Settings, sys.argv[1:])
     where = device.choose(settings.device)
@@ -92,6 +98,9 @@ def main():
             f"--draft needs a block of multi-token prediction; {shown(folder)} ({config['stage']}) has none, "
             "train one: python train.py --stage 7"
         )
+    context = settings.context or model.config.block_size
+    if context > model.config.block_size:
+        raise UserError(f"--context {context} is too long: the model has {model.config.block_size} positions")
     tokenizer = runs.tokenizer(folder)
     prompt = read_prompt(settings)
     tokens = tokenizer.encode(prompt).tolist() if prompt else sampling.default_prompt(tokenizer)
@@ -101,6 +110,8 @@ def main():
             "give another, or none to start a new text"
         )
     print(f"{config['stage']} from {shown(folder)}", file=sys.stderr)
+    if len(tokens) > context:
+        print(f"the prompt has {len(tokens):,} tokens: the model sees the last {context:,}", file=sys.stderr)
 
     generator = torch.Generator().manual_seed(settings.seed)
     counts = sampling.DraftCounts()
@@ -110,7 +121,9 @@ def main():
         )
     elif settings.compile:
         print("compiling the model ...", file=sys.stderr)
-        step = CompiledStep(model)
+        length = sampling.cache_length(context, tokens, settings.max_new_tokens)
+        length = min(context, math.ceil(length / 256) * 256)  # few lengths: compiled code is kept for each
+        step = CompiledStep(model, length)
         print(f"compiled in {step.seconds:.0f} s", file=sys.stderr)
         generate = functools.partial(sampling.generate, step=step)
     else:
@@ -131,6 +144,7 @@ def main():
             top_k=settings.top_k,
             top_p=settings.top_p,
             generator=generator,
+            context=context,
         ):
             write(text_of(token))
             n_tokens += 1

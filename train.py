@@ -49,7 +49,7 @@ def main():
     settings = command_line.parse(sys.argv[1:])
     parallel.micro_batch(settings.batch_size, settings.micro_batch_size)  # or an error, before all else
     if settings.wandb:
-        log.import_wandb()  # better known before the run than after its first step
+        log.log_in_to_wandb()  # what is wrong is better known before the run than after it began
     device = parallel.start(devices.choose(settings.device))
     if settings.compile:
         devices.require_compiler(device)

@@ -29,7 +29,7 @@ from safetensors.torch import save as safetensors_bytes
 from data.tokenizers import HF_CONFIG, read_object
 from deploy import architectures, deepseek, gpt2, llama, llama2c, mixtral, tokenizer_json
 from deploy.output import new_folder
-from lab import checkpoint, cli, runs
+from lab import checkpoint, cli, device, runs
 from lab.errors import UserError, shown
 
 COUNTERPARTS = {
@@ -58,6 +58,9 @@ class Settings:
     """best (lowest validation loss) or last."""
 
 
+@device.memory_errors(
+    "export holds the weights about three times: close other programs, or use a larger machine"
+)
 def main():
     settings = cli.parse_flags(Settings, sys.argv[1:])
     run, out = Path(settings.run), Path(settings.out)
@@ -69,7 +72,7 @@ def main():
             f"{stage} has no counterpart in transformers; stages 0 (GPT2LMHeadModel), 3, 4, 5 "
             "(LlamaForCausalLM), 6 (MixtralForCausalLM) and 7 (DeepseekV3ForCausalLM) have"
         )
-    with new_folder(out) as folder:
+    with new_folder(out, run) as folder:
         model, _ = runs.load(run, settings.checkpoint, torch.device("cpu"))
         tensors, sizes = checkpoint.weights(model), asdict(model.config)
         if settings.to == "hf":

@@ -33,7 +33,7 @@ from data import from_meta
 from data.tokenizers import HF_CONFIG, copy_side_files
 from deploy import architectures, deepseek, gpt2, llama, mixtral, tokenizer_json
 from deploy.output import new_folder
-from lab import checkpoint, cli, cost, edits, formats, runs, stages
+from lab import checkpoint, cli, cost, device, edits, formats, runs, stages
 from lab.errors import UserError, shown
 
 COUNTERPARTS = {"gpt2": gpt2, "llama": llama, "mistral": llama, "mixtral": mixtral, "deepseek_v3": deepseek}
@@ -51,6 +51,9 @@ class Settings:
     """Folder of the run to make."""
 
 
+@device.memory_errors(
+    "import holds the weights about three times, in float32: close other programs, or use a larger machine"
+)
 def main():
     settings = cli.parse_flags(Settings, sys.argv[1:])
     source, out = Path(settings.folder), Path(settings.out)
@@ -72,7 +75,7 @@ def main():
             f"files; the model in config.json has {sizes['vocab_size']:,}"
         )
     tokenizer_json.say_what_is_ignored(source)
-    with new_folder(out) as run:
+    with new_folder(out, source) as run:
         tensors = read_weights(source, files, counterpart, model, sizes | layout)
         write_run(run, source, stage, model, tensors, meta | {"vocab_size": tokenizer.vocab_size})
     print(f"{shown(source)} is {stage} with {cost.parameters(model):,} parameters, in {shown(out)}")

@@ -1,5 +1,6 @@
 """A folder of results that is there whole or not at all."""
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
@@ -10,13 +11,14 @@ from lab.errors import UserError, shown
 
 
 @contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
+def new_folder(out: Path, source: Path) -> Iterator[Path]:
     """A folder to write in; it becomes `out` when the block ends, and is gone when the block fails.
 
-    UserError where `out` exists and is not an empty folder, or cannot be made.
+    UserError where `out` is in the folder that is read (`source`), is not empty, or cannot be made.
     """
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{shown(out)} exists and is not empty\ndelete it, or name another folder with --out")
+    reason = why_not(out, source)
+    if reason:
+        raise UserError(f"{shown(out)} {reason}\nname another folder with --out")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(
@@ -29,4 +31,20 @@ def new_folder(out: Path) -> Iterator[Path]:
                 out.rmdir()  # empty: Windows does not rename onto a folder
             os.rename(unfinished, out)
     except OSError as error:
-        raise UserError(f"cannot write {shown(out)}: {error.strerror}: {error.filename}") from error
+        if error.errno == errno.ENOMEM:
+            raise
+        file = f": {error.filename}" if error.filename else ""
+        raise UserError(f"cannot write {shown(out)}: {error.strerror}{file}") from error
+
+
+def why_not(out: Path, source: Path) -> str | None:
+    """Why nothing is written to `out`; None where nothing speaks against it."""
+    if out.resolve() == source.resolve():
+        return "is the folder that is read"
+    if source.resolve() in out.resolve().parents:
+        return f"is inside the folder that is read, {shown(source)}"
+    if out.exists() and not out.is_dir():
+        return "is a file, not a folder"
+    if out.exists() and any(out.iterdir()):
+        return "exists and is not empty"
+    return None

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import errno
 import re
 import sys
 from pathlib import Path
@@ -89,15 +90,24 @@ def prepare(device: torch.device) -> None:
             libc.mallopt(-1, 1 << 30)
 
 
+# What torch, numpy and Python say of too large an allocation; of some sizes they cannot even count the bytes.
+TOO_LARGE = (
+    "out of memory|DefaultCPUAllocator|CUBLAS_STATUS_ALLOC_FAILED|[Cc]annot allocate memory|"
+    "Storage size calculation overflowed|integer multiplication overflow|Overflow when unpacking long|"
+    "too large to convert to C|cannot fit 'int' into"
+)
+
+
 @contextlib.contextmanager
 def memory_errors(remedy: str):
     """Makes a UserError, with the remedy, of an allocation that was too large for the device."""
     try:
         yield
-    except RuntimeError as error:  # of which CUDA has a subclass, the others a text
-        if not re.search("out of memory|DefaultCPUAllocator", str(error)):
+    except (MemoryError, RuntimeError, OverflowError, OSError) as error:
+        known = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
+        if not known and not re.search(TOO_LARGE, str(error)):
             raise
-        size = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
+        size = re.search(r"(?:tried|unable) to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
         more = f" for {size[1]} more" if size else ""
         raise UserError(f"there is not enough memory{more}\n{remedy}") from error
 

@@ -3,7 +3,10 @@
 import json
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -38,9 +41,10 @@ class RunLog:
         self.printed_at = 0.0
         self.wandb = None
         if wandb_config is not None and parallel.RANK == 0:
-            self.wandb = import_wandb().init(
-                project="eight-small-diffs", name=folder.name, dir=folder, config=wandb_config
-            )
+            with wandb_errors() as wandb:
+                self.wandb = wandb.init(
+                    project="eight-small-diffs", name=folder.name, dir=folder, config=wandb_config
+                )
 
     def __enter__(self):
         self.file = open(self.path, "a", buffering=1)
@@ -101,10 +105,24 @@ def read_metrics(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
-def import_wandb():
-    """The module wandb; a UserError where it is not installed."""
+def log_in_to_wandb() -> None:
+    """Asks for the key where wandb has none and can ask; a UserError where it cannot, or is not installed."""
+    with wandb_errors() as wandb:
+        if parallel.RANK == 0:
+            wandb.login()
+
+
+@contextmanager
+def wandb_errors() -> Iterator[ModuleType]:
+    """The module wandb; what it raises becomes a UserError."""
     try:
         import wandb
     except ImportError:
         raise UserError("--wandb needs the package wandb: pip install -e '.[wandb]'") from None
-    return wandb
+    try:
+        yield wandb
+    except wandb.errors.Error as error:
+        raise UserError(
+            f"--wandb: {(str(error).strip() or type(error).__name__).splitlines()[0]}\n"
+            "log in with `wandb login`, or set WANDB_MODE=offline to keep the metrics here for `wandb sync`"
+        ) from error

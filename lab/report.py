@@ -49,10 +49,9 @@ def figures(found: comparison.StageRuns, speeds: dict | None) -> dict:
     }
 
 
-def cache_bytes(model: torch.nn.Module) -> float:
+def cache_bytes(model: torch.nn.Module) -> int:
     """Bytes of a cache in float32, for each token it can hold."""
-    context = model.config.block_size
-    return model.new_cache(1, context).nbytes / context
+    return model.new_cache(1, 1).nbytes
 
 
 def seconds_to(metrics: list[dict], loss: float) -> float | None:

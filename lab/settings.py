@@ -1,8 +1,11 @@
 """Every setting of a training run: from the command line, a preset, or the run that is resumed."""
 
+import math
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
+
+import tyro
 
 from data import Dataset
 from lab import checkpoint, device, presets, runs, stages
@@ -19,7 +22,7 @@ class Settings(Generic[ModelConfig]):
     model: ModelConfig
     """Sizes of the model; what is left out follows from the rest."""
     stage: str
-    """Stage to train: its number or its folder's name."""
+    """Stage to train: its number or its folder's name. With --resume or --init-from that of the run."""
     data: str = "tinyshakespeare"
     """tinyshakespeare, openshakespeare, openwebtext, or a path: a file of UTF-8 text, .jsonl or .parquet, or
     a folder of them."""
@@ -50,9 +53,9 @@ class Settings(Generic[ModelConfig]):
     lr: float = 1e-3
     """Highest learning rate, reached after the warm-up."""
     min_lr: float = 1e-4
-    """Learning rate at the last step, reached along a cosine."""
+    """Learning rate at the last step, along a cosine. Default: the preset's; of a lower --lr a tenth."""
     warmup_steps: int = 100
-    """Steps over which the learning rate rises from 0."""
+    """Steps over which the learning rate rises from 0. Default: the preset's; of fewer --steps a tenth."""
     weight_decay: float = 0.1
     """Weight decay of matrices and embeddings; norms and biases have none."""
     beta1: float = 0.9
@@ -81,8 +84,12 @@ class Settings(Generic[ModelConfig]):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         for name in ("seed", "lr", "min_lr", "warmup_steps", "weight_decay", "grad_clip"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be 0 or more and finite, not {getattr(self, name)}")
+        for name, value in vars(self.model).items():
+            for number in value.values() if isinstance(value, dict) else [value]:
+                if isinstance(number, float) and not math.isfinite(number):
+                    raise ValueError(f"model.{name} must be a finite number, not {number}")
         if self.seed >= 2**63:
             raise ValueError(f"seed must be below 2**63, not {self.seed}")
         for name in ("beta1", "beta2"):
@@ -107,6 +114,8 @@ class Choice:
     out: str | None = None
     init_from: str | None = None
     resume: bool = False
+    lr: float | None = None
+    steps: int | None = None
 
 
 def parse(argv: list[str]) -> Settings:
@@ -126,14 +135,33 @@ def parse(argv: list[str]) -> Settings:
         if not choice.stage and not wants_help:
             raise UserError(f"which stage? --stage N, one of: {stages.listing()}")
         default = preset_settings(choice, stages.find(choice.stage or "0"))
+    stage = default.stage
+    if wants_help:
+        default.stage = tyro.MISSING  # it has no default
     settings = parse_flags(Settings[type(default.model)], argv, default=default)
-    settings.stage = default.stage
+    settings.stage = stage
     if choice.resume and not wants_help:
         for name in ("optimizer", "preset"):
             before = getattr(default, name)
             if getattr(settings, name) != before:
                 raise UserError(f"the run has --{name} {before}, which cannot change: leave --{name} out")
+    if schedule(settings) != schedule(default) or not choice.resume:  # runs of older code may have any
+        check_schedule(settings)
     return settings
+
+
+def schedule(settings: Settings) -> tuple:
+    """What the learning rate of each step follows from."""
+    return settings.steps, settings.warmup_steps, settings.lr, settings.min_lr
+
+
+def check_schedule(settings: Settings) -> None:
+    """A UserError where the learning rate could not go up to its highest and then down to its lowest."""
+    steps, warmup_steps, lr, min_lr = schedule(settings)
+    if warmup_steps > steps:
+        raise UserError(f"--warmup-steps {warmup_steps} is more than --steps {steps}: change one of them")
+    if min_lr > lr:
+        raise UserError(f"--min-lr {min_lr:g} is above --lr {lr:g}, which is the highest: change one of them")
 
 
 def preset_settings(choice: Choice, stage: str) -> Settings:
@@ -141,6 +169,10 @@ def preset_settings(choice: Choice, stage: str) -> Settings:
     device_type = device.choose(choice.device).type
     name = presets.choose(choice.data, device_type) if choice.preset == "auto" else choice.preset
     preset = dict(presets.PRESETS[name])
+    if choice.lr is not None and 0 <= choice.lr < preset["min_lr"]:
+        preset["min_lr"] = choice.lr / 10  # as in the presets
+    if choice.steps is not None and 0 < choice.steps < preset["warmup_steps"]:
+        preset["warmup_steps"] = choice.steps // 10
     model = presets.model_defaults(stages.load(stage).GPTConfig, preset.pop("model"))
     tokenizer = "gpt2" if choice.data == "openwebtext" else "char"
     compiles = device_type == "cuda"

@@ -47,14 +47,15 @@ class StaticCache:
 class CompiledStep:
     """One token further with a compiled model: logits (1, 1, vocab_size) = step(idx (1, 1)).
 
-    `cache` is the plain cache that the model fills with a prompt; step goes on from it and counts.
+    `cache` is the plain cache that the model fills with a prompt; step goes on from it and counts. It holds
+    `length` tokens (None: block_size).
     Compiling happens here, at once, and takes seconds to minutes; `seconds` tells how many.
     """
 
     @torch.inference_mode()  # as generate does: code is compiled for one mode of autograd
-    def __init__(self, model):
+    def __init__(self, model, length=None):
         started = time.perf_counter()
-        self.cache = model.new_cache(1, model.config.block_size)
+        self.cache = model.new_cache(1, length or model.config.block_size)
         static = StaticCache(self.cache)
         where = static.position.device
         for tensor in (*itertools.chain(*static.layers), static.position):

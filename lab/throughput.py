@@ -55,11 +55,13 @@ def measure(**settings) -> dict:
     command = [sys.executable, "-m", "lab.throughput", *flags]
     child = subprocess.run(command, cwd=stages.ROOT, capture_output=True, text=True)
     if child.returncode:
-        last = child.stderr.strip().splitlines()[-1:] or [f"exit status {child.returncode}"]
-        return {"error": last[0]}
+        said = child.stderr.strip().splitlines() or [f"exit status {child.returncode}"]
+        errors = [line.removeprefix("error: ") for line in said if line.startswith("error: ")]
+        return {"error": (errors or said)[-1]}
     return json.loads(child.stdout.splitlines()[-1])
 
 
+@device.memory_errors("try a lower --batch-size or --context, or smaller sizes in --model")
 def main():
     settings = cli.parse_flags(Settings, sys.argv[1:])
     where = device.choose(settings.device)

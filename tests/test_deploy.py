@@ -619,7 +619,7 @@ def test_an_occupied_folder_is_not_touched(run_export, run_import, spoilt, capsy
     before = sorted((path, path.stat().st_mtime_ns) for path in Path("run").rglob("*"))
     for to in ("hf", "llama2c"):
         assert run_export("--run", "run", "--to", to, "--out", "run") == 2
-        explained(capsys, "run exists and is not empty")
+        explained(capsys, "run is the folder that is read")
     assert run_import("theirs", "--out", "run") == 2
     explained(capsys, "run exists and is not empty")
     assert sorted((path, path.stat().st_mtime_ns) for path in Path("run").rglob("*")) == before

@@ -366,6 +366,9 @@ def test_wandb_mirrors_every_line(run_train, workshop, monkeypatch):
         def __init__(self):
             self.logged = []
 
+        def login(self):
+            pass
+
         def init(self, **options):
             assert options["config"]["stage"] == "stage0_gpt"
             return self
