@@ -71,7 +71,7 @@ class Settings:
         if self.context is not None and self.context < 1:
             raise ValueError(f"context must be at least 1, not {self.context}")
         if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature must be a number of 0 or more, not {self.temperature}")
+            raise ValueError(f"temperature must be 0 or more and finite, not {self.temperature}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be from 0 to below 2**63, not {self.seed}")
         if self.compile and self.draft:
