@@ -4,8 +4,8 @@ import signal
 
 from lab import parallel
 
-# SIGHUP is what a process gets when its terminal is closed; Windows does not have it.
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+SIGHUP = getattr(signal, "SIGHUP", None)  # a process gets it when its terminal is closed; not on Windows
+SIGNALS = [number for number in (signal.SIGINT, signal.SIGTERM, SIGHUP) if number]
 
 
 class StopRequest:
@@ -17,8 +17,11 @@ class StopRequest:
 
     def __enter__(self):
         self.signal = None
-        heeded = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup's
-        self.before = {number: signal.signal(number, self.receive) for number in heeded}
+        self.before = {}
+        for number in SIGNALS:
+            under_nohup = number == SIGHUP and signal.getsignal(number) is signal.SIG_IGN
+            if not under_nohup:
+                self.before[number] = signal.signal(number, self.receive)
         return self
 
     def __exit__(self, *exception):
