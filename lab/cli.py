@@ -39,7 +39,9 @@ def parse_flags(kind: type, argv: list[str], **options):
 def program() -> str:
     """The command that started this process, as a user would type it."""
     spec = sys.modules["__main__"].__spec__  # None for a file
-    return f"python -m {spec.name.removesuffix('.__main__')}" if spec else f"python {shown(Path(sys.argv[0]))}"
+    if spec:
+        return f"python -m {spec.name.removesuffix('.__main__')}"
+    return f"python {shown(Path(sys.argv[0]))}"
 
 
 def did_you_mean(message: str, hints: Iterable[str]) -> str:

@@ -151,9 +151,9 @@ def test_more_text_than_memory_holds_is_explained(workshop, run_sample, capsys, 
 
 
 REMEDIES = {
-    "export": (export, ["--run", "run", "--to", "hf", "--out", "out"], "runs.load", "export holds"),
+    "export": (export, ["--run", "run", "--to", "hf", "--out", "out"], "storage.runs.load", "export holds"),
     "import": (import_hf, ["theirs", "--out", "out"], "deploy.import_hf.read_config", "import holds"),
-    "compare": (compare, ["--stages", "0"], "comparison.chosen_stages", "--rounds 0"),
+    "compare": (compare, ["--stages", "0"], "comparison.wanted_runs.chosen_stages", "--rounds 0"),
     "throughput": (isolated, ["--stage", "0"], "stages.load", "--batch-size"),
 }
 ERRORS = [
