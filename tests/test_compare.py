@@ -352,7 +352,7 @@ def test_speed_against_the_context_is_the_median_of_rounds_in_turn(monkeypatch):
         asked.append((stage, context))
         return {"tokens_per_second": next(speeds), "peak_memory": context}
 
-    monkeypatch.setattr(interleaved.throughput, "measure", measure)
+    monkeypatch.setattr(interleaved.isolated, "measure", measure)
     config = {"model": {}, "dtype": "float32", "settings": {"optimizer": "adamw"}}
     configs = {name: config | {"stage": name} for name in ("one", "other")}
     made = interleaved.by_context(configs, "training", torch.device("cpu"), 3, [16], Console())
@@ -364,7 +364,7 @@ def test_speed_against_the_context_is_the_median_of_rounds_in_turn(monkeypatch):
 def test_the_memory_of_a_measurement_is_its_own():
     """Not that of the process that started it."""
     ballast = np.ones(2**26)  # 512 MiB
-    made = interleaved.throughput.measure(stage="stage0_gpt", context=8, steps=1, dtype="float32")
+    made = interleaved.isolated.measure(stage="stage0_gpt", context=8, steps=1, dtype="float32")
     assert made["peak_memory"] < 500 * 2**20 < ballast.nbytes
 
 

@@ -554,7 +554,8 @@ def test_what_torchrun_passes_on_is_no_second_ctrl_c(monkeypatch):
 DYING = """
 import os, signal, sys
 import train
-from lab import batches, cli, parallel
+from lab import cli, parallel
+from lab.training import batches
 
 real = batches.train_batch
 
