@@ -40,7 +40,7 @@ test-gpu: $(DEV)
 	$(RUN) -m pytest -q -m gpu $(ARGS)
 
 gpu-check: $(DEV)
-	$(RUN) benchmarks/gpu_check.py $(ARGS)
+	$(RUN) -m benchmarks.gpu_check $(ARGS)
 
 lint: $(DEV)
 	$(RUN) -m ruff check .

@@ -24,24 +24,12 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from lab import (
-    cli,
-    comparison,
-    device,
-    diffs,
-    formats,
-    interrupt,
-    locks,
-    measuring,
-    overview,
-    plots,
-    report,
-    runs,
-    spread,
-    stages,
-)
+from lab import cli, device, formats, interrupt, stages
+from lab.comparison import diffs, interleaved, overview, report, spread, wanted_runs
 from lab.errors import UserError, shown
 from lab.interrupt import StopRequest
+from lab.storage import locks, runs
+from lab.training import run_plots
 
 LEFT_OUT = ("what changed", "lines changed", "parameters (active)", "FLOPs a token", "bits per byte")
 STOPPED = [128 + number for number in interrupt.SIGNALS]  # statuses of a run that a signal ended
@@ -93,42 +81,42 @@ def main():
     diffs.git_diff("--version")  # and git
     if settings.out and Path(settings.out).is_file():
         raise UserError(f"--out {settings.out} is a file; name a folder for the figures and pictures")
-    comparison.check_flags(flags, [field.name for field in fields(Settings)])
-    chosen = comparison.chosen_stages(settings.stages)
-    contexts = measuring.parse_contexts(settings.contexts)
+    wanted_runs.check_flags(flags, [field.name for field in fields(Settings)])
+    chosen = wanted_runs.chosen_stages(settings.stages)
+    contexts = interleaved.parse_contexts(settings.contexts)
     notes, failed = [], []
-    known, outdated = comparison.at_hand(notes)
+    known, outdated = wanted_runs.at_hand(notes)
     if settings.only_draw:
         if "--preset" not in " ".join(flags):
-            preset = comparison.preset_at_hand(chosen, known)
+            preset = wanted_runs.preset_at_hand(chosen, known)
             flags = [*flags, *(["--preset", preset] if preset else [])]
-        dataset = comparison.dataset_at_hand(chosen, flags, known)
+        dataset = wanted_runs.dataset_at_hand(chosen, flags, known)
     else:
-        wanted, _ = comparison.wanted_settings(chosen[0], 0, flags)
-        dataset = comparison.dataset_name(wanted)
-        needed = comparison.plan(chosen, settings.seeds, flags, known, dataset)
+        wanted, _ = wanted_runs.wanted_settings(chosen[0], 0, flags)
+        dataset = wanted_runs.dataset_name(wanted)
+        needed = wanted_runs.plan(chosen, settings.seeds, flags, known, dataset)
         if settings.tune:
             for rate in RATES:
                 tuning = [*flags, "--lr", str(rate), "--min-lr", str(rate / 10)]
-                needed += comparison.plan(chosen, 1, tuning, known, dataset, needed)
+                needed += wanted_runs.plan(chosen, 1, tuning, known, dataset, needed)
         train(needed, console)
         failed = [run for run in needed if run.failure]
-        known, outdated = comparison.at_hand(notes := [])
-    notes += comparison.outdated_notes(chosen, outdated)
-    wanted, _ = comparison.wanted_settings(chosen[0], 0, flags)
+        known, outdated = wanted_runs.at_hand(notes := [])
+    notes += wanted_runs.outdated_notes(chosen, outdated)
+    wanted, _ = wanted_runs.wanted_settings(chosen[0], 0, flags)
     out = Path(settings.out) if settings.out else default_folder(wanted.preset, chosen)
-    found = comparison.collect(chosen, settings.seeds, flags, known, dataset, notes)
+    found = wanted_runs.collect(chosen, settings.seeds, flags, known, dataset, notes)
     if not found:
         for note in [*notes, *(f"failed: {run.name}: {run.failure}" for run in failed)]:
             print(note, file=sys.stderr)
         raise UserError("there is no finished run to draw; without --only-draw compare.py trains them")
     out.mkdir(parents=True, exist_ok=True)
-    speeds = measuring.read(out, notes)
+    speeds = interleaved.read(out, notes)
     if not speeds and not settings.out:  # some stages may have been measured with all the others
-        speeds = measuring.read(default_folder(wanted.preset, comparison.chosen_stages(None)), notes)
+        speeds = interleaved.read(default_folder(wanted.preset, wanted_runs.chosen_stages(None)), notes)
     if settings.rounds and not settings.only_draw:
         configs = {name: stage_runs.config for name, stage_runs in found.items()}
-        speeds = measuring.everything(
+        speeds = interleaved.everything(
             configs, device.choose(wanted.device), settings.rounds, contexts, console
         )
         runs.write_json(out / "speeds.json", speeds)
@@ -144,9 +132,7 @@ def main():
     console.print(ladder_table(results))
     for note in notes:
         print(note, file=sys.stderr)
-    print(
-        f"{shown(out)}: results.json, ladder.md, {', '.join(name for name in drawn if name.endswith('.png'))}"
-    )
+    print(f"{shown(out)}: results.json, ladder.md, {', '.join(drawn)}")
     if failed:
         for run in failed:
             print(f"failed: {run.name}: {run.failure}", file=sys.stderr)
@@ -176,7 +162,7 @@ def compare_runs(settings: Settings, console: Console) -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / "runs.md").write_text(overview.markdown(rows), encoding="utf-8")
     histories = {shown(folder): metrics for folder, _, metrics in found}
-    plots.several_runs(histories, loss, out / "runs.png")
+    run_plots.several_runs(histories, loss, out / "runs.png")
     print(f"{shown(out)}: runs.md, runs.png")
 
 
@@ -187,7 +173,7 @@ def default_folder(preset: str, chosen: list[str]) -> Path:
     return runs.RUNS / "compare" / preset / f"results{'' if chosen == course else names}"
 
 
-def train(needed: list[comparison.Run], console: Console) -> None:
+def train(needed: list[wanted_runs.Run], console: Console) -> None:
     """Trains what is not finished yet, one run after the other, under one live display.
 
     A run that another process is training is left for later, and waited for in the end.
@@ -212,7 +198,7 @@ def train(needed: list[comparison.Run], console: Console) -> None:
                     time.sleep(1)
 
 
-def train_one(run: comparison.Run, needed: list[comparison.Run], live: Live, spent: dict) -> None:
+def train_one(run: wanted_runs.Run, needed: list[wanted_runs.Run], live: Live, spent: dict) -> None:
     """Trains one run in a process of its own; a signal to stop is passed on to it, so that it saves."""
     log = run.folder.with_name(run.folder.name + ".log")
     began, first_step = time.perf_counter(), run.step()
@@ -250,7 +236,7 @@ def train_one(run: comparison.Run, needed: list[comparison.Run], live: Live, spe
         log.unlink()
 
 
-def progress_table(needed: list[comparison.Run], current: comparison.Run, spent: dict) -> Table:
+def progress_table(needed: list[wanted_runs.Run], current: wanted_runs.Run, spent: dict) -> Table:
     """Which runs are done, running and left, and the time to go."""
     table = Table(title=None, box=None, padding=(0, 2))
     for head in ("run", "state", "step", "val loss"):
@@ -258,13 +244,13 @@ def progress_table(needed: list[comparison.Run], current: comparison.Run, spent:
     known = sum(spent.values()) / len(spent) if spent else None  # seconds of a step, for stages not seen yet
     to_go = 0.0
     for run in needed:
-        last = comparison.last_record(run.folder)
+        last = wanted_runs.last_record(run.folder)
         step, steps = last.get("step", 0), run.settings.steps
         done = run.finished()
         state = "failed" if run.failure else "running" if run is current else "done" if done else "left"
         if not done and not run.failure and known:
             to_go += (steps - step) * spent.get(run.settings.stage, known)
-        losses = [r["val_loss"] for r in comparison.read_metrics(run.folder) if "val_loss" in r]
+        losses = [r["val_loss"] for r in wanted_runs.read_metrics(run.folder) if "val_loss" in r]
         style = {"running": "bold", "failed": "red", "left": "dim"}.get(state)
         table.add_row(run.name, state, f"{step}/{steps}", f"{losses[-1]:.4f}" if losses else "", style=style)
     minutes = f"about {to_go / 60:.0f} minutes to go" if known else ""
@@ -285,7 +271,7 @@ def summarize(
 ):
     """Writes results.json; returns the figures by stage, empty for one without a run."""
     rows = {
-        name: report.figures(found[name], measuring.of_stage(speeds, name)) if name in found else {}
+        name: report.figures(found[name], interleaved.of_stage(speeds, name)) if name in found else {}
         for name in chosen
     }
     if tune:
@@ -313,12 +299,12 @@ def best_rate(stage: str, flags: list[str], known: list, dataset: str) -> dict |
     """The best of the learning rates tried on a stage, and its loss."""
     tried = {}
     for rate in RATES:
-        wanted, _ = comparison.wanted_settings(
+        wanted, _ = wanted_runs.wanted_settings(
             stage, 0, [*flags, "--lr", str(rate), "--min-lr", str(rate / 10)]
         )
-        for folder, config in comparison.finished_runs(wanted, dataset, known):
+        for folder, config in wanted_runs.finished_runs(wanted, dataset, known):
             if config["settings"]["seed"] == 0:
-                tried[rate] = comparison.last_record(folder)["val_loss"]
+                tried[rate] = wanted_runs.last_record(folder)["val_loss"]
     if not tried:
         return None
     rate = min(tried, key=tried.get)

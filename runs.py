@@ -16,8 +16,10 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
-from lab import cli, overview, runs, stages
+from lab import cli, stages
+from lab.comparison import overview
 from lab.errors import UserError, shown
+from lab.storage import runs
 
 HEADS = ("run", "stage", "data", "preset and what differs from it", "step", "best val loss", "when", "code")
 

@@ -22,9 +22,11 @@ from typing import Literal
 import torch
 
 from data import files
-from lab import cli, device, runs, sampling
+from lab import cli, device
 from lab.errors import UserError, shown
-from lab.static import CompiledStep
+from lab.sampling import generation
+from lab.sampling.compiled import CompiledStep
+from lab.storage import runs
 
 
 @dataclass
@@ -103,7 +105,7 @@ def main():
         raise UserError(f"--context {context} is too long: the model has {model.config.block_size} positions")
     tokenizer = runs.tokenizer(folder)
     prompt = read_prompt(settings)
-    tokens = tokenizer.encode(prompt).tolist() if prompt else sampling.default_prompt(tokenizer)
+    tokens = tokenizer.encode(prompt).tolist() if prompt else generation.default_prompt(tokenizer)
     if not tokens:
         raise UserError(
             f"the prompt {prompt!r} gives no tokens: the model's tokenizer drops all of it\n"
@@ -114,20 +116,20 @@ def main():
         print(f"the prompt has {len(tokens):,} tokens: the model sees the last {context:,}", file=sys.stderr)
 
     generator = torch.Generator().manual_seed(settings.seed)
-    counts = sampling.DraftCounts()
+    counts = generation.DraftCounts()
     if settings.draft:
         generate = functools.partial(
-            sampling.generate_with_drafts, n_drafts=settings.draft_tokens, counts=counts
+            generation.generate_with_drafts, n_drafts=settings.draft_tokens, counts=counts
         )
     elif settings.compile:
         print("compiling the model ...", file=sys.stderr)
-        length = sampling.cache_length(context, tokens, settings.max_new_tokens)
+        length = generation.cache_length(context, tokens, settings.max_new_tokens)
         length = min(context, math.ceil(length / 256) * 256)  # few lengths: compiled code is kept for each
         step = CompiledStep(model, length)
         print(f"compiled in {step.seconds:.0f} s", file=sys.stderr)
-        generate = functools.partial(sampling.generate, step=step)
+        generate = functools.partial(generation.generate, step=step)
     else:
-        generate = sampling.generate
+        generate = generation.generate
     n_tokens, seconds = 0, 0.0
     for number in range(settings.num_samples):
         if number:

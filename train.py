@@ -22,26 +22,14 @@ import torch
 
 import data
 from data.tokenizers import HF_CONFIG, copy_side_files
-from lab import (
-    batches,
-    checkpoint,
-    cli,
-    cost,
-    edits,
-    evaluation,
-    formats,
-    log,
-    optim,
-    parallel,
-    plots,
-    runs,
-    sampling,
-    stages,
-)
+from lab import cli, formats, parallel, stages
 from lab import device as devices
-from lab import settings as command_line
 from lab.errors import UserError, shown
 from lab.interrupt import StopRequest
+from lab.sampling import generation
+from lab.storage import checkpoint, edits, runs
+from lab.training import batches, cost, evaluation, log, optim, run_plots
+from lab.training import settings as command_line
 
 
 @devices.memory_errors("try a lower --micro-batch-size, --activation-checkpointing, or a smaller model")
@@ -262,15 +250,15 @@ def report(folder: Path, dataset: data.Dataset, device: torch.device) -> None:
     """Draws the loss curves, samples from the best checkpoint, and says where everything is."""
     metrics = log.read_metrics(folder / "metrics.jsonl")
     model, config = runs.load(folder, "best", device)
-    plots.loss_curves(metrics, f"{config['stage']} on {config['dataset']}", folder / "loss.png")
+    run_plots.loss_curves(metrics, f"{config['stage']} on {config['dataset']}", folder / "loss.png")
     pictures = "loss.png"
     if "expert_tokens" in metrics[-1]:
-        plots.expert_load(metrics, folder / "experts.png")
+        run_plots.expert_load(metrics, folder / "experts.png")
         pictures += ", experts.png"
     tokenizer = dataset.tokenizer
-    prompt = sampling.default_prompt(tokenizer)
+    prompt = generation.default_prompt(tokenizer)
     generator = torch.Generator().manual_seed(config["settings"]["seed"])
-    tokens = list(sampling.generate(model, prompt, 500, tokenizer.vocab_size, generator=generator))
+    tokens = list(generation.generate(model, prompt, 500, tokenizer.vocab_size, generator=generator))
     text = tokenizer.decode(tokens)
     (folder / "sample.txt").write_text(text, encoding="utf-8")
 

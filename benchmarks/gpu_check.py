@@ -1,4 +1,4 @@
-"""Learns the most about a GPU in a few minutes: python benchmarks/gpu_check.py --minutes 9 --out DIR
+"""Learns the most about a GPU in a few minutes: python -m benchmarks.gpu_check --minutes 9 --out DIR
 
 Runs the tests that need a GPU, then measures training, attention, the mixture of experts, decoding and a
 whole training run, the most valuable first. It needs no network. It writes DIR/gpu.json after each figure,
@@ -18,16 +18,14 @@ import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 
-sys.path.insert(1, str(Path(__file__).resolve().parent.parent))  # Python looks in benchmarks/ alone
-
-from lab import cli, runs, stages  # first, for lab says which packages are missing
+from lab import cli, stages  # first, for lab says which packages are missing
 from lab.errors import UserError, shown
+from lab.storage import runs  # first, for lab says which packages are missing
 
 # isort: split
-import gpu_report
-import gpu_run
-import gpu_sections
 import torch
+
+from benchmarks import gpu_report, gpu_run, gpu_sections
 
 FORMAT = 1  # of gpu.json
 POLL_SECONDS = 0.2
@@ -240,7 +238,7 @@ class Check:
     def start(self, job: Job, until: float) -> None:
         """Starts a job's process, in a group of its own so that all that it starts can be ended with it."""
         figures, output = (self.scratch / f"{job.name}.{kind}" for kind in ("jsonl", "log"))
-        command = [sys.executable, gpu_sections.__file__, job.section]
+        command = [sys.executable, "-m", "benchmarks.gpu_sections", job.section]
         command += [str(figures), str(self.scratch), f"--seconds={until - time.monotonic():.1f}"]
         command += [f"--done={json.dumps(sorted(job.done))}", f"--shard={json.dumps(job.shard)}"]
         if self.settings.nanogpt:

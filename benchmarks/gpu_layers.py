@@ -7,10 +7,20 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from gpu_run import DECODING_STAGES, Memory, Run, check, differences, in_turn, milliseconds, seconds_of
 
-from lab import device, sampling, stages
-from lab.static import CompiledStep
+from benchmarks.gpu_run import (
+    DECODING_STAGES,
+    Memory,
+    Run,
+    check,
+    differences,
+    in_turn,
+    milliseconds,
+    seconds_of,
+)
+from lab import device, stages
+from lab.sampling import generation
+from lab.sampling.compiled import CompiledStep
 
 # 3: attention
 
@@ -148,7 +158,7 @@ def mixture(run: Run) -> None:
 
 
 def mixture_of(run: Run, part: str, n_experts: int, per_token: int, n_embd: int, sizes: dict) -> None:
-    from moe import loop_over_experts  # results/moe.py
+    from benchmarks.moe import loop_over_experts
 
     stage = stages.load("stage6_moe")
     fields = {"n_embd": n_embd, "n_head": 2, "n_routed_experts": n_experts, "num_experts_per_tok": per_token}
@@ -223,7 +233,7 @@ def batched(stage, made):
 class Sequences(torch.nn.Module):
     """A model that decodes so many sequences for one: where it is given a token, each gets another.
 
-    lab.static.CompiledStep is made for one sequence; with this it measures a batch.
+    lab.sampling.compiled.CompiledStep is made for one sequence; with this it measures a batch.
     """
 
     def __init__(self, model: torch.nn.Module, batch_size: int):
@@ -318,7 +328,7 @@ def sampled(run: Run, model: torch.nn.Module, step: CompiledStep | None) -> floa
 
     def tokens(number):
         options = {"top_k": 200, "generator": torch.Generator().manual_seed(0), "step": step}
-        return sum(1 for _ in sampling.generate(model, [0], number, 65, **options))
+        return sum(1 for _ in generation.generate(model, [0], number, 65, **options))
 
     tokens(3)
     started = time.perf_counter()

@@ -1,15 +1,13 @@
-"""The summary and the pictures of a gpu.json; python benchmarks/gpu_report.py DIR writes them anew."""
+"""The summary and the pictures of a gpu.json; python -m benchmarks.gpu_report DIR writes them anew."""
 
 import json
 import sys
 from pathlib import Path
 
-sys.path.insert(1, str(Path(__file__).resolve().parent.parent))  # Python looks in benchmarks/ alone
-
 import numpy as np
 
 from lab import stages
-from lab.plots import new_figure, stage_color
+from lab.training.run_plots import new_figure, stage_color
 
 WAY_COLORS = {"explicit": "#888888", "sdpa": "#0072B2", "triton": "#D55E00", "flash_attn": "#009E73"}
 WAY_COLORS |= {"grouped_mm": "#0072B2", "loop": "#888888", "every expert for every token": "#E69F00"}

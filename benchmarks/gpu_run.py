@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lab import device, presets
+from lab import device
+from lab.training import presets
 
 BROKEN = 75  # exit status of a process whose device answers no more
 DECODING_STAGES = ("stage0_gpt", "stage4_gqa", "stage6_moe", "stage7_mla_mtp")

@@ -13,19 +13,15 @@ import statistics
 import subprocess
 import sys
 import traceback
-from pathlib import Path
 
 import torch
 
-sys.path.insert(1, str(Path(__file__).resolve().parent.parent))  # Python looks in benchmarks/ alone
-sys.path.insert(2, str(Path(__file__).resolve().parent.parent / "results"))
-
-from gpu_layers import attention, attention_ways, decoder, decoding, mixture
-from gpu_run import BROKEN, DECODING_STAGES, FULL, Run, first_line, is_broken, seconds_of
-from gpu_training import Trainer, compiled, eager, float32, nanogpt, training
-
-from lab import device, runs, stages
-from lab.static import CompiledStep
+from benchmarks.gpu_layers import attention, attention_ways, decoder, decoding, mixture
+from benchmarks.gpu_run import BROKEN, DECODING_STAGES, FULL, Run, first_line, is_broken, seconds_of
+from benchmarks.gpu_training import Trainer, compiled, eager, float32, nanogpt, training
+from lab import device, stages
+from lab.sampling.compiled import CompiledStep
+from lab.storage import runs
 
 # 0: the machine
 

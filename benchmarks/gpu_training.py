@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from gpu_run import (
+
+from benchmarks.gpu_run import (
     LARGEST_DIFFERENCE,
     STEPS_COMPARED,
     Memory,
@@ -20,9 +21,10 @@ from gpu_run import (
     milliseconds,
     seconds_of,
 )
-
 from data import files, prepare
-from lab import batches, cost, device, log, optim, runs, stages
+from lab import device, stages
+from lab.storage import runs
+from lab.training import batches, cost, log, optim
 
 # 2: training
 
@@ -239,7 +241,7 @@ def record_training(run: Run, part: str, folder: Path, text: str, started: float
 
 def nanogpt(run: Run) -> None:
     """Training steps of nanoGPT's own model and of our stage 0, in turn, eager and compiled."""
-    from against_nanogpt import load_nanogpt  # results/against_nanogpt.py
+    from benchmarks.against_nanogpt import load_nanogpt
 
     device.prepare(run.where)
     for part in run.parts(("eager", "compiled")):

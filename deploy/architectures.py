@@ -7,8 +7,8 @@ model.py computes another function under the same names and shapes.
 import sys
 from pathlib import Path
 
-from lab import edits
 from lab.errors import UserError, shown
+from lab.storage import edits
 
 # The hashes of each stage's code, today's last, for which tests/test_deploy.py passed.
 TESTED = {

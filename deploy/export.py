@@ -1,4 +1,4 @@
-"""Turns a run into files for other programs: python deploy/export.py --run runs/… --to hf --out DIR
+"""Turns a run into files for other programs: python -m deploy.export --run runs/… --to hf --out DIR
 
 --to hf: a folder that stock transformers loads: pipeline("text-generation", DIR) continues a prompt with the
 text of `sample.py --temperature 0`, up to the context. (Past it sample.py slides its window; transformers
@@ -12,8 +12,6 @@ and the ids of its special tokens. Transformers follows them: it may sample, and
 
 import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # Python looks in deploy/ alone
 
 from lab import terminal
 
@@ -29,8 +27,9 @@ from safetensors.torch import save as safetensors_bytes
 from data.tokenizers import HF_CONFIG, read_object
 from deploy import architectures, deepseek, gpt2, llama, llama2c, mixtral, tokenizer_json
 from deploy.output import new_folder
-from lab import checkpoint, cli, device, runs
+from lab import cli, device
 from lab.errors import UserError, shown
+from lab.storage import checkpoint, runs
 
 COUNTERPARTS = {
     "stage0_gpt": gpt2,

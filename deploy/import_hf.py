@@ -1,4 +1,4 @@
-"""Turns a Hugging Face folder into a run: python deploy/import_hf.py DIR --out runs/NAME
+"""Turns a Hugging Face folder into a run: python -m deploy.import_hf DIR --out runs/NAME
 
 GPT-2 becomes stage 0; Llama, and Mistral without its sliding window, stage 3 or, with fewer key/value heads
 than heads, stage 4; Mixtral becomes stage 6, DeepSeek-V3 stage 7. The run is for sample.py, deploy/export.py
@@ -10,8 +10,6 @@ transformers (eos_token_id) end none in sample.py.
 
 import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # Python looks in deploy/ alone
 
 from lab import terminal
 
@@ -33,8 +31,10 @@ from data import from_meta
 from data.tokenizers import HF_CONFIG, copy_side_files
 from deploy import architectures, deepseek, gpt2, llama, mixtral, tokenizer_json
 from deploy.output import new_folder
-from lab import checkpoint, cli, cost, device, edits, formats, runs, stages
+from lab import cli, device, formats, stages
 from lab.errors import UserError, shown
+from lab.storage import checkpoint, edits, runs
+from lab.training import cost
 
 COUNTERPARTS = {"gpt2": gpt2, "llama": llama, "mistral": llama, "mixtral": mixtral, "deepseek_v3": deepseek}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 
 from data.tokenizers import CharTokenizer
-from lab import sampling
 from lab.errors import UserError
+from lab.sampling import generation
 
 STAGES = ("stage3_swiglu", "stage4_gqa", "stage5_flash")
 BOS = 1  # run.c's number for it
@@ -99,7 +99,7 @@ def token_tables(tensors: dict[str, torch.Tensor], tokenizer: CharTokenizer) -> 
     n_embd, ours = known.size(1), slice(FIRST_CHARACTER, FIRST_CHARACTER + len(known))
     embedding, head = known.new_zeros(2, ours.stop + 1, n_embd + 2)
     embedding[ours, :n_embd] = known
-    embedding[BOS, :n_embd] = known[sampling.default_prompt(tokenizer)[0]]
+    embedding[BOS, :n_embd] = known[generation.default_prompt(tokenizer)[0]]
     if " " in tokenizer.characters:
         embedding[SPACE, :n_embd] = known[tokenizer.characters.index(" ")]
     embedding[:, n_embd] = TINY

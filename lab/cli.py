@@ -33,7 +33,15 @@ def parse_flags(kind: type, argv: list[str], **options):
     _, *lines = (line.strip("╭╮╰╯│─ ") for line in stderr.getvalue().splitlines())
     hints = iter(list(dropwhile(is_rule, lines)))
     message = " ".join(takewhile(lambda line: not is_rule(line), hints)).rstrip(".")
-    raise UserError(f"{message}. {did_you_mean(message, hints)}See python {shown(Path(sys.argv[0]))} --help")
+    raise UserError(f"{message}. {did_you_mean(message, hints)}See {program()} --help")
+
+
+def program() -> str:
+    """The command that started this process, as a user would type it."""
+    spec = sys.modules["__main__"].__spec__  # None for a file
+    if spec:
+        return f"python -m {spec.name.removesuffix('.__main__')}"
+    return f"python {shown(Path(sys.argv[0]))}"
 
 
 def did_you_mean(message: str, hints: Iterable[str]) -> str:

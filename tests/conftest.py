@@ -8,7 +8,8 @@ import torch
 
 import sample
 import train
-from lab import runs, stages
+from lab import stages
+from lab.storage import runs
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only gets in the way
 

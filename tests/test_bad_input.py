@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lab import optim
+from lab.training import optim
 
 ROOT = Path(__file__).parent.parent
 
@@ -138,7 +138,7 @@ def test_the_folder_of_another_program_is_no_run(run_train, run_sample, workshop
     (workshop / "theirs").mkdir()
     (workshop / "theirs" / "config.json").write_text(config)
     assert run_sample("--run", "theirs", "--prompt", "a") == 2
-    explained(capsys, "python deploy/import_hf.py theirs --out runs/NAME")
+    explained(capsys, "python -m deploy.import_hf theirs --out runs/NAME")
     assert run_train("--resume", "--out", "theirs") == 2
     explained(capsys, "theirs is not a run")
 

@@ -17,8 +17,10 @@ from conftest import TINY_RUN, call
 from rich.console import Console
 
 import compare
-from lab import checkpoint, comparison, diffs, edits, measuring, report, runs, spread, stages
+from lab import stages
+from lab.comparison import diffs, interleaved, report, spread, wanted_runs
 from lab.errors import UserError
+from lab.storage import checkpoint, edits, runs
 
 ROOT = Path(__file__).parent.parent
 FLAGS = ["--data", "words.txt", *TINY_RUN, "--steps", "4", "--eval-every", "2", "--log-every", "2"]
@@ -33,7 +35,7 @@ def run_compare(workshop, monkeypatch):
 
 def made_up(stage, seed, losses, steps=40, folder=None, **changes):
     """A finished run of the laptop preset as train.py would leave it, with these validation losses."""
-    wanted, _ = comparison.wanted_settings(
+    wanted, _ = wanted_runs.wanted_settings(
         stages.find(stage), seed, ["--steps", str(steps), *changes.get("flags", [])]
     )
     model = wanted.model
@@ -44,7 +46,7 @@ def made_up(stage, seed, losses, steps=40, folder=None, **changes):
     config = {"stage": stages.find(stage), "dataset": "words", "dtype": "float32"}
     config["code"] = edits.code_hash(config["stage"])
     config |= {
-        "settings": comparison.settings.as_json(wanted),
+        "settings": wanted_runs.settings.as_json(wanted),
         "model": vars(model),
         "machine": {"threads": 1},
     }
@@ -89,9 +91,8 @@ def test_the_runs_at_hand_are_drawn_and_what_is_missing_is_said(only_draw, capsy
     assert "missing: speeds and memory" in err and "stage0" not in err
     folder = Path("runs/compare/laptop/results")
     for name in ("loss", "cost"):
-        for kind in ("png", "svg"):
-            assert (folder / f"{name}.{kind}").stat().st_size > 5000
-            assert (folder / f"{name}-dark.{kind}").stat().st_size > 5000
+        for look in ("", "-dark"):
+            assert (folder / f"{name}{look}.png").stat().st_size > 5000
     assert "loss.png" in out
     row = results_of()["stages"]["stage0_gpt"]
     assert row["val_loss"]["mean"] == pytest.approx(1.9) and row["val_loss"]["std"] == pytest.approx(0.1)
@@ -232,8 +233,8 @@ def test_noise_is_marked(only_draw):
 def test_finished_runs_are_reused_wherever_they_are(workshop):
     made_up("0", 0, [3.0, 2.0], folder="runs/mine")
     made_up("0", 1, [3.0, 2.0], folder="runs/other-rate", flags=["--lr", "0.5"])
-    known, _ = comparison.at_hand([])
-    needed = comparison.plan(["stage0_gpt"], 2, ["--steps", "40"], known, "words")
+    known, _ = wanted_runs.at_hand([])
+    needed = wanted_runs.plan(["stage0_gpt"], 2, ["--steps", "40"], known, "words")
     assert [run.folder.name for run in needed] == ["mine", "stage0_gpt-words-seed1"]
     assert [run.finished() for run in needed] == [True, False]
 
@@ -241,16 +242,16 @@ def test_finished_runs_are_reused_wherever_they_are(workshop):
 def test_a_run_that_is_planned_already_is_not_planned_again(workshop):
     """As with --tune, one of whose rates is the preset's."""
     stages_ = ["stage0_gpt", "stage4_gqa"]
-    planned = comparison.plan(stages_, 2, ["--steps", "40"], [], "words")
+    planned = wanted_runs.plan(stages_, 2, ["--steps", "40"], [], "words")
     again = ["--steps", "40", "--lr", "1e-3", "--min-lr", "1e-4"]
-    assert comparison.plan(stages_, 1, again, [], "words", planned) == []
-    other = comparison.plan(stages_, 1, ["--steps", "40", "--lr", "2e-3"], [], "words", planned)
+    assert wanted_runs.plan(stages_, 1, again, [], "words", planned) == []
+    other = wanted_runs.plan(stages_, 1, ["--steps", "40", "--lr", "2e-3"], [], "words", planned)
     assert [run.folder.name for run in other] == [f"{stage}-words-seed0-2" for stage in stages_]
 
 
 def test_an_imported_run_is_no_part_of_it(workshop):
     made_up("0", 0, [3.0, 2.0], config={"imported_from": "elsewhere"})
-    assert comparison.at_hand([]) == ([], [])
+    assert wanted_runs.at_hand([]) == ([], [])
 
 
 # Whole comparisons
@@ -264,14 +265,14 @@ def test_a_failed_run_is_reported_and_does_not_stop_the_others(run_compare, capf
 
 
 def test_a_run_that_breaks_is_reported_and_the_rest_is_drawn(run_compare, monkeypatch, capfd):
-    real = comparison.Run.command
+    real = wanted_runs.Run.command
 
     def command(self):
         made = real(self)
         failing = [sys.executable, "-c", "raise SystemExit('error: out of luck\\ntry again')"]
         return failing if "stage1" in self.name else made
 
-    monkeypatch.setattr(comparison.Run, "command", command)
+    monkeypatch.setattr(wanted_runs.Run, "command", command)
     assert run_compare("--stages", "0-1", "--seeds", "1", "--rounds", "0") == 1
     err = capfd.readouterr().err
     assert "failed: stage1_rmsnorm seed 0: out of luck" in err
@@ -351,10 +352,10 @@ def test_speed_against_the_context_is_the_median_of_rounds_in_turn(monkeypatch):
         asked.append((stage, context))
         return {"tokens_per_second": next(speeds), "peak_memory": context}
 
-    monkeypatch.setattr(measuring.throughput, "measure", measure)
+    monkeypatch.setattr(interleaved.isolated, "measure", measure)
     config = {"model": {}, "dtype": "float32", "settings": {"optimizer": "adamw"}}
     configs = {name: config | {"stage": name} for name in ("one", "other")}
-    made = measuring.by_context(configs, "training", torch.device("cpu"), 3, [16], Console())
+    made = interleaved.by_context(configs, "training", torch.device("cpu"), 3, [16], Console())
     assert asked == 3 * [("one", 16), ("other", 16)]
     assert made["one"]["16"] == {"tokens_per_second": 30, "memory": 16}
     assert made["other"]["16"] == {"tokens_per_second": 40, "memory": 16}
@@ -363,7 +364,7 @@ def test_speed_against_the_context_is_the_median_of_rounds_in_turn(monkeypatch):
 def test_the_memory_of_a_measurement_is_its_own():
     """Not that of the process that started it."""
     ballast = np.ones(2**26)  # 512 MiB
-    made = measuring.throughput.measure(stage="stage0_gpt", context=8, steps=1, dtype="float32")
+    made = interleaved.isolated.measure(stage="stage0_gpt", context=8, steps=1, dtype="float32")
     assert made["peak_memory"] < 500 * 2**20 < ballast.nbytes
 
 
@@ -393,5 +394,5 @@ def test_names_are_those_of_the_code_alone():
 
 def test_an_unknown_range_of_stages_is_refused():
     with pytest.raises(UserError, match="unknown stage 'x'"):
-        comparison.chosen_stages("x")
-    assert comparison.chosen_stages("2,0-1") == ["stage0_gpt", "stage1_rmsnorm", "stage2_rope"]
+        wanted_runs.chosen_stages("x")
+    assert wanted_runs.chosen_stages("2,0-1") == ["stage0_gpt", "stage1_rmsnorm", "stage2_rope"]

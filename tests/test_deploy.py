@@ -39,8 +39,10 @@ import train
 from data import files
 from data.tokenizers import CharTokenizer, HuggingFaceTokenizer
 from deploy import export, import_hf, llama2c, tokenizer_json
-from lab import checkpoint, edits, runs, sampling, stages
+from lab import stages
 from lab.errors import UserError
+from lab.sampling import generation
+from lab.storage import checkpoint, edits, runs
 
 transformers_logging.disable_progress_bar()  # it writes to stderr, which the tests read
 
@@ -52,13 +54,13 @@ CONTEXT = 24
 
 @pytest.fixture
 def run_export(workshop, monkeypatch):
-    """run_export(*flags): calls deploy/export.py; returns the exit status."""
+    """run_export(*flags): calls deploy.export; returns the exit status."""
     return lambda *flags: call(monkeypatch, export, *flags)
 
 
 @pytest.fixture
 def run_import(workshop, monkeypatch):
-    """run_import(*flags): calls deploy/import_hf.py; returns the exit status."""
+    """run_import(*flags): calls deploy.import_hf; returns the exit status."""
     return lambda *flags: call(monkeypatch, import_hf, *flags)
 
 
@@ -641,12 +643,12 @@ def test_the_extra_is_named_where_tokenizers_is_not_installed(
     assert run_export("--run", "run", "--to", "llama2c", "--out", "c") == 0  # needs no such package
 
 
-@pytest.mark.parametrize("script", ["export.py", "import_hf.py"])
-def test_the_scripts_run_from_any_folder(tmp_path, script):
-    command = [sys.executable, ROOT / "deploy" / script]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+@pytest.mark.parametrize("module", ["deploy.export", "deploy.import_hf"])
+def test_what_a_command_lacks_is_said_with_the_command_for_help(module):
+    command = [sys.executable, "-m", module]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) <= 2
-    assert done.stderr.startswith("error: Missing") and f"deploy/{script} --help" in done.stderr
+    assert done.stderr.startswith("error: Missing") and f"See python -m {module} --help" in done.stderr
 
 
 # Text
@@ -926,9 +928,9 @@ def sample_greedily(folder, prompt):
     """What sample.py --temperature 0 writes for the prompt, as much of it as run.c does."""
     model, _ = runs.load(Path(folder), "best", CPU)
     tokenizer = runs.tokenizer(Path(folder))
-    tokens = tokenizer.encode(prompt).tolist() or sampling.default_prompt(tokenizer)
+    tokens = tokenizer.encode(prompt).tolist() or generation.default_prompt(tokenizer)
     n = model.config.block_size - len(prompt)
-    return prompt + tokenizer.decode(list(sampling.generate(model, tokens, n, tokenizer.vocab_size, 0)))
+    return prompt + tokenizer.decode(list(generation.generate(model, tokens, n, tokenizer.vocab_size, 0)))
 
 
 @pytest.mark.parametrize("stage, sizes", LLAMA2C)

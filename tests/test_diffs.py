@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lab import cost, presets, stages
+from lab import stages
+from lab.training import cost, presets
 
 NAMES = stages.names()
 

@@ -20,8 +20,10 @@ import compare
 import runs as list_runs
 import train
 from deploy import architectures, export
-from lab import checkpoint, comparison, edits, formats, locks, runs, stages
+from lab import formats, stages
+from lab.comparison import wanted_runs
 from lab.errors import UserError
+from lab.storage import checkpoint, edits, locks, runs
 
 ROOT = Path(__file__).parent.parent
 SHORT = ["--data", "words.txt", *TINY_RUN, "--steps", "2", "--eval-every", "1", "--log-every", "1"]
@@ -98,7 +100,7 @@ for name in ("lab", "lab.stages"):
 sys.modules["lab"].__path__ = ["lab"]
 sys.modules["lab.stages"].ROOT = pathlib.Path.cwd()
 sys.modules["lab"].stages = sys.modules["lab.stages"]
-from lab import edits
+from lab.storage import edits
 print(*(edits.code_hash(name) for name in sys.argv[1:]))
 """
     found = filter(None, (shutil.which(f"python3.{minor}") for minor in range(10, 16)))
@@ -136,8 +138,8 @@ def test_a_run_of_other_code_does_not_count_in_a_comparison(copied, monkeypatch,
     assert "missing: stage4_gqa seed 0" in err
     results = json.loads(Path("runs/compare/laptop/results-3-4/results.json").read_text())
     assert list(results["stages"]) == ["stage3_swiglu"]
-    known, _ = comparison.at_hand([])
-    needed = comparison.plan(["stage3_swiglu", "stage4_gqa"], 1, SHORT, known, "words")
+    known, _ = wanted_runs.at_hand([])
+    needed = wanted_runs.plan(["stage3_swiglu", "stage4_gqa"], 1, SHORT, known, "words")
     assert [run.finished() for run in needed] == [True, False]
 
 
@@ -179,7 +181,7 @@ def test_a_run_without_a_hash_does_not_count_and_says_so(copied, monkeypatch):
     config = runs.read_config(Path("runs/old"))
     del config["code"]
     runs.write_json(Path("runs/old/config.json"), config)
-    assert comparison.at_hand([])[0] == []
+    assert wanted_runs.at_hand([])[0] == []
     assert edits.difference(config) == "it was made before runs recorded their code"
 
 
@@ -254,7 +256,7 @@ def test_a_number_that_two_folders_claim_is_refused_with_both(copied, capsys):
     assert stages.find("stage3_swiglu") == stages.find("swiglu") == "stage3_swiglu"
     with pytest.raises(UserError, match="'3' could be stage3_swiglu or stage3_swiglu_backup"):
         stages.find("3")
-    assert comparison.chosen_stages(None) == list(stages.COURSE)
+    assert wanted_runs.chosen_stages(None) == list(stages.COURSE)
 
 
 @pytest.mark.parametrize(
@@ -273,7 +275,7 @@ def test_the_path_of_a_stage_is_understood():
     [("3, 4", [3, 4]), ("0 - 2", [0, 1, 2]), ("gqa,stage3_swiglu/", [3, 4]), ("2,,1,", [1, 2])],
 )
 def test_lists_of_stages_are_understood(text, expected):
-    assert comparison.chosen_stages(text) == [stages.COURSE[number] for number in expected]
+    assert wanted_runs.chosen_stages(text) == [stages.COURSE[number] for number in expected]
 
 
 @pytest.mark.parametrize(
@@ -406,7 +408,7 @@ def test_training_holds_the_lock_until_its_end(run_train, monkeypatch):
     seen = []
 
     def evaluate(*_):
-        script = "import sys; from lab import locks\nwith locks.held(sys.argv[1]): pass"
+        script = "import sys; from lab.storage import locks\nwith locks.held(sys.argv[1]): pass"
         command = [sys.executable, "-c", script, Path("run/.lock").resolve()]
         second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         seen.append(second.stderr.splitlines()[-1])
@@ -414,13 +416,13 @@ def test_training_holds_the_lock_until_its_end(run_train, monkeypatch):
 
     monkeypatch.setattr(train.evaluation, "next_token_loss", evaluate)
     assert run_train("--stage", "0", "--steps", "1", "--out", "run") == 0
-    assert seen == [f"lab.locks.Taken: process {os.getpid()} has it"]
+    assert seen == [f"lab.storage.locks.Taken: process {os.getpid()} has it"]
 
 
 def planned(workshop, *flags):
-    wanted, all_flags = comparison.wanted_settings("stage0_gpt", 0, [*SHORT, *flags])
+    wanted, all_flags = wanted_runs.wanted_settings("stage0_gpt", 0, [*SHORT, *flags])
     folder = runs.RUNS / "compare/laptop/stage0_gpt-words-seed0"
-    return comparison.Run(wanted, all_flags, "words", folder)
+    return wanted_runs.Run(wanted, all_flags, "words", folder)
 
 
 def test_a_comparison_does_not_clear_a_run_that_another_one_has_begun(workshop, holder):

@@ -10,8 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lab import device, runs, stages
+from lab import device, stages
 from lab.errors import UserError
+from lab.storage import runs
 from stage5_flash.tiled import tiled_attention
 
 ROOT = Path(__file__).parent.parent

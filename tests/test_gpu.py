@@ -11,9 +11,10 @@ from test_training import metrics, stop_at
 from torch.nn.parallel import DistributedDataParallel
 
 import train
-from lab import batches, device, stages
+from lab import device, stages
 from lab.errors import UserError
-from lab.static import CompiledStep
+from lab.sampling.compiled import CompiledStep
+from lab.training import batches
 
 pytestmark = [
     pytest.mark.gpu,

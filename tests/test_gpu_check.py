@@ -1,4 +1,4 @@
-"""benchmarks/gpu_check.py, as --smoke runs it on the CPU: every section, and what happens when one fails."""
+"""benchmarks.gpu_check, as --smoke runs it on the CPU: every section, and what happens when one fails."""
 
 import json
 import os
@@ -15,7 +15,7 @@ import pytest
 import lab
 from lab import stages
 
-PROGRAM = stages.ROOT / "benchmarks" / "gpu_check.py"
+PROGRAM = [sys.executable, "-m", "benchmarks.gpu_check"]
 PICTURES = {"training.png", "attention.png", "mixture.png", "decoding.png", "loss.png"}
 STAND_IN = """
 from dataclasses import dataclass
@@ -55,8 +55,8 @@ def environment(**more):
 
 
 def gpu_check(*flags, **more) -> subprocess.CompletedProcess:
-    command = [sys.executable, PROGRAM, *map(str, flags)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment(**more), timeout=300)
+    options = {"cwd": stages.ROOT, "env": environment(**more), "timeout": 300}
+    return subprocess.run([*PROGRAM, *map(str, flags)], capture_output=True, text=True, **options)
 
 
 def report_of(out: Path) -> dict:
@@ -131,8 +131,8 @@ def test_the_pictures_and_the_summary_are_written_and_fit_in_eight_files(smoke):
 def test_a_section_that_fails_is_listed_and_the_next_one_runs(fault, said, tmp_path, nanogpt):
     """The loop over experts, which the section compares with, is replaced before Python reads any of ours."""
     (tmp_path / "sitecustomize.py").write_text(
-        "import sys, types\nsys.modules['moe'] = types.ModuleType('moe')\n"
-        f"def fault(made):\n    {fault}\nsys.modules['moe'].loop_over_experts = fault\n"
+        "import sys, types\nmoe = sys.modules['benchmarks.moe'] = types.ModuleType('moe')\n"
+        f"def fault(made):\n    {fault}\nmoe.loop_over_experts = fault\n"
     )
     out = tmp_path / "out"
     flags = ("--smoke", "--minutes", 2, "--only", "4,7", "--out", out, "--nanogpt", nanogpt)
@@ -150,8 +150,9 @@ def test_a_section_that_fails_is_listed_and_the_next_one_runs(fault, said, tmp_p
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_a_check_that_is_killed_leaves_what_it_found_and_no_process(tmp_path):
     mark = uuid.uuid4().hex
-    command = [sys.executable, PROGRAM, "--smoke", "--only", "2,5", "--minutes", "5", "--out", tmp_path]
-    with subprocess.Popen(command, env=environment(MARK=mark), stdout=subprocess.DEVNULL) as process:
+    command = [*PROGRAM, "--smoke", "--only", "2,5", "--minutes", "5", "--out", tmp_path]
+    options = {"cwd": stages.ROOT, "env": environment(MARK=mark), "stdout": subprocess.DEVNULL}
+    with subprocess.Popen(command, **options) as process:
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
             path = tmp_path / "gpu.json"

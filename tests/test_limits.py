@@ -14,9 +14,12 @@ from test_deploy import llama, make_run, save_theirs
 
 import compare
 from deploy import export, import_hf
-from lab import runs, sampling, stages, throughput
+from lab import stages
+from lab.comparison import isolated
 from lab.errors import UserError
-from lab.static import CompiledStep
+from lab.sampling import generation
+from lab.sampling.compiled import CompiledStep
+from lab.storage import runs
 
 FAR = 10**13  # positions of a model: their cache would fit nowhere
 
@@ -46,8 +49,8 @@ def largest_cache(model, monkeypatch):
 
 
 WAYS = {
-    "token by token": sampling.generate,
-    "drafts": functools.partial(sampling.generate_with_drafts, n_drafts=2),
+    "token by token": generation.generate,
+    "drafts": functools.partial(generation.generate_with_drafts, n_drafts=2),
 }
 
 
@@ -82,7 +85,7 @@ def test_the_cache_is_for_the_prompt_and_the_new_tokens_and_the_text_is_the_same
         made = text(model)
     assert max(lengths) <= min(32, prompt_length + n + 2)
     with monkeypatch.context() as patch:  # as large as it can be
-        patch.setattr(sampling, "cache_length", lambda context, prompt, max_new_tokens: context)
+        patch.setattr(generation, "cache_length", lambda context, prompt, max_new_tokens: context)
         assert text(model) == made
 
 
@@ -102,10 +105,10 @@ def test_a_shorter_context_gives_the_text_of_a_model_with_no_more_positions(gene
 def test_compiled_steps_have_a_cache_of_the_length_that_is_asked_for(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda **_: lambda function: function)
     model = seven(block_size=FAR)
-    expected = list(sampling.generate(model, [1], 9, 65, temperature=0))
+    expected = list(generation.generate(model, [1], 9, 65, temperature=0))
     step = CompiledStep(model, 10)
     assert step.cache.max_length == 10
-    assert list(sampling.generate(model, [1], 9, 65, temperature=0, step=step)) == expected
+    assert list(generation.generate(model, [1], 9, 65, temperature=0, step=step)) == expected
 
 
 @pytest.mark.parametrize("flags", [[], ["--draft"], ["--compile"]], ids=str)
@@ -148,10 +151,10 @@ def test_more_text_than_memory_holds_is_explained(workshop, run_sample, capsys, 
 
 
 REMEDIES = {
-    "export": (export, ["--run", "run", "--to", "hf", "--out", "out"], "runs.load", "export holds"),
+    "export": (export, ["--run", "run", "--to", "hf", "--out", "out"], "storage.runs.load", "export holds"),
     "import": (import_hf, ["theirs", "--out", "out"], "deploy.import_hf.read_config", "import holds"),
-    "compare": (compare, ["--stages", "0"], "comparison.chosen_stages", "--rounds 0"),
-    "throughput": (throughput, ["--stage", "0"], "stages.load", "--batch-size"),
+    "compare": (compare, ["--stages", "0"], "comparison.wanted_runs.chosen_stages", "--rounds 0"),
+    "throughput": (isolated, ["--stage", "0"], "stages.load", "--batch-size"),
 }
 ERRORS = [
     MemoryError("Unable to allocate 8.00 GiB for an array"),
@@ -196,22 +199,22 @@ def test_a_tiny_temperature_is_greedy(generate, temperature):
     greedy = list(generate(model, [1], 40, 65, temperature=0))
     assert list(generate(model, [1], 40, 65, temperature=temperature)) == greedy
     logits = torch.tensor([0.0, 2.0, 2.0])
-    assert sampling.next_token_probs(logits, temperature, None, 1.0).tolist() == [0, 1, 0]
+    assert generation.next_token_probs(logits, temperature, None, 1.0).tolist() == [0, 1, 0]
 
 
 @pytest.mark.parametrize("top_p", [1e-46, 5e-324, 1e-30])
 def test_a_tiny_top_p_keeps_the_best_token(top_p):
     logits = torch.randn(20)
     best = torch.nn.functional.one_hot(logits.argmax(), 20).float()
-    assert torch.equal(sampling.next_token_probs(logits, 1.0, None, top_p), best)
-    assert torch.equal(sampling.next_token_probs(logits, 1.0, 5, top_p), best)
+    assert torch.equal(generation.next_token_probs(logits, 1.0, None, top_p), best)
+    assert torch.equal(generation.next_token_probs(logits, 1.0, 5, top_p), best)
 
 
 @pytest.mark.parametrize("bad", [[math.nan, 1.0], [math.inf, 1.0], [-math.inf, -math.inf]], ids=str)
 @pytest.mark.parametrize("temperature", [0, 1e-46, 0.8])
 def test_logits_that_are_not_numbers_are_an_error(bad, temperature):
     with pytest.raises(UserError, match="the model's output is not a number"):
-        sampling.next_token_probs(torch.tensor(bad), temperature, None, 1.0)
+        generation.next_token_probs(torch.tensor(bad), temperature, None, 1.0)
 
 
 def test_damaged_weights_end_sampling_with_an_error(workshop, run_sample, capsys):
@@ -234,7 +237,7 @@ def test_a_draft_that_differs_by_rounding_alone_is_drawn_again_from_the_model():
     for seed in itertools.count():  # the first seed that rejects the draft
         if float(torch.rand(1, generator=generator.manual_seed(seed))) * q[2] >= p[2]:
             break
-    made = sampling.verified([p, p], [2], [q], 1.0, generator.manual_seed(seed))
+    made = generation.verified([p, p], [2], [q], 1.0, generator.manual_seed(seed))
     assert len(made) == 1 and made[0] in (0, 1, 2)
 
 

@@ -6,7 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lab import cost, presets, sampling, stages
+from lab import stages
+from lab.sampling import generation
+from lab.training import cost, presets
 
 STAGE5, STAGE7 = stages.load("stage5_flash"), stages.load("stage7_mla_mtp")
 SIZES = {"vocab_size": 65, "block_size": 32, "n_layer": 2, "n_head": 4, "n_embd": 32}
@@ -324,10 +326,10 @@ def test_greedy_text_is_the_same_with_drafts(trained, n_drafts, length, monkeypa
     """Through several windows, whatever the prompt; and with fewer calls of the model."""
     model, text = trained
     prompt = text[3 : 3 + length]
-    plain = list(sampling.generate(model, prompt, 90, 65, temperature=0))
-    recorder, counts = Recorder(model, monkeypatch), sampling.DraftCounts()
+    plain = list(generation.generate(model, prompt, 90, 65, temperature=0))
+    recorder, counts = Recorder(model, monkeypatch), generation.DraftCounts()
     drafted = list(
-        sampling.generate_with_drafts(model, prompt, 90, 65, n_drafts, temperature=0, counts=counts)
+        generation.generate_with_drafts(model, prompt, 90, 65, n_drafts, temperature=0, counts=counts)
     )
     assert drafted == plain
     assert len(recorder.sizes) < 75
@@ -336,7 +338,7 @@ def test_greedy_text_is_the_same_with_drafts(trained, n_drafts, length, monkeypa
 
 def test_drafts_that_are_always_wrong_change_nothing(trained, monkeypatch):
     model, text = trained
-    plain = list(sampling.generate(model, text[:4], 60, 65, temperature=0))
+    plain = list(generation.generate(model, text[:4], 60, 65, temperature=0))
     real = type(model).draft
 
     def wrong(self, *arguments):
@@ -344,8 +346,8 @@ def test_drafts_that_are_always_wrong_change_nothing(trained, monkeypatch):
         return -logits, hidden
 
     monkeypatch.setattr(type(model), "draft", wrong)
-    counts = sampling.DraftCounts()
-    drafted = list(sampling.generate_with_drafts(model, text[:4], 60, 65, 2, temperature=0, counts=counts))
+    counts = generation.DraftCounts()
+    drafted = list(generation.generate_with_drafts(model, text[:4], 60, 65, 2, temperature=0, counts=counts))
     assert drafted == plain and counts.accepted == 0
 
 
@@ -358,17 +360,17 @@ def test_drawn_tokens_follow_the_models_own_distribution(options):
     model.lm_head.weight.data.mul_(0.5)
     model.requires_grad_(False)
     prompt, n = [1, 2, 3], 1200
-    first = sampling.next_token_probs(
+    first = generation.next_token_probs(
         model(torch.tensor([prompt]))[0][0, -1], **{"top_k": None, "top_p": 1.0} | options
     )
     expected = torch.zeros(5, 5)
     for a in range(5):
         then = model(torch.tensor([[*prompt, a]]))[0][0, -1]
-        expected[a] = first[a] * sampling.next_token_probs(then, **{"top_k": None, "top_p": 1.0} | options)
-    seen, counts = torch.zeros(5, 5), sampling.DraftCounts()
+        expected[a] = first[a] * generation.next_token_probs(then, **{"top_k": None, "top_p": 1.0} | options)
+    seen, counts = torch.zeros(5, 5), generation.DraftCounts()
     generator = torch.Generator().manual_seed(0)
     for _ in range(n):
-        a, b, _ = sampling.generate_with_drafts(
+        a, b, _ = generation.generate_with_drafts(
             model, prompt, 3, 5, 2, generator=generator, counts=counts, **options
         )
         seen[a, b] += 1

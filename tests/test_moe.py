@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from test_training import metrics, stop_at
 
-from lab import cost, optim, presets, stages
+from lab import stages
+from lab.training import cost, optim, presets
 
 STAGE5, STAGE6 = stages.load("stage5_flash"), stages.load("stage6_moe")
 SIZES = {"vocab_size": 65, "block_size": 16, "n_layer": 2, "n_head": 4, "n_embd": 32}

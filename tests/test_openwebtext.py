@@ -22,8 +22,8 @@ from conftest import TINY_RUN, call
 import data
 import train
 from data import cuts, documents, download, files, openwebtext, owntext, shards, sources, tokenizers, workers
-from lab import batches
 from lab.errors import UserError
+from lab.training import batches
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")

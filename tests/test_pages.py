@@ -6,7 +6,9 @@ import shlex
 
 import pytest
 
-from lab import lessons, parallel, scale, settings, stages
+from lab import parallel, stages
+from lab.pages import lessons, scale
+from lab.training import settings
 
 PAGES = {str(path.relative_to(stages.ROOT)): (path, number) for path, number in lessons.pages().items()}
 TEXTS = [path for path, _ in PAGES.values()]
@@ -26,7 +28,7 @@ MEASURED = {
 
 @pytest.mark.parametrize("path, number", PAGES.values(), ids=PAGES.keys())
 def test_tables_and_diffs_are_those_of_the_code_and_the_measurements(path, number):
-    """If this fails: python -m lab.lessons."""
+    """If this fails: python -m lab.pages.lessons."""
     page = path.read_text()
     results = lessons.read_results()
     assert lessons.filled(page, number, results) == page

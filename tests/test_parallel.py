@@ -26,9 +26,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import sample
 import train
 from deploy import export
-from lab import checkpoint, cli, device, evaluation, optim, parallel, runs, stages
-from lab import settings as command_line
+from lab import cli, device, parallel, stages
 from lab.interrupt import StopRequest
+from lab.storage import checkpoint, runs
+from lab.training import evaluation, optim
+from lab.training import settings as command_line
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -552,7 +554,8 @@ def test_what_torchrun_passes_on_is_no_second_ctrl_c(monkeypatch):
 DYING = """
 import os, signal, sys
 import train
-from lab import batches, cli, parallel
+from lab import cli, parallel
+from lab.training import batches
 
 real = batches.train_batch
 

@@ -11,8 +11,8 @@ from conftest import TINY_MODEL
 
 import data
 import sample
-from lab import sampling
-from lab.static import CompiledStep
+from lab.sampling import generation
+from lab.sampling.compiled import CompiledStep
 
 
 def plain(logits, temperature, top_k, top_p):
@@ -40,14 +40,14 @@ def plain(logits, temperature, top_k, top_p):
 def test_top_k_and_top_p_follow_their_definition(temperature, top_k, top_p):
     for seed in range(5):
         logits = 3 * torch.randn(20, generator=torch.Generator().manual_seed(seed))
-        probs = sampling.next_token_probs(logits, temperature, top_k, top_p)
+        probs = generation.next_token_probs(logits, temperature, top_k, top_p)
         torch.testing.assert_close(probs, plain(logits, temperature, top_k, top_p), atol=1e-6, rtol=1e-5)
 
 
 def test_top_p_keeps_the_token_that_crosses_the_line_and_no_more():
     logits = torch.tensor([0.5, 0.3, 0.2]).log()
     kept = {
-        p: (sampling.next_token_probs(logits, 1.0, None, p) > 0).sum().item()
+        p: (generation.next_token_probs(logits, 1.0, None, p) > 0).sum().item()
         for p in (0.1, 0.49, 0.6, 0.79, 0.9)
     }
     assert kept == {0.1: 1, 0.49: 1, 0.6: 2, 0.79: 2, 0.9: 3}
@@ -55,7 +55,7 @@ def test_top_p_keeps_the_token_that_crosses_the_line_and_no_more():
 
 def test_temperature_zero_is_greedy():
     logits = torch.tensor([0.1, 5.0, 4.9])
-    assert sampling.next_token_probs(logits, 0.0, None, 1.0).tolist() == [0, 1, 0]
+    assert generation.next_token_probs(logits, 0.0, None, 1.0).tolist() == [0, 1, 0]
 
 
 def uncached(model, prompt, n, context):
@@ -78,7 +78,7 @@ def test_cached_text_equals_uncached_text_within_the_context_and_past_it(make_mo
         parameter.data.mul_(2)  # further from uniform, so that what came before matters
     prompt = torch.randint(65, (prompt_length,), generator=torch.Generator().manual_seed(2)).tolist()
     generator = torch.Generator().manual_seed(3)
-    made = list(sampling.generate(model, prompt, 60, 65, temperature=1.0, generator=generator))
+    made = list(generation.generate(model, prompt, 60, 65, temperature=1.0, generator=generator))
     assert made == uncached(model, prompt, 60, TINY_MODEL["block_size"])
     assert len(set(made)) > 10
 
@@ -94,14 +94,14 @@ def test_shapes_that_never_change_make_the_same_text(make_model, prompt_length, 
     step = CompiledStep(model)
     for _ in range(2):  # the second time there is something in the cache
         generator = torch.Generator().manual_seed(3)
-        made = list(sampling.generate(model, prompt, 60, 65, 1.0, generator=generator, step=step))
+        made = list(generation.generate(model, prompt, 60, 65, 1.0, generator=generator, step=step))
         assert made == uncached(model, prompt, 60, TINY_MODEL["block_size"])
 
 
 def test_a_seed_gives_the_same_text_and_another_seed_another(make_model):
     model = make_model()
     texts = [
-        list(sampling.generate(model, [1], 30, 65, generator=torch.Generator().manual_seed(seed)))
+        list(generation.generate(model, [1], 30, 65, generator=torch.Generator().manual_seed(seed)))
         for seed in (5, 5, 6)
     ]
     assert texts[0] == texts[1] != texts[2]
@@ -109,7 +109,7 @@ def test_a_seed_gives_the_same_text_and_another_seed_another(make_model):
 
 def test_tokens_that_only_pad_the_vocabulary_are_never_made(make_model):
     model = make_model()
-    assert max(sampling.generate(model, [1], 200, 3, temperature=5.0)) == 2
+    assert max(generation.generate(model, [1], 200, 3, temperature=5.0)) == 2
 
 
 @pytest.fixture
@@ -157,8 +157,8 @@ def test_a_character_of_several_tokens_is_shown_whole(run_train, run_sample, wor
 
     assert run_train("--stage", "0", "--steps", "1", "--model.vocab-size", "256") == 0
     capsys.readouterr()
-    monkeypatch.setattr("lab.runs.tokenizer", lambda folder: Bytes.__new__(Bytes))
-    monkeypatch.setattr(sampling, "generate", lambda *arguments, **options: iter("né€".encode()))
+    monkeypatch.setattr("lab.storage.runs.tokenizer", lambda folder: Bytes.__new__(Bytes))
+    monkeypatch.setattr(generation, "generate", lambda *arguments, **options: iter("né€".encode()))
     assert run_sample("--prompt", "a") == 0
     assert capsys.readouterr().out == "ané€\n"
 

@@ -7,7 +7,9 @@ import shlex
 import pytest
 import torch
 
-from lab import cost, lessons, parallel, planning, presets, settings, stages
+from lab import parallel, stages
+from lab.pages import lessons, planning
+from lab.training import cost, presets, settings
 
 NAMES = stages.names()
 
@@ -45,7 +47,7 @@ def test_flops_are_those_of_the_formula_whatever_computes_attention(attention):
 
 @pytest.mark.parametrize("number", [0, 4, 6, 7])
 def test_the_plan_of_the_gpt2_preset_is_that_of_the_code(number):
-    """If this fails: python results/scale.py, then python -m lab.lessons."""
+    """If this fails: python -m benchmarks.scale, then python -m lab.pages.lessons."""
     made = planning.plan(number, planning.SIZES["124 M"][number])
     assert json.loads(json.dumps(made)) == lessons.read_results()["scale"]["124 M"][str(number)]
 

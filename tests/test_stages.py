@@ -8,7 +8,8 @@ import pytest
 import torch
 from conftest import TINY_MODEL
 
-from lab import cost, stages
+from lab import stages
+from lab.training import cost
 
 
 def tokens(batch_size=2, length=16):

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from lab import optim
+from lab.training import optim
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = ("train.py", "sample.py", "compare.py", "deploy/export.py", "deploy/import_hf.py")
-DRIVERS = {path: [str(ROOT / path)] for path in SCRIPTS}
-DRIVERS |= {name: ["-m", name] for name in ("data.openwebtext", "lab.throughput")}
+DRIVERS = {path: [str(ROOT / path)] for path in ("train.py", "sample.py", "compare.py", "runs.py")}
+MODULES = ("deploy.export", "deploy.import_hf", "data.openwebtext", "lab.comparison.isolated")
+DRIVERS |= {name: ["-m", name] for name in MODULES}
 
 
 @pytest.fixture(params=DRIVERS)

@@ -20,8 +20,9 @@ import train
 from data import files
 from data.tokenizers import SIDE_FILES, CharTokenizer, GPT2Tokenizer, HuggingFaceTokenizer
 from deploy import tokenizer_json
-from lab import runs, sampling
 from lab.errors import UserError
+from lab.sampling import generation
+from lab.storage import runs
 
 TEXT = "ab cd é😀"
 FAST = {"tokenizer_class": "PreTrainedTokenizerFast"}
@@ -173,7 +174,7 @@ def test_a_token_from_a_side_file_can_be_given_and_made(import_with, run_sample,
         seen.update(tokens=tokens, vocab_size=vocab_size)
         return iter([65, 301, 300])
 
-    monkeypatch.setattr(sampling, "generate", generate)
+    monkeypatch.setattr(generation, "generate", generate)
     capsys.readouterr()
     assert run_sample("--run", "runs/it", "--prompt", "b<x>") == 0
     assert seen == {"tokens": [66, 300], "vocab_size": 302}
@@ -586,7 +587,7 @@ def test_what_the_model_has_no_token_for_is_named(workshop, capsys):
 
 def test_a_new_text_starts_with_bos_or_a_newline_or_the_first_token(workshop, text):
     def start(library):
-        return sampling.default_prompt(HuggingFaceTokenizer(save(library)))
+        return generation.default_prompt(HuggingFaceTokenizer(save(library)))
 
     library = sentence_piece(text)
     assert start(library) == [1]
@@ -600,6 +601,6 @@ def test_a_new_text_starts_with_bos_or_a_newline_or_the_first_token(workshop, te
     assert start(library) == [0]
     assert start(tokenizers.Tokenizer(models.WordLevel({"x": 0, "a": 1}, unk_token="a"))) == [0]
     assert start(tokenizers.Tokenizer(models.WordLevel({"x": 0}, unk_token=""))) == [0]
-    assert sampling.default_prompt(CharTokenizer("a\nb")) == [0]
-    assert sampling.default_prompt(CharTokenizer("\tab\n")) == [1]
-    assert sampling.default_prompt(CharTokenizer("ab")) == [0]
+    assert generation.default_prompt(CharTokenizer("a\nb")) == [0]
+    assert generation.default_prompt(CharTokenizer("\tab\n")) == [1]
+    assert generation.default_prompt(CharTokenizer("ab")) == [0]

@@ -15,8 +15,10 @@ import torch
 from conftest import TINY_RUN
 from safetensors.torch import load_file
 
-from lab import batches, checkpoint, cost, device, evaluation, log, optim, stages
+from lab import device, stages
 from lab.errors import UserError
+from lab.storage import checkpoint
+from lab.training import batches, cost, evaluation, log, optim
 
 ROOT = Path(__file__).parent.parent
 

@@ -22,7 +22,7 @@ from test_deploy import (  # noqa: F401  run_import is a fixture
 )
 
 from deploy import deepseek as deepseek_files
-from lab import runs
+from lab.storage import runs
 
 
 def imported():

@@ -1,0 +1,371 @@
+"""Our stages beside nanoGPT at its own CPU setting: python -m benchmarks.against_nanogpt --nanogpt DIR
+
+DIR is a checkout of karpathy/nanoGPT. All train on TinyShakespeare's characters as whole programs, in turns
+of two seconds while the others stand still: a machine that is slower for a while is slower for all. Then
+nanoGPT and stage 0 sample, and a step of Muon is timed beside one of AdamW. Writes its part of
+results/results.json; takes about half an hour on 2 cores.
+"""
+
+import importlib.util
+import json
+import math
+import os
+import pickle
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+import data
+from lab import cli, device, stages
+from lab.comparison import report
+from lab.errors import UserError
+from lab.pages import lessons
+from lab.sampling import generation
+from lab.sampling.compiled import CompiledStep
+from lab.storage import runs
+from lab.training import batches, evaluation, log, optim, presets
+
+SETTING = "--device=cpu --compile=False --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128"
+SETTING += " --lr_decay_iters=2000 --dropout=0.0"
+CPU = torch.device("cpu")
+TURNS, TURN_SECONDS = 8, 2  # of each program in a round, and how long one takes
+WARM_UP_STEPS = 30
+# Linux counts into a process's peak that of the process it was forked from; this one is smaller than any.
+SMALL_PARENT = """
+import resource, subprocess, sys
+status = subprocess.call(sys.argv[2:])
+open(sys.argv[1], "w").write(str(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss))
+sys.exit(status)
+"""
+# Ways of our best stage to nanoGPT's final loss: the preset as it is, and shorter ones at higher rates.
+WAYS = {
+    "AdamW, the preset": "",
+    "AdamW, 600 steps at 3e-3": "--steps 600 --lr 3e-3 --min-lr 3e-4",
+    "Muon, 400 steps at 6e-3": "--steps 400 --lr 6e-3 --min-lr 6e-4 --warmup-steps 50 --optimizer muon",
+}
+
+
+@dataclass
+class Settings:
+    """Measures our training and sampling beside nanoGPT's."""
+
+    nanogpt: str
+    """Checkout of karpathy/nanoGPT."""
+    stages: str = "0,1,2,3,4,5"
+    """Our stages; the first is compared in loss, memory and sampling too."""
+    best: str = "4"
+    """Our stage that has to reach nanoGPT's final loss."""
+    rounds: int = 3
+    """Times that each is measured, in turn; the medians are reported."""
+    only: Literal["training", "sampling"] | None = None
+    """Measure the speed of training or sampling alone, and keep the other figures."""
+
+
+def main():
+    settings = cli.parse_flags(Settings, sys.argv[1:])
+    nanogpt = Path(settings.nanogpt).resolve()
+    if not (nanogpt / "train.py").exists():
+        raise UserError(f"{nanogpt} is no checkout of nanoGPT: it has no train.py")
+    dataset = data.load("tinyshakespeare")
+    prepare_nanogpt(nanogpt, dataset)
+    names = [stages.find(stage) for stage in settings.stages.split(",")]
+    with tempfile.TemporaryDirectory() as scratch:
+        scratch, result = Path(scratch), {}
+        if settings.only != "sampling":
+            result |= training_ratios(training_speed(nanogpt, names, settings.rounds, scratch), names)
+        if settings.only != "training":
+            speeds = sampling_speed(nanogpt, names[0], settings.rounds)
+            result["sampling_tokens_per_second_at_context_256"] = speeds
+        if not settings.only:
+            result |= losses(nanogpt, names[0], stages.find(settings.best), dataset, scratch)
+            result |= {"stage": names[0], "dataset": dataset.name, "machine": runs.machine(CPU)}
+    results = lessons.read_results()
+    results["against_nanogpt"] = results.get("against_nanogpt", {}) | result
+    runs.write_json(lessons.RESULTS, results)
+    print(json.dumps(result, indent=2))
+
+
+def losses(nanogpt: Path, name: str, best: str, dataset: data.Dataset, scratch: Path) -> dict:
+    """Loss and peak memory of whole runs, how long our ways to nanoGPT's loss take, and Muon's step."""
+    theirs = scratch / "theirs"
+    _, their_memory = train_nanogpt(nanogpt, theirs, 2000, 100)
+    ours, our_memory = train_ours(name, scratch / "ours")
+    their_loss = nanogpt_loss(nanogpt, theirs, dataset)
+    our_loss = log.read_metrics(ours / "metrics.jsonl")[-1]["val_loss"]
+    return {
+        "val_loss_after_2000_steps": {"nanogpt": their_loss, "ours": our_loss},
+        "peak_memory_mib": {"nanogpt": their_memory / 2**20, "ours": our_memory / 2**20},
+        "seconds_to_nanogpts_loss": race(nanogpt, best, their_loss, 3, scratch),
+        "muon_step": muon_step(best, dataset),
+    }
+
+
+def training_ratios(speed: dict[str, list[float]], names: list[str]) -> dict:
+    """What results.json says of the speeds that training_speed measured."""
+    ratios = {name: compare(speed["nanogpt"], values) for name, values in speed.items()}
+    first = ratios[names[0]] | {"compiled": ratios["compiled"], "machine": runs.machine(CPU)}
+    return {
+        "rounds": len(speed["nanogpt"]),
+        "training_tokens_per_second": first,
+        "training_ratio_by_stage": {name: ratios[name]["ratio"] for name in names},
+    }
+
+
+def training_speed(nanogpt: Path, names: list[str], rounds: int, scratch: Path) -> dict[str, list[float]]:
+    """Tokens a second in each round, of nanoGPT, of each of our stages, and of the first one compiled."""
+    endless = 10**6  # steps, without an evaluation
+    theirs = f"--max_iters={endless} --eval_interval={endless}"
+    with ExitStack() as programs:
+        command = nanogpt_command(nanogpt, scratch / "nanogpt", 1, *theirs.split())
+        printed = scratch / "nanogpt.log"
+        turns = {"nanogpt": programs.enter_context(in_turn(command, printed, lambda: nanogpt_steps(printed)))}
+        for name in (*names, "compiled"):
+            stage, more = (names[0], ["--compile"]) if name == "compiled" else (name, [])
+            folder = scratch / f"{name}-speed"
+            more = ("--steps", str(endless), "--eval-every", str(endless), "--log-every", "1", *more)
+            command = our_command(stage, folder, *more)
+            count = partial(our_steps, folder)
+            turns[name] = programs.enter_context(in_turn(command, scratch / f"{name}.log", count))
+        speed = {name: [] for name in turns}
+        for _ in range(rounds):
+            steps = dict.fromkeys(turns, 0)
+            for _ in range(TURNS):
+                for name, turn in turns.items():
+                    steps[name] += turn()
+            for name, number in steps.items():
+                speed[name].append(12 * 64 * number / (TURNS * TURN_SECONDS))
+            print({name: round(values[-1]) for name, values in speed.items()}, flush=True)
+    return speed
+
+
+@contextmanager
+def in_turn(command: list, output: Path, steps: Callable[[], int]):
+    """Starts a training program and lets it stand still; gives a function that runs it for one turn.
+
+    The function returns how many steps were made in the turn, by what `steps` counts.
+    """
+    with open(output, "w") as file:
+        process = subprocess.Popen(
+            command[1:],
+            cwd=command[0],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            start_new_session=True,
+        )
+    try:
+        while steps() < WARM_UP_STEPS:
+            if process.poll() is not None:
+                raise failure(command, output)
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGSTOP)
+
+        def turn() -> int:
+            before = steps()
+            os.killpg(process.pid, signal.SIGCONT)
+            time.sleep(TURN_SECONDS)
+            os.killpg(process.pid, signal.SIGSTOP)
+            if process.poll() is not None:
+                raise failure(command, output)
+            return steps() - before
+
+        yield turn
+    finally:
+        with suppress(ProcessLookupError):  # it may have ended by itself
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def nanogpt_steps(printed: Path) -> int:
+    """The steps of which nanoGPT has printed a line."""
+    return printed.read_text().count("\niter ")
+
+
+def our_steps(folder: Path) -> int:
+    """The last step in our metrics, 0 before the first."""
+    lines = log.read_metrics(folder / "metrics.jsonl")
+    return lines[-1]["step"] if lines else 0
+
+
+def race(nanogpt: Path, stage: str, loss: float, rounds: int, scratch: Path) -> dict:
+    """Seconds of nanoGPT's 2000 steps, and of each of our ways until the validation loss is as low; medians.
+
+    A way that does not get there has None. nanoGPT's seconds are those of 300 steps before each of the ways.
+    """
+    theirs, ours, ratios = [], {way: [] for way in WAYS}, {way: [] for way in WAYS}
+    for round_ in range(rounds):
+        for number, (way, flags) in enumerate(WAYS.items()):
+            name = f"{number}-{round_}"
+            seconds, _ = train_nanogpt(nanogpt, scratch / f"paced{name}", 300, 1)
+            theirs.append(2000 * statistics.median(seconds))
+            more = ("--eval-every", "50", *flags.split())
+            folder, _ = train_ours(stage, scratch / f"way{name}", *more)
+            reached = report.seconds_to(log.read_metrics(folder / "metrics.jsonl"), loss)
+            ours[way].append(reached or math.inf)
+            ratios[way].append(ours[way][-1] / theirs[-1])
+            print(way, {"nanogpt": round(theirs[-1]), "ours": ours[way][-1]}, flush=True)
+    raced = {"stage": stage, "nanogpt": statistics.median(theirs), "rounds": rounds, "ours": {}}
+    for way in WAYS:
+        seconds, ratio = statistics.median(ours[way]), statistics.median(ratios[way])
+        reached = math.isfinite(seconds)
+        raced["ours"][way] = (
+            {"seconds": seconds, "ratio": ratio} if reached else dict.fromkeys(("seconds", "ratio"))
+        )
+    return raced
+
+
+def muon_step(name: str, dataset: data.Dataset, rounds: int = 11, steps: int = 30) -> dict:
+    """Milliseconds of a step with AdamW and with Muon, in turn, on the laptop preset, and their ratio."""
+    device.prepare(CPU)
+    stage, preset = stages.load(name), presets.PRESETS["laptop"]
+    config = stage.GPTConfig(vocab_size=dataset.tokenizer.vocab_size, **preset["model"])
+    autocast = device.autocast(CPU, device.choose_dtype("auto", CPU))
+    models = {kind: stage.GPT(config) for kind in ("adamw", "muon")}
+    optimizers = {kind: optim.make(kind, model, 1e-3, 0.1, (0.9, 0.99)) for kind, model in models.items()}
+    milliseconds = {kind: [] for kind in models}
+    for number in range(rounds + 1):  # the first warms up
+        for kind, model in models.items():
+            started = time.perf_counter()
+            for step in range(number * steps, (number + 1) * steps):
+                idx, targets = batches.train_batch(
+                    dataset.train, 0, step, preset["batch_size"], config.block_size
+                )
+                optim.accumulate_gradients(model, idx, targets, preset["batch_size"], autocast)
+                optim.update(model, optimizers[kind], 1e-3, 1.0)
+            if number:
+                milliseconds[kind].append(1e3 * (time.perf_counter() - started) / steps)
+    ratios = [b / a for a, b in zip(*milliseconds.values(), strict=True)]
+    medians = {kind: statistics.median(values) for kind, values in milliseconds.items()}
+    return {"stage": name} | medians | {"ratio": statistics.median(ratios), "rounds": rounds}
+
+
+def compare(theirs: list[float], ours: list[float]) -> dict:
+    """Both medians, and the median of the ratios of neighbours in time."""
+    return {
+        "nanogpt": statistics.median(theirs),
+        "ours": statistics.median(ours),
+        "ratio": statistics.median(b / a for a, b in zip(theirs, ours, strict=True)),
+        "ratios": [round(b / a, 3) for a, b in zip(theirs, ours, strict=True)],
+    }
+
+
+def prepare_nanogpt(nanogpt: Path, dataset: data.Dataset) -> None:
+    """Gives nanoGPT the same token files."""
+    folder = nanogpt / "data" / "shakespeare_char"
+    for split in ("train", "val"):
+        shutil.copy(dataset.folder / f"{split}.bin", folder / f"{split}.bin")
+    (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": dataset.tokenizer.vocab_size}))
+
+
+def timed(command: list[str], folder: Path) -> tuple[str, int]:
+    """Runs a command; returns what it printed and its peak memory in bytes."""
+    output, memory = folder.with_suffix(".log"), folder.with_suffix(".memory")
+    with open(output, "w") as file:
+        started = [sys.executable, "-c", SMALL_PARENT, memory, *command[1:]]
+        status = subprocess.call(started, cwd=command[0], stdout=file, stderr=subprocess.STDOUT)
+    if status:
+        raise failure(command, output)
+    return output.read_text(), int(memory.read_text()) * 1024
+
+
+def failure(command: list, output: Path) -> UserError:
+    """The error that says how a command ended."""
+    return UserError(f"{' '.join(map(str, command))} failed:\n{output.read_text()[-2000:]}")
+
+
+def nanogpt_command(nanogpt: Path, out: Path, log_interval: int, *more: str) -> list:
+    """The folder to run nanoGPT's own train.py in, and the command."""
+    flags = [*SETTING.split(), "--eval_iters=20", f"--log_interval={log_interval}", f"--out_dir={out}", *more]
+    return [nanogpt, sys.executable, "train.py", "config/train_shakespeare_char.py", *flags]
+
+
+def our_command(stage: str, out: Path, *more: str) -> list:
+    """The folder to run our train.py in, and the command, on the laptop preset."""
+    flags = ["--stage", stage, "--preset", "laptop", "--device", "cpu", "--out", str(out), *more]
+    return [stages.ROOT, sys.executable, "train.py", *flags]
+
+
+def train_nanogpt(nanogpt: Path, out: Path, steps: int, log_interval: int) -> tuple[list[float], int]:
+    """nanoGPT's own train.py; returns the seconds of its steps and its peak memory in bytes."""
+    command = nanogpt_command(nanogpt, out, log_interval, f"--max_iters={steps}")
+    printed, memory = timed(command, out)
+    # The first steps warm up, and the clock of a step that evaluates counts that too: the median drops it.
+    return [float(ms) / 1e3 for ms in re.findall(r"time ([\d.]+)ms", printed)][10:], memory
+
+
+def train_ours(stage: str, out: Path, *more: str) -> tuple[Path, int]:
+    """Our train.py on the laptop preset; returns the run's folder and its peak memory in bytes."""
+    _, memory = timed(our_command(stage, out, *more), out)
+    return out, memory
+
+
+def load_nanogpt(nanogpt: Path):
+    """nanoGPT's model.py as a module."""
+    spec = importlib.util.spec_from_file_location("nanogpt_model", nanogpt / "model.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def nanogpt_loss(nanogpt: Path, out: Path, dataset: data.Dataset) -> float:
+    """The loss of nanoGPT's checkpoint over all of the validation split, measured as ours is."""
+    module = load_nanogpt(nanogpt)
+    saved = torch.load(out / "ckpt.pt", weights_only=True)
+    model = module.GPT(module.GPTConfig(**saved["model_args"]))
+    model.load_state_dict(saved["model"])
+
+    class Adapter(torch.nn.Module):
+        config = model.config
+
+        def forward(self, idx, targets):
+            logits, loss = model(idx, targets)
+            return logits, {"next_token": loss}
+
+    autocast = device.autocast(CPU, torch.float32)
+    return evaluation.next_token_loss(Adapter().eval(), np.asarray(dataset.val), 10**6, 64, autocast, CPU)
+
+
+def sampling_speed(nanogpt: Path, name: str, rounds: int, n_tokens: int = 500) -> dict:
+    """Tokens a second with a context of 256 and the laptop preset's sizes, untrained, in turn."""
+    sizes = {"vocab_size": 65, "block_size": 256, "n_layer": 4, "n_head": 4, "n_embd": 128}
+    module, stage = load_nanogpt(nanogpt), stages.load(name)
+    theirs = module.GPT(module.GPTConfig(**sizes, dropout=0.0, bias=False)).eval()
+    ours = stage.GPT(stage.GPTConfig(**sizes)).eval()
+    step = CompiledStep(ours)
+
+    def their_way():
+        with torch.no_grad():
+            theirs.generate(torch.zeros(1, 1, dtype=torch.int64), n_tokens, temperature=0.8, top_k=200)
+
+    def our_way(step=None):
+        list(generation.generate(ours, [0], n_tokens, 65, temperature=0.8, top_k=200, step=step))
+
+    ways = {"nanogpt": their_way, "ours": our_way, "compiled": lambda: our_way(step)}
+    speed = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            started = time.perf_counter()
+            way()
+            speed[name].append(n_tokens / (time.perf_counter() - started))
+    compiled = compare(speed["nanogpt"], speed["compiled"]) | {"compile_seconds": step.seconds}
+    return compare(speed["nanogpt"], speed["ours"]) | {"compiled": compiled, "machine": runs.machine(CPU)}
+
+
+if __name__ == "__main__":
+    for number in (signal.SIGTERM, signal.SIGHUP):  # the programs that stand still would outlive this one
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    cli.run(main)

@@ -1,0 +1,102 @@
+"""Measures attention written out, SDPA and tiled.py: python -m benchmarks.attention
+
+Writes the part "attention" of results/results.json and the picture of stage 5's lesson; then
+`python -m lab.pages.lessons` writes the tables into the pages.
+"""
+
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+
+from lab import cli, device, stages
+from lab.comparison import isolated
+from lab.pages import lessons
+from lab.storage import runs
+from lab.training import optim, presets, run_plots
+
+CPU = torch.device("cpu")
+CONTEXTS = [256, 512, 1024, 2048, 4096]
+VARIANTS = {
+    "stage 4": ("stage4_gqa", None),
+    "stage 5": ("stage5_flash", None),
+    "tiled.py": ("stage5_flash", "tiled"),
+}
+PICTURE = stages.ROOT / "stage5_flash" / "context.png"
+
+
+@dataclass
+class Settings:
+    """Measures attention against the context."""
+
+    rounds: int = 3
+    """Times that everything is measured, in turn; medians are reported."""
+
+
+def main():
+    settings = cli.parse_flags(Settings, sys.argv[1:])
+    device.prepare(CPU)
+    crossing = {dtype: crossover(getattr(torch, dtype)) for dtype in ("float32", "bfloat16")}
+    by_context = against_context(settings.rounds)
+    results = lessons.read_results()
+    results["attention"] = {
+        "crossover": crossing,
+        "by_context": by_context,
+        "rounds": settings.rounds,
+        "machine": runs.machine(CPU),
+    }
+    runs.write_json(lessons.RESULTS, results)
+    run_plots.against_context(by_context, CONTEXTS, PICTURE)
+
+
+def crossover(dtype: torch.dtype) -> dict[int, float]:
+    """By context: seconds of a training step with SDPA, relative to attention written out.
+
+    Two layers of the laptop preset, about as many tokens at every context; the two in turn, medians.
+    """
+    stage, ratios = stages.load("stage5_flash"), {}
+    autocast = device.autocast(CPU, dtype)
+    for context in (64, 128, 256, 512, 1024, 2048):
+        sizes = presets.PRESETS["laptop"]["model"] | {"block_size": context, "n_layer": 2}
+        configs = [stage.GPTConfig(vocab_size=65, **sizes, attention=name) for name in ("sdpa", "explicit")]
+        models = [stage.GPT(config) for config in configs]
+        idx = torch.randint(65, (max(1, 1024 // context), context))
+        seconds = [[], []]
+        for _ in range(25):
+            for model, clock in zip(models, seconds, strict=True):
+                started = time.perf_counter()
+                optim.accumulate_gradients(model, idx, idx, len(idx), autocast)
+                clock.append(time.perf_counter() - started)
+                model.zero_grad()
+        ratios[context] = statistics.median(a / b for a, b in list(zip(*seconds, strict=True))[3:])
+    return ratios
+
+
+def against_context(rounds: int) -> dict[str, dict]:
+    """By variant and context: training tokens/s, and the peak of memory above what was there before."""
+    measured = {
+        name: {"tokens_per_second": {}, "memory": {}} | {"stage": stage}
+        for name, (stage, _) in VARIANTS.items()
+    }
+    for context in CONTEXTS:
+        runs_of = {name: [] for name in VARIANTS}
+        for _ in range(rounds):
+            for name, (stage, attention) in VARIANTS.items():
+                made = isolated.measure(stage=stage, context=context, attention=attention, steps=3)
+                if "error" in made:
+                    print(f"{name} at {context}: {made['error']}", file=sys.stderr)
+                else:
+                    runs_of[name].append(made)
+        for name, made in runs_of.items():
+            if made:
+                speeds = [one["tokens_per_second"] for one in made]
+                memory = [one["peak_memory"] - one["memory_before"] for one in made]
+                measured[name]["tokens_per_second"][context] = statistics.median(speeds)
+                measured[name]["memory"][context] = statistics.median(memory)
+    return measured
+
+
+if __name__ == "__main__":
+    cli.run(main)

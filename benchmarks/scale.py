@@ -1,0 +1,18 @@
+"""Computes what larger models need, on no device at all: python -m benchmarks.scale
+
+Writes the part "scale" of results/results.json; then `python -m lab.pages.lessons` writes the tables into
+docs/scale.md. Takes about a minute. The figures depend on the code alone, not on the machine.
+"""
+
+from lab import cli
+from lab.pages import lessons, planning
+from lab.storage import runs
+
+
+def main():
+    plans = planning.all_plans()
+    runs.write_json(lessons.RESULTS, lessons.read_results() | {"scale": plans})
+
+
+if __name__ == "__main__":
+    cli.run(main)

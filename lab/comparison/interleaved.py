@@ -1,0 +1,202 @@
+"""Speed and memory of the stages side by side: warmed up, repeated, in turn, so that noise is fair to all."""
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from lab import device, formats, stages
+from lab.comparison import isolated
+from lab.errors import UserError, shown
+from lab.sampling import generation
+from lab.storage import edits, runs
+from lab.training import optim
+
+DECODED = 200  # tokens of one measurement of decoding
+
+
+def parse_contexts(text: str) -> list[int]:
+    """The lengths in "64,256,1024"; a UserError for anything else."""
+    try:
+        contexts = [int(part) for part in text.split(",") if part]
+        if any(context < 3 for context in contexts):
+            raise ValueError
+    except ValueError:
+        raise UserError(
+            f"--contexts {text}: write lengths of 3 or more with commas, as in 64,256,1024"
+        ) from None
+    return contexts
+
+
+def read(out: Path, notes: list[str]) -> dict:
+    """What was measured before, of today's code; notes gets a line for what is left out."""
+    path = out / "speeds.json"
+    try:
+        speeds = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise UserError(f"{shown(path)} is damaged: {error}") from None
+    formats.check(speeds, formats.RESULTS, shown(path))
+    measured, codes = speeds.get("training", {}), speeds.get("code", {})
+    outdated = [
+        name for name in measured if name not in stages.folders() or codes.get(name) != edits.code_hash(name)
+    ]
+    if outdated:
+        notes.append(
+            f"left out: the speeds of {', '.join(outdated)} in {shown(path)}, measured with other code"
+        )
+    return {key: without(value, outdated) for key, value in speeds.items()}
+
+
+def without(value, outdated: list[str]):
+    """A part of speeds.json without these stages."""
+    if not isinstance(value, dict):
+        return value
+    return {name: figure for name, figure in value.items() if name not in outdated}
+
+
+def everything(
+    configs: dict[str, dict], where: torch.device, rounds: int, contexts: list[int], console: Console
+) -> dict:
+    """All speeds of these stages; configs: by stage, config.json of a run of it."""
+    with console.status("measuring training and decoding speed", spinner="line"):
+        trainers = {name: trainer(config, where) for name, config in configs.items()}
+        training = in_turn(trainers, where, rounds, 15)
+        decoders = {name: decoder(config, where) for name, config in configs.items()}
+        decoding = in_turn(decoders, where, rounds, DECODED)
+    speeds = {
+        "format": formats.RESULTS,
+        "rounds": rounds,
+        "machine": runs.machine(where),
+        "code": {name: edits.code_hash(name) for name in configs},
+        "training": training,
+        "decoding": decoding,
+        "peak_memory": {},
+    }
+    for name, config in configs.items():
+        with console.status(f"measuring {name}'s memory", spinner="line"):
+            settings = config["settings"]
+            batch = settings["micro_batch_size"] or settings["batch_size"]
+            made = isolated.measure(
+                **of_run(config, where), context=config["model"]["block_size"], batch_size=batch
+            )
+        if "error" in made:
+            console.print(f"not measured: {name}'s memory: {made['error']}", highlight=False)
+        else:
+            speeds["peak_memory"][name] = made["peak_memory"]
+    for what in ("training", "decoding"):
+        speeds[f"{what}_by_context"] = by_context(configs, what, where, min(rounds, 3), contexts, console)
+    return speeds
+
+
+def of_run(config: dict, where: torch.device) -> dict:
+    """The settings of lab.comparison.isolated that measure what a run trained."""
+    made = {"stage": config["stage"], "model": json.dumps(config["model"]), "dtype": config["dtype"]}
+    return made | {"device": where, "optimizer": config["settings"]["optimizer"]}
+
+
+def by_context(
+    configs: dict[str, dict],
+    what: str,
+    where: torch.device,
+    rounds: int,
+    contexts: list[int],
+    console: Console,
+) -> dict[str, dict]:
+    """By stage and context: tokens/s of training or decoding, and the memory of the process or the cache.
+
+    Each in a process of its own, the stages in turn, several rounds; medians.
+    """
+    made = {name: {str(context): [] for context in contexts} for name in configs}
+    for _ in range(rounds):
+        for context in contexts:
+            for name, config in configs.items():
+                doing = f"measuring {what} of {name} at a context of {context}"
+                with console.status(doing, spinner="line"):
+                    steps = 5 if what == "training" else 30
+                    one = isolated.measure(**of_run(config, where), what=what, context=context, steps=steps)
+                made[name][str(context)].append(one)
+    memory, measured = "peak_memory" if what == "training" else "cache_bytes", {}
+    for name, by_length in made.items():
+        for context, several in by_length.items():
+            failed = [one["error"] for one in several if "error" in one]
+            if failed:
+                said = f"not measured: {what} of {name} at a context of {context}: {failed[0]}"
+                console.print(said, highlight=False)
+            elif several:
+                point = {"tokens_per_second": statistics.median(one["tokens_per_second"] for one in several)}
+                point["memory"] = statistics.median(one[memory] for one in several)
+                measured.setdefault(name, {})[context] = point
+    return measured
+
+
+def of_stage(speeds: dict, name: str) -> dict:
+    """The figures of one stage, for results.json; empty where nothing was measured."""
+    figures = {}
+    for what in ("training", "decoding"):
+        values = speeds.get(what, {}).get(name)
+        if values:
+            figures[f"{what}_tokens_per_second"] = {"median": statistics.median(values), "values": values}
+    if name in speeds.get("peak_memory", {}):
+        figures["peak_memory"] = speeds["peak_memory"][name]
+    return figures
+
+
+def in_turn(
+    measured: dict[str, Callable], where: torch.device, rounds: int, amount: int
+) -> dict[str, list[float]]:
+    """Calls each function with `amount` once a round, after a warm-up: what it returns, tokens a second."""
+    speeds = {name: [] for name in measured}
+    for function in measured.values():
+        function(max(2, amount // 5))
+    for _ in range(rounds):
+        for name, function in measured.items():
+            started = time.perf_counter()
+            tokens = function(amount)
+            device.synchronize(where)
+            speeds[name].append(tokens / (time.perf_counter() - started))
+    return speeds
+
+
+def make_model(config: dict, where: torch.device) -> torch.nn.Module:
+    """A fresh model of a run's sizes."""
+    torch.manual_seed(0)
+    device.prepare(where)
+    stage = stages.load(config["stage"])
+    return stage.GPT(stage.GPTConfig(**config["model"])).to(where)
+
+
+def trainer(config: dict, where: torch.device) -> Callable[[int], int]:
+    """A function that trains so many steps, as train.py would without compiling, and returns the tokens."""
+    model, settings = make_model(config, where), config["settings"]
+    optimizer = optim.make(settings["optimizer"], model, 1e-3, 0.1, (0.9, 0.99))
+    autocast = device.autocast(where, getattr(torch, config["dtype"]))
+    context, batch = model.config.block_size, settings["batch_size"]
+    text = torch.randint(model.config.vocab_size, (batch, context + 1), device=where)
+
+    def run(steps: int) -> int:
+        for _ in range(steps):
+            micro_batch = settings["micro_batch_size"] or batch
+            optim.accumulate_gradients(model, text[:, :-1], text[:, 1:], micro_batch, autocast)
+            optim.update(model, optimizer, 1e-3, 1.0)
+            if hasattr(model, "after_step"):
+                model.after_step()
+        return steps * batch * context
+
+    return run
+
+
+def decoder(config: dict, where: torch.device) -> Callable[[int], int]:
+    """A function that samples so many tokens one by one, as sample.py would, and returns their number."""
+    model = make_model(config, where).eval()
+
+    def run(tokens: int) -> int:
+        generator = torch.Generator().manual_seed(0)
+        return sum(
+            1 for _ in generation.generate(model, [0], tokens, model.config.vocab_size, generator=generator)
+        )
+
+    return run

@@ -1,0 +1,144 @@
+"""Speed and memory of one stage at one context, in a process of its own.
+
+python -m lab.comparison.isolated --help lists the settings.
+
+A process's peak of memory can't be taken back, so every measurement gets a fresh one; `measure` starts it.
+"""
+
+from lab import terminal
+
+if __name__ == "__main__":
+    terminal.prepare()  # before the seconds that importing torch takes
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from lab import cli, device, stages
+from lab.storage import runs
+from lab.training import optim, presets
+
+LAPTOP = presets.PRESETS["laptop"]["model"] | {"vocab_size": 65}
+
+
+@dataclass
+class Settings:
+    """Measures one stage at one context and prints a line of JSON."""
+
+    stage: str
+    """Stage: its number or its folder's name."""
+    what: Literal["training", "decoding"] = "training"
+    """training: optimizer steps. decoding: tokens one by one, until the context is full."""
+    context: int = 64
+    """Tokens in a sequence."""
+    batch_size: int = 1
+    """Sequences."""
+    model: str | None = None
+    """Sizes of the model as JSON, as in a run's config.json. None: the laptop preset's."""
+    attention: str | None = None
+    """Stage 5 on: what computes attention; "tiled" is stage5_flash/tiled.py. None: auto."""
+    device: str = "auto"
+    """cuda, mps or cpu; auto: the first of these that is present."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of training's matrix products, as in train.py."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """As in train.py."""
+    steps: int = 5
+    """Steps (or tokens) to time, after a first one that is not; the median counts."""
+
+
+def measure(**settings) -> dict:
+    """Runs this module with these settings in a process of its own; what it measured, or {"error": …}."""
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items() if value is not None]
+    command = [sys.executable, "-m", "lab.comparison.isolated", *flags]
+    child = subprocess.run(command, cwd=stages.ROOT, capture_output=True, text=True)
+    if child.returncode:
+        said = child.stderr.strip().splitlines() or [f"exit status {child.returncode}"]
+        errors = [line.removeprefix("error: ") for line in said if line.startswith("error: ")]
+        return {"error": (errors or said)[-1]}
+    return json.loads(child.stdout.splitlines()[-1])
+
+
+@device.memory_errors("try a lower --batch-size or --context, or smaller sizes in --model")
+def main():
+    settings = cli.parse_flags(Settings, sys.argv[1:])
+    where = device.choose(settings.device)
+    dtype = device.choose_dtype(settings.dtype, where)
+    device.prepare(where)
+    torch.manual_seed(0)
+    stage = stages.load(stages.find(settings.stage))
+    sizes = json.loads(settings.model) if settings.model else LAPTOP
+    sizes |= {"block_size": settings.context, "dropout": 0.0}
+    if settings.attention == "tiled":
+        use_tiled(stage)
+    elif settings.attention:
+        sizes["attention"] = settings.attention
+    model = stage.GPT(stage.GPTConfig(**sizes)).to(where)
+    idx = torch.randint(model.config.vocab_size, (settings.batch_size, settings.context + 1), device=where)
+    autocast = device.autocast(where, dtype)
+    before = device.peak_memory(where)
+    if settings.what == "training":
+        optimizer = optim.make(settings.optimizer, model, 1e-3, 0.1, (0.9, 0.99))
+        seconds, tokens = training(model, optimizer, idx, settings.steps, autocast, where)
+    else:
+        seconds, tokens = decoding(model, idx, settings.steps, where)
+    made = {
+        "tokens_per_second": tokens / statistics.median(seconds),
+        "peak_memory": device.peak_memory(where),
+        "memory_before": before,
+        "dtype": str(dtype if settings.what == "training" else model.lm_head.weight.dtype)[6:],
+    }
+    if settings.what == "decoding":
+        cache = model.new_cache(settings.batch_size, settings.context)
+        made["cache_bytes"] = cache.nbytes
+    print(json.dumps(made | {"machine": runs.machine(where)}))
+
+
+def training(model, optimizer, idx, steps, autocast, where) -> tuple[list[float], int]:
+    """Seconds of each optimizer step, and the tokens in one."""
+    model.train()
+    seconds = []
+    for _ in range(steps + 1):
+        started = time.perf_counter()
+        optim.accumulate_gradients(model, idx[:, :-1], idx[:, 1:], len(idx), autocast)
+        optim.update(model, optimizer, 1e-3, 1.0)
+        device.synchronize(where)
+        seconds.append(time.perf_counter() - started)
+    return seconds[1:], idx[:, 1:].numel()
+
+
+@torch.no_grad()
+def decoding(model, idx, steps, where) -> tuple[list[float], int]:
+    """Seconds of each new token (of every sequence) with a nearly full cache, and the tokens in one."""
+    model.eval()
+    context = idx.size(1) - 1
+    seconds = []
+    cache = model.new_cache(len(idx), context)
+    model(idx[:, : max(1, context - steps - 1)], cache=cache)
+    for _ in range(min(steps + 1, context - cache.length)):
+        started = time.perf_counter()
+        logits, _ = model(idx[:, cache.length : cache.length + 1], cache=cache)
+        logits.argmax(-1)
+        device.synchronize(where)
+        seconds.append(time.perf_counter() - started)
+    return seconds[1:], len(idx)
+
+
+def use_tiled(stage) -> None:
+    """Replaces the stage's attention call by the algorithm written out in PyTorch."""
+    from stage5_flash.tiled import tiled_attention
+
+    def attend(self, q, k, v, mask):
+        return tiled_attention(q, k, v, 128, 128)
+
+    stage.Attention.attend = attend
+
+
+if __name__ == "__main__":
+    cli.run(main)

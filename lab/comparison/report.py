@@ -1,0 +1,167 @@
+"""What a comparison found: the figures of every stage, the ladder table, and the pictures."""
+
+import itertools
+import statistics
+from pathlib import Path
+
+import torch
+
+from lab import stages
+from lab.comparison import diffs, spread, wanted_runs
+from lab.training import cost
+
+LOSS_TO_REACH = 1.90
+IDEAS = {
+    "stage0_gpt": "GPT-2",
+    "stage1_rmsnorm": "RMSNorm, no biases",
+    "stage2_rope": "rotary positions",
+    "stage3_swiglu": "gated MLP",
+    "stage4_gqa": "shared key/value heads",
+    "stage5_flash": "FlashAttention",
+    "stage6_moe": "mixture of experts",
+    "stage7_mla_mtp": "latent attention, multi-token prediction",
+}
+
+
+def figures(found: wanted_runs.StageRuns, speeds: dict | None) -> dict:
+    """The figures of one stage, ready for results.json; speeds as compare.py measures them, None without."""
+    config = found.config
+    stage = stages.load(config["stage"])
+    with torch.device("meta"):
+        model = stage.GPT(stage.GPTConfig(**config["model"]))
+    origin = diffs.origin(config["stage"])
+    finals = [metrics[-1] for metrics in found.history.values()]
+    reached = [seconds_to(metrics, LOSS_TO_REACH) for metrics in found.history.values()]
+    return {
+        "stage": config["stage"],
+        "from": origin,
+        "lines_changed": sum(diffs.changed_lines(origin, config["stage"])) if origin else None,
+        "parameters": cost.parameters(model),
+        "active_parameters": cost.active_parameters(model),
+        "flops_per_token": cost.flops_per_token(model),
+        "cache_bytes_per_token": cache_bytes(model),
+        "seeds": list(found.history),
+        "val_loss": spread.summary([record["val_loss"] for record in finals]),
+        "bits_per_byte": spread.summary([record["bits_per_byte"] for record in finals]),
+        "seconds": spread.summary([record["seconds"] for record in finals]),
+        "seconds_to_loss": {"loss": LOSS_TO_REACH, "values": reached}
+        | ({} if None in reached else {"mean": statistics.mean(reached)}),
+        "trained_on": found.machines,
+        **(speeds or {}),
+    }
+
+
+def cache_bytes(model: torch.nn.Module) -> int:
+    """Bytes of a cache in float32, for each token it can hold."""
+    return model.new_cache(1, 1).nbytes
+
+
+def seconds_to(metrics: list[dict], loss: float) -> float | None:
+    """Seconds of training until the validation loss first was this low, between evaluations by a line."""
+    before = None
+    for record in metrics:
+        if "val_loss" not in record:
+            continue
+        if record["val_loss"] <= loss:
+            if before is None:
+                return record["seconds"]
+            part = (before["val_loss"] - loss) / (before["val_loss"] - record["val_loss"])
+            return before["seconds"] + part * (record["seconds"] - before["seconds"])
+        before = record
+    return None
+
+
+def mark_noise(rows: dict[str, dict]) -> None:
+    """Says of each stage's figures whether they differ significantly from those of the stage before.
+
+    rows: by stage. A variant is compared with the stage that it was made from, if that is there.
+    """
+    for before, name in itertools.pairwise(rows):
+        origin = before if name in stages.COURSE else rows[name]["from"]
+        if origin not in rows:
+            continue
+        one, other = rows[origin], rows[name]
+        differs = {
+            "from": origin,
+            "val_loss": spread.means_differ(*(x["val_loss"]["values"] for x in (one, other))),
+        }
+        for key in ("training_tokens_per_second", "decoding_tokens_per_second"):
+            if key in one and key in other:
+                differs[key] = spread.rounds_differ(*(x[key]["values"] for x in (one, other)))
+        other["differs"] = differs
+
+
+def ladder(rows: dict[str, dict]) -> str:
+    """The table of the stages in Markdown; ≈: no significant difference from the stage before."""
+    tuned = any("tuned" in row for row in rows.values())
+    heads = ["stage", "what changed", "lines changed", "parameters (active)", "FLOPs a token", "val loss"]
+    heads += ["val loss at its best rate"] if tuned else []
+    heads += ["bits per byte", f"seconds to {LOSS_TO_REACH:.2f}", "training tokens/s", "decoding tokens/s"]
+    heads += ["cache bytes a token", "peak memory, MiB"]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for name, row in rows.items():
+        lines.append("| " + " | ".join(cells(name, row, tuned)) + " |")
+    return "\n".join(lines)
+
+
+def cells(name: str, row: dict, tuned: bool) -> list[str]:
+    """One row of the ladder; name: the stage's folder."""
+    idea = IDEAS.get(name) or (f"variant of {stages.label(row['from'])}" if row else "variant")
+    if not row:
+        return [stages.label(name), idea, *[""] * (11 if tuned else 10)]
+    millions = f"{row['parameters'] / 1e6:.2f} M"
+    if row["active_parameters"] != row["parameters"]:
+        millions += f" ({row['active_parameters'] / 1e6:.2f} M)"
+    to_loss = row["seconds_to_loss"]
+    missed = sum(value is None for value in to_loss["values"])
+    reached = f"{to_loss['mean']:,.0f}" if not missed else f"not reached by {missed} of {len(row['seeds'])}"
+    made = [
+        stages.label(name),
+        idea,
+        "–" if row["lines_changed"] is None else str(row["lines_changed"]),
+        millions,
+        f"{row['flops_per_token'] / 1e6:.2f} M",
+        noise(row, "val_loss") + with_std(row["val_loss"], 3),
+    ]
+    if tuned:
+        best = row.get("tuned")
+        made.append(f"{best['val_loss']:.3f} at {best['lr']:g}" if best else "")
+    made += [f"{row['bits_per_byte']['mean']:.3f}", reached]
+    for key in ("training_tokens_per_second", "decoding_tokens_per_second"):
+        made.append(noise(row, key) + f"{row[key]['median']:,.0f}" if key in row else "")
+    made.append(f"{row['cache_bytes_per_token']:,.0f}")
+    made.append(f"{row['peak_memory'] / 2**20:,.0f}" if "peak_memory" in row else "")
+    return made
+
+
+def noise(row: dict, key: str) -> str:
+    """≈ where the figure differs from the stage before by no more than chance."""
+    return "≈ " if row.get("differs", {}).get(key) is False else ""
+
+
+def with_std(summary: dict, digits: int) -> str:
+    """Mean ± standard deviation, the latter where there is one."""
+    mean = f"{summary['mean']:.{digits}f}"
+    return mean if summary["std"] is None else f"{mean} ± {summary['std']:.{digits}f}"
+
+
+def draw(
+    found: dict[str, wanted_runs.StageRuns], rows: dict[str, dict], speeds: dict, out: Path
+) -> list[str]:
+    """Every picture that the figures suffice for, as PNG, on light and on dark; their names."""
+    from lab.comparison import stage_plots
+
+    drawn = []
+    for dark in (False, True):
+        with stage_plots.theme(dark):
+            pictures = {"loss": stage_plots.losses(found, rows), "cost": stage_plots.cost(rows)}
+            if any("training_tokens_per_second" in row for row in rows.values()):
+                pictures["bars"] = stage_plots.bars(rows)
+            for what in ("training", "decoding"):
+                if speeds.get(f"{what}_by_context"):
+                    pictures[f"{what}_context"] = stage_plots.by_context(speeds[f"{what}_by_context"], what)
+            for name, figure in pictures.items():
+                path = out / f"{name}{'-dark' if dark else ''}.png"
+                figure.savefig(path)
+                drawn.append(path.name)
+    return drawn

@@ -1,0 +1,1 @@
+"""The generated parts of the lessons and the documents."""

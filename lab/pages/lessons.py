@@ -1,0 +1,244 @@
+"""Writes what can be generated into the lessons and the front page: python -m lab.pages.lessons
+
+Between `<!-- diff -->` and `<!-- end -->` goes the diff of a stage against the one before, and between
+`<!-- table -->` and `<!-- end -->` what was measured (results/results.json). A test fails when a page
+and its source differ.
+"""
+
+import json
+import re
+from pathlib import Path
+
+from lab import formats, stages
+from lab.comparison import diffs, report
+from lab.pages import scale
+
+RESULTS = stages.ROOT / "results" / "results.json"
+
+
+def read_results() -> dict:
+    """What was measured so far; empty before the first measurement."""
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    formats.check(results, formats.RESULTS, str(RESULTS))
+    return results
+
+
+def ladder(numbers: list[int], results: dict) -> str:
+    """The table of these stages, a column each measurement."""
+    names = [stages.names()[number] for number in numbers]
+    return report.ladder({name: results["stages"].get(name, {}) for name in names})
+
+
+def nanogpt(measured: dict) -> str:
+    """The table of our stage beside nanoGPT."""
+    speed, sampling = (
+        measured["training_tokens_per_second"],
+        measured["sampling_tokens_per_second_at_context_256"],
+    )
+    loss, memory = measured["val_loss_after_2000_steps"], measured["peak_memory_mib"]
+    step = measured["muon_step"]
+    return "\n".join(
+        [
+            "| | nanoGPT | ours | ratio |",
+            "|---|---|---|---|",
+            *(
+                f"| {what} | {row['nanogpt']:,.0f} | {row['ours']:,.0f} | {row['ratio']:.2f} |"
+                for what, row in (
+                    ("training tokens/s", speed),
+                    ("training tokens/s, with `--compile`", speed["compiled"]),
+                    ("sampling tokens/s, context 256", sampling),
+                    ("sampling tokens/s, context 256, with `--compile`", sampling["compiled"]),
+                )
+            ),
+            *(
+                f"| training tokens/s, our stage {int(name[5])} | | | {ratio:.2f} |"
+                for name, ratio in measured.get("training_ratio_by_stage", {}).items()
+                if name != measured["stage"]
+            ),
+            *raced(measured["seconds_to_nanogpts_loss"]),
+            f"| ms of our stage {step['stage'][5]}'s step, with AdamW and with Muon | {step['adamw']:.0f} "
+            f"| {step['muon']:.0f} | {step['ratio']:.2f} |",
+            f"| validation loss, 2000 steps, all of val | {loss['nanogpt']:.3f} | {loss['ours']:.3f} | |",
+            f"| peak memory of the training process, MiB | {memory['nanogpt']:,.0f} | {memory['ours']:,.0f} "
+            f"| {memory['ours'] / memory['nanogpt']:.2f} |",
+        ]
+    )
+
+
+def raced(measured: dict) -> list[str]:
+    """Rows of the seconds that each of our ways takes to nanoGPT's final loss."""
+    rows = []
+    for way, row in measured["ours"].items():
+        ours = "not reached | |" if row["seconds"] is None else f"{row['seconds']:.0f} | {row['ratio']:.2f} |"
+        what = f"seconds to nanoGPT's final loss, our stage {measured['stage'][5]}, {way}"
+        rows.append(f"| {what} | {measured['nanogpt']:.0f} | {ours}")
+    return rows
+
+
+def rates(results: dict) -> str:
+    """The table of final losses by learning rate, of the stages that were tuned."""
+    tuned = {name: row["tuned"]["tried"] for name, row in results["stages"].items() if "tuned" in row}
+    tried = sorted({rate for row in tuned.values() for rate in row}, key=float)
+    lines = ["| stage | " + " | ".join(tried) + " |", "|---" * (len(tried) + 1) + "|"]
+    for name, row in tuned.items():
+        best = min(row, key=row.get)
+        losses = (f"**{row[r]:.3f}**" if r == best else f"{row[r]:.3f}" if r in row else "" for r in tried)
+        lines.append(f"| {stages.label(name)} | " + " | ".join(losses) + " |")
+    return "\n".join(lines)
+
+
+def crossover(measured: dict) -> str:
+    """The table of SDPA's time relative to attention written out, by context."""
+    contexts = list(measured["float32"])
+    return "\n".join(
+        [
+            "| context | " + " | ".join(contexts) + " |",
+            "|---" * (len(contexts) + 1) + "|",
+            *(
+                f"| {dtype} | " + " | ".join(f"{ratio:.2f}" for ratio in by_context.values()) + " |"
+                for dtype, by_context in measured.items()
+            ),
+        ]
+    )
+
+
+def by_context(measured: dict) -> str:
+    """The table of training speed and memory by context, of each way to compute attention."""
+    contexts = list(next(iter(measured.values()))["memory"])
+    rows = ["| context | " + " | ".join(contexts) + " |", "|---" * (len(contexts) + 1) + "|"]
+    for name, values in measured.items():
+        speeds = (f"{speed:,.0f}" for speed in values["tokens_per_second"].values())
+        memory = (f"{number / 2**20:,.0f}" for number in values["memory"].values())
+        rows.append(f"| {name}, tokens/s | " + " | ".join(speeds) + " |")
+        rows.append(f"| {name}, MiB | " + " | ".join(memory) + " |")
+    return "\n".join(rows)
+
+
+def balancing(measured: dict) -> str:
+    """The table of the ways to balance experts."""
+    rows = ["| | val loss | busiest expert's share | entropy of the scores (nats) |", "|---|---|---|---|"]
+    for name, way in measured.items():
+        loss = report.with_std(way["val_loss"], 3)
+        rows.append(f"| {name} | {loss} | {way['busiest_expert']:.0%} | {way['router_entropy']:.2f} |")
+    return "\n".join(rows)
+
+
+def speeds(measured: dict) -> str:
+    """The table of one speed relative to others, a column a precision."""
+    rows = ["| | " + " | ".join(measured) + " |", "|---" * (len(measured) + 1) + "|"]
+    for name in next(iter(measured.values())):
+        values = (f"{by_name[name]:.2f}×" for by_name in measured.values())
+        rows.append(f"| {name.replace('_', ' ')} | " + " | ".join(values) + " |")
+    return "\n".join(rows)
+
+
+def losses(measured: dict) -> str:
+    """The table of final losses of variants."""
+    rows = ["| | val loss |", "|---|---|"]
+    return "\n".join(rows + [f"| {name} | {report.with_std(loss, 3)} |" for name, loss in measured.items()])
+
+
+def caches(results: dict) -> str:
+    """The table of the cache of a token, of the stages that change it."""
+    rows = ["| stage | bytes | relative |", "|---|---|---|"]
+    sizes = {
+        name: results["stages"][name]["cache_bytes_per_token"]
+        for name in ("stage3_swiglu", "stage4_gqa", "stage7_mla_mtp")
+    }
+    for name, size in sizes.items():
+        rows.append(f"| {stages.label(name)} | {size:,.0f} | {size / max(sizes.values()):.3f} |")
+    return "\n".join(rows)
+
+
+def decoding(measured: dict) -> str:
+    """The table of decoding speed by context."""
+    names = list(next(iter(measured.values())))
+    rows = ["| context | " + " | ".join(measured) + " |", "|---" * (len(measured) + 1) + "|"]
+    for name in names:
+        rows.append(f"| {name} | " + " | ".join(f"{point[name]:,.0f}" for point in measured.values()) + " |")
+    return "\n".join(rows)
+
+
+def mla_training(measured: dict) -> str:
+    """The table of training speed relative to stage 6."""
+    rows = ["| | of stage 6's tokens/s |", "|---|---|"]
+    return "\n".join(rows + [f"| {name} | {ratio:.2f}× |" for name, ratio in measured.items()])
+
+
+def drafts(measured: list[dict]) -> str:
+    """The table of drafting."""
+    rows = ["| temperature | drafts at a time | accepted | tokens/s | without drafts | speed-up |"]
+    rows.append("|---|---|---|---|---|---|")
+    for row in measured:
+        rows.append(
+            f"| {row['temperature']:g} | {row['drafts']} | {row['accepted']:.0%} "
+            f"| {row['drafted_tokens_per_second']:,.0f} | {row['plain_tokens_per_second']:,.0f} "
+            f"| {row['speed_up']:.2f}× |"
+        )
+    return "\n".join(rows)
+
+
+def transformers(measured: dict) -> str:
+    """The table of sampling beside transformers."""
+    rows = [
+        "| stage | ours, tokens/s | with `--compile` | transformers, tokens/s | ratio | with `--compile` |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in measured.items():
+        speeds = (row[f"{way}_tokens_per_second"] for way in ("ours", "compiled", "theirs"))
+        cells = " | ".join(f"{speed:,.0f}" for speed in speeds)
+        rows.append(f"| {name} | {cells} | {row['ratio']:.2f} | {row['compiled_ratio']:.2f} |")
+    return "\n".join(rows)
+
+
+def filled(page: str, number: int | str | None, results: dict) -> str:
+    """The page with its generated parts made anew.
+
+    number is the stage of a lesson, None for the front page, "scale" for docs/scale.md.
+    """
+    if number == "scale":
+        parts = scale.tables(results)
+    elif number is None:
+        parts = {
+            "table": ladder(list(stages.names()), results),
+            "rates": rates(results),
+            "nanogpt": nanogpt(results["against_nanogpt"]),
+        }
+    else:
+        parts = {"table": ladder([n for n in (number - 1, number) if n >= 0], results)}
+    if number in stages.names() and number:
+        parts["diff"] = f"```diff\n{diffs.diff(stages.names()[number])}```"
+    if number == 5 and "attention" in results:
+        parts["crossover"] = crossover(results["attention"]["crossover"])
+        parts["context"] = by_context(results["attention"]["by_context"])
+    if number == 6 and "moe" in results:
+        parts["balancing"] = balancing(results["moe"]["balancing"])
+        parts["speeds"] = speeds(results["moe"]["speeds"])
+    if number == 7 and "mla" in results:
+        parts["losses"] = losses(results["mla"]["losses"])
+        parts["caches"] = caches(results)
+        parts["decoding"] = decoding(results["mla"]["decoding"])
+        parts["training"] = mla_training(results["mla"]["training"])
+        parts["drafts"] = drafts(results["mla"]["drafts"])
+    if number is None and "against_transformers" in results:
+        parts["transformers"] = transformers(results["against_transformers"]["stages"])
+    for name, content in parts.items():
+        page = re.sub(
+            rf"<!-- {name} -->\n.*?<!-- end -->",
+            lambda match, name=name, content=content: f"<!-- {name} -->\n{content}\n<!-- end -->",
+            page,
+            flags=re.DOTALL,
+        )
+    return page
+
+
+def pages() -> dict[Path, int | str | None]:
+    """Every page with generated parts, and what `filled` calls it."""
+    lessons = {stages.ROOT / name / "README.md": number for number, name in stages.names().items()}
+    return {stages.ROOT / "README.md": None, stages.ROOT / "docs" / "scale.md": "scale"} | lessons
+
+
+if __name__ == "__main__":
+    results = read_results()
+    for path, number in pages().items():
+        path.write_text(filled(path.read_text(), number, results))

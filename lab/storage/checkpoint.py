@@ -1,0 +1,256 @@
+"""Saves and loads a run's checkpoints so that a kill or a full disk at any moment loses nothing.
+
+A run holds two: last/ to resume from and best/, the one of the lowest validation loss. Each has
+model.safetensors (the weights under Hugging Face's names, with the step and the loss as metadata);
+last/ has state.pt as well (optimizer, random generators, clock). With FSDP last/ has, instead of the model
+and the optimizer in one file, a file of each process's part (see sharded.py), and metadata.json.
+"""
+
+import io
+import json
+import os
+import shlex
+import shutil
+from pathlib import Path
+
+import safetensors
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as safetensors_bytes
+
+from lab import formats, parallel
+from lab.errors import UserError, shown
+from lab.storage import sharded
+
+WEIGHTS = "model.safetensors"
+STATE = "state.pt"
+METADATA = "metadata.json"
+
+
+def save(
+    run: Path,
+    name: str,
+    model: torch.nn.Module,
+    metadata: dict[str, str],
+    state: dict | None,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> None:
+    """Writes the checkpoint run/name ("last" or "best"), or leaves the one before as it was.
+
+    Every process calls it, and the first one writes; of a sharded model and an optimizer each writes its
+    part. Raises UserError where the disk is full.
+    """
+    folder, unfinished, old = (run / f"{name}{suffix}" for suffix in ("", ".tmp", ".old"))
+    in_parts = optimizer is not None and parallel.is_sharded(model)
+    tensors = {} if in_parts else whole_weights(model)
+    metadata = metadata | {"run_format": str(formats.RUN)}  # to others "format" is "pt"
+    try:
+        if parallel.RANK == 0:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir()
+        if in_parts:
+            parallel.from_first(lambda: None)  # the folder is there
+            sharded.save(unfinished, weights(model), model, optimizer)
+        if parallel.RANK:
+            return
+        if in_parts:
+            n_parts = len(list(unfinished.glob("*.safetensors")))
+            write(unfinished / METADATA, json.dumps(metadata | {"parts": str(n_parts)}).encode())
+        else:
+            write(unfinished / WEIGHTS, safetensors_bytes(tensors, metadata))
+        if state is not None:
+            buffer = io.BytesIO()
+            torch.save(state, buffer)
+            write(unfinished / STATE, buffer.getbuffer())
+    except OSError as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise UserError(
+            f"could not save step {metadata['step']} in {folder}: {error.strerror}\n"
+            + (
+                f"the checkpoint before it is intact; make room, then: {resume_command(run)}"
+                if exists(run)
+                else "make room and start again"
+            )
+        ) from None
+    # A folder can't be replaced in one go. Between these two renames `old` is the checkpoint: see `find`.
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    unfinished.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write(path: Path, content: bytes) -> None:
+    """Writes a file and waits until it is on the disk."""
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The model's tensors by name, a tied head not a second time."""
+    tensors = dict(model.state_dict())
+    if model.config.tie_word_embeddings:
+        del tensors["lm_head.weight"]
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def whole_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The model's tensors, gathered in the first process where they are in parts; empty in the others."""
+    tensors = {}
+    for name, tensor in weights(model).items():
+        tensor = parallel.whole(tensor)  # by all of them, one tensor at a time
+        if parallel.RANK == 0:
+            tensors[name] = tensor.cpu()
+    return tensors
+
+
+def find(run: Path, name: str) -> Path | None:
+    """The folder of the checkpoint run/name, None where there is none."""
+    for folder in (run / name, run / f"{name}.old"):
+        if folder.exists():
+            return folder
+    return None
+
+
+def exists(run: Path) -> bool:
+    """Whether the run has a checkpoint."""
+    return find(run, "last") is not None
+
+
+def written_at(run: Path) -> float:
+    """When the last checkpoint was written, in seconds since the epoch."""
+    return find(run, "last").stat().st_mtime
+
+
+def step(run: Path) -> int:
+    """The optimizer step of the last checkpoint."""
+    return int(metadata(find(run, "last"))["step"])
+
+
+def metadata(folder: Path) -> dict[str, str]:
+    """What was saved with the weights: stage, step, val_loss."""
+    path = folder / (METADATA if is_in_parts(folder) else WEIGHTS)
+    try:
+        if path.name == METADATA:
+            found = json.loads(path.read_text())
+        else:
+            with safetensors.safe_open(path, "pt") as file:
+                found = file.metadata() or {}
+        number = int(found.get("run_format", 1))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise damaged(path, error) from None
+    formats.check({"format": number}, formats.RUN, shown(path))
+    return found
+
+
+def is_in_parts(folder: Path) -> bool:
+    """Whether a checkpoint was written by several processes."""
+    return (folder / METADATA).exists()
+
+
+def load_weights(run: Path, name: str, model: torch.nn.Module) -> dict[str, str]:
+    """Fills the model from the checkpoint run/name; returns its metadata."""
+    folder = find(run, name)
+    if folder is None:
+        raise UserError(f"{shown(run)} has no checkpoint {name!r}")
+    saved = metadata(folder)
+    if is_in_parts(folder):
+        load_parts(run, model, None)
+        return saved
+    path = folder / WEIGHTS
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise damaged(path, error) from None
+    expected = weights(model)
+    differing = [
+        key for key in expected.keys() | tensors.keys() if shape(expected, key) != shape(tensors, key)
+    ]
+    if differing:
+        key = min(differing)
+        raise UserError(
+            f"{shown(path)} ({saved.get('stage', 'of an unknown stage')}) does not fit this model: {key} "
+            f"is {shape(tensors, key)} there and {shape(expected, key)} here"
+        )
+    tensors = {name: parallel.my_part(tensor, expected[name]) for name, tensor in tensors.items()}
+    model.load_state_dict(tensors, strict=False)  # strict but for the tied head: checked above
+    return saved
+
+
+def load_last(run: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+    """Fills the model and the optimizer from the last checkpoint, whoever wrote it; returns its state.pt."""
+    if is_in_parts(find(run, "last")):
+        load_parts(run, model, optimizer)
+        return load_state(run)
+    load_weights(run, "last", model)
+    state = load_state(run)
+    saved = state["optimizer"]
+    options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(sharded.divided(saved, optimizer) if parallel.is_sharded(model) else saved)
+    except (KeyError, ValueError) as error:  # of other groups of parameters than today's
+        path = find(run, "last") / STATE
+        raise UserError(
+            f"the optimizer's state in {shown(path)} does not fit this model: {error}\n"
+            f"start a new run from its weights with --init-from {shlex.quote(shown(run))}"
+        ) from None
+    for group, given in zip(optimizer.param_groups, options, strict=True):
+        group.update(given)  # what the command line says now, not what it said then
+    return state
+
+
+def load_parts(run: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    """Fills the model, and the optimizer unless None, from the last checkpoint of a run with FSDP."""
+    folder = find(run, "last")
+    parts, n_parts = sorted(folder.glob("*.safetensors")), metadata(folder)["parts"]
+    if len(parts) != int(n_parts):
+        raise damaged(folder, f"{len(parts)} of {n_parts} parts (*.safetensors) are there")
+    path = folder
+    try:
+        for path in parts:
+            safetensors.safe_open(path, "pt")  # compares the length with what the header says
+        path = folder
+        sharded.load(folder, weights(model), model, optimizer)
+    except Exception as error:  # another shape, say: torch raises a different kind for each
+        raise damaged(path, error) from None
+
+
+def shape(tensors: dict[str, torch.Tensor], key: str) -> str:
+    """The shape of a tensor, in words where it is missing."""
+    return str(tuple(tensors[key].shape)) if key in tensors else "missing"
+
+
+def load_state(run: Path) -> dict:
+    """The optimizer, the generators and the clock of the last checkpoint, on the CPU."""
+    path = find(run, "last") / STATE
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a different kind for each way a file can be broken
+        raise damaged(path, error) from None
+    formats.check(state, formats.RUN, shown(path))
+    if "rng" in state:  # format 1, when a run had one process
+        state["rngs"] = [state.pop("rng")]
+    return state
+
+
+def not_resumable(run: Path, missing: str) -> UserError:
+    """The error for a last checkpoint whose state.pt lacks what training needs."""
+    path = find(run, "last") / STATE
+    return UserError(
+        f"{shown(path)} is by older code, without {missing}: it cannot be resumed\n"
+        f"start a new run from its weights with --init-from {shlex.quote(shown(run))}"
+    )
+
+
+def damaged(path: Path, error: Exception | str) -> UserError:
+    """The error for a file that can't be read."""
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return UserError(f"{shown(path)} is damaged or incomplete: {reason}")
+
+
+def resume_command(run: Path) -> str:
+    """The command that goes on with the run."""
+    return f"{parallel.command()} train.py --resume --out {shlex.quote(shown(run))}"

@@ -1,0 +1,279 @@
+"""The folders of runs: their names, the newest of them, and the config.json in each."""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from data import Dataset, from_meta
+from data.tokenizers import HF_CONFIG, SIDE_FILES
+from lab import formats, parallel, stages
+from lab.errors import UserError, shown
+from lab.storage import checkpoint, edits, locks
+
+RUNS = Path(os.environ.get("RUNS_DIR", stages.ROOT / "runs")).expanduser()
+
+
+def create(out: str | None, stage: str, dataset: Dataset, seed: int, config: dict) -> Path:
+    """Makes the folder of a new run, with its config.json and the meta.json of its data.
+
+    It is `out`, or else runs/<stage>-<dataset>-seed<k>, with -2, -3 … where that is taken.
+    """
+    if out and (Path(out) / "config.json").exists():
+        raise UserError(f"{out} already holds a run; --resume continues it, another --out keeps it")
+    folder, number = Path(out) if out else RUNS / f"{stage}-{dataset.name}-seed{seed}", 1
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=bool(out))
+            break
+        except FileExistsError:  # taken, perhaps by a run that started at the same moment
+            if out:
+                raise
+            number += 1
+            folder = RUNS / f"{stage}-{dataset.name}-seed{seed}-{number}"
+    with locked(folder):
+        if (folder / "config.json").exists():  # made by another process since we looked
+            raise UserError(f"{shown(folder)} already holds a run; use another --out")
+        write_json(folder / "meta.json", dataset.meta)
+        write_json(folder / "config.json", config)
+    return folder
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps every other process from training the run; a UserError where one is at it already.
+
+    Of torchrun's processes the first holds the lock for all.
+    """
+    if parallel.RANK:
+        yield
+        return
+    try:
+        with locks.held(lock_file(folder)):
+            yield
+    except locks.Taken as taken:
+        raise UserError(
+            f"{shown(folder)} is being trained by process {taken.pid}\n"
+            "wait until it is done, or train into another folder with --out"
+        ) from None
+
+
+@contextmanager
+def nothing_left_without_a_checkpoint(folder: Path) -> Iterator[None]:
+    """Removes a run that ends within the block, by an error or Ctrl-C, before its first checkpoint.
+
+    Nothing could go on with it. Other files in its folder stay, and then the folder does too.
+    """
+    try:
+        yield
+    except BaseException:
+        if parallel.RANK == 0 and not any(checkpoint.find(folder, name) for name in ("best", "last")):
+            ours = ("config.json", "meta.json", "metrics.jsonl", "best.tmp", "last.tmp", ".lock")
+            for path in (folder / name for name in (*ours, *SIDE_FILES, HF_CONFIG)):
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            with suppress(OSError):  # it holds something else
+                folder.rmdir()
+            print(f"nothing is saved: {shown(folder)} had no checkpoint yet")
+        raise
+
+
+def lock_file(folder: Path) -> Path:
+    """The file that is locked while a run is trained."""
+    return folder / ".lock"
+
+
+def note_resumed(folder: Path, config: dict, step: int) -> None:
+    """Adds to config.json where a run was resumed: the machine, the code, and which settings changed."""
+    before = read_config(folder)
+    changed = {
+        key: value
+        for part in ("settings", "model")
+        for key, value in config[part].items()
+        if before[part].get(key) != value
+    }
+    resumed = [
+        *before.get("resumed", []),
+        {"step": step, "changed": changed, "code": config["code"], "machine": config["machine"]},
+    ]
+    now = {key: config[key] for key in ("format", "settings", "model", "dtype", "attention")}
+    write_json(folder / "config.json", before | now | {"resumed": resumed})
+
+
+def folders() -> list[Path]:
+    """The folders of all runs: those of train.py, and a level down those of compare.py."""
+    return sorted(path.parent for at in ("*", "compare/*/*") for path in RUNS.glob(f"{at}/config.json"))
+
+
+def all_configs() -> list[tuple[Path, dict]]:
+    """The runs that have a checkpoint, the newest first, each with its config.
+
+    A run whose config.json cannot be read is left out, with a line on stderr.
+    """
+    found = [folder for folder in folders() if checkpoint.exists(folder)]
+    found.sort(key=checkpoint.written_at, reverse=True)
+    readable = []
+    for folder in found:
+        try:
+            readable.append((folder, read_config(folder)))
+        except UserError as error:
+            print(f"left out: {error}", file=sys.stderr)
+    return readable
+
+
+def newest(stage: str | None) -> Path:
+    """The newest run of a stage (its number or name), or of any."""
+    name = stages.find(stage) if stage else None
+    for folder, config in all_configs():
+        if name in (None, config["stage"]):
+            return folder
+    of_stage = f" of {name}" if name else ""
+    raise UserError(f"no run{of_stage} in {shown(RUNS)}; train one: python train.py --stage {stage or 0}")
+
+
+def newest_unfinished(stage: str | None, data: str, seed: int) -> Path:
+    """The newest run of this stage, data and seed that stopped before its last step."""
+    name = stages.find(stage) if stage else None
+    for folder, config in all_configs():
+        same = (config["settings"]["data"], config["settings"]["seed"]) == (data, seed)
+        if same and name in (None, config["stage"]) and checkpoint.step(folder) < config["settings"]["steps"]:
+            return folder
+    raise UserError(
+        f"no unfinished run of {name or 'any stage'} on {data} with seed {seed} in {shown(RUNS)} to resume\n"
+        "name one with --out FOLDER, or leave --resume out to start anew"
+    )
+
+
+def read_config(folder: Path) -> dict:
+    """config.json of a run; a UserError where it is another program's."""
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict) or not {"stage", "model"} <= config.keys():
+        raise UserError(
+            f"{shown(folder)} is not a run: its config.json is not of train.py\n"
+            f"if it is a Hugging Face folder: python -m deploy.import_hf {shown(folder)} --out runs/NAME"
+        )
+    formats.check(config, formats.RUN, shown(folder / "config.json"))
+    return config
+
+
+def tokenizer(folder: Path):
+    """The tokenizer that a run was trained with."""
+    return from_meta(read_meta(folder), folder)
+
+
+def read_meta(folder: Path) -> dict:
+    """meta.json of a run: its tokenizer, and the data it was trained on."""
+    return read_json(folder / "meta.json")
+
+
+def read_json(path: Path) -> dict:
+    """A JSON file of a run; a UserError where it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{shown(path.parent)} is not a run: it has no {path.name}") from None
+    except ValueError as error:
+        raise UserError(f"{shown(path)} is damaged: {error}") from None
+
+
+def check_stage(folder: Path, stage: str | None) -> dict:
+    """The run's config; a UserError if a stage is asked for and the run is of another."""
+    config = read_config(folder)
+    if stage and stages.find(stage) != config["stage"]:
+        raise UserError(f"{shown(folder)} is a run of {config['stage']}, not of {stages.find(stage)}")
+    return config
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Writes content to path, or leaves path as it was."""
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def load(run: Path, name: str, device: torch.device) -> tuple[torch.nn.Module, dict]:
+    """The trained model of a run in evaluation mode, and the run's config.
+
+    name is "best" or "last"; a run too young for a best checkpoint gives its last.
+    """
+    config = read_config(run)
+    sizes = model_config(run, config)
+    model = stages.load(config["stage"]).GPT(sizes)
+    load_weights(run, name, model)
+    return model.to(device).eval(), config
+
+
+def model_config(run: Path, config: dict):
+    """The GPTConfig of a run; a UserError where its stage is not here or has no such sizes any more."""
+    if config["stage"] not in stages.folders():
+        raise UserError(f"{shown(run)} is a run of {config['stage']}, and no folder of that name is here")
+    known = stages.load(config["stage"]).GPTConfig
+    unknown = config["model"].keys() - {field.name for field in fields(known)}
+    if unknown:
+        raise UserError(
+            f"{shown(run)} has {', '.join(sorted(unknown))}, which GPTConfig in {config['stage']}/model.py "
+            "does not have\nundo that edit, or train a new run"
+        )
+    return known(**config["model"])
+
+
+def warn_of_edits(run: Path, config: dict) -> None:
+    """Says on stderr if the code that a run was trained with is not the code that is here."""
+    difference = edits.difference(config)
+    if difference and parallel.RANK == 0:
+        print(f"warning: {shown(run)}: {difference}", file=sys.stderr)
+
+
+def load_weights(run: Path, name: str, model: torch.nn.Module) -> None:
+    """Fills the model from a run's checkpoint "best" or "last", a run without a best one from its last."""
+    checkpoint.load_weights(run, name if checkpoint.find(run, name) else "last", model)
+
+
+def machine(device: torch.device) -> dict:
+    """What a number must be read together with: the hardware, the versions, the commit."""
+    packages = ("numpy", "tiktoken", "safetensors")
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "processor": processor(),
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__}  # with its CUDA version
+        | {name: installed(name) for name in packages},
+        "commit": commit(),
+    }
+
+
+def processor() -> str:
+    """The processor's name, with its SIMD extensions as torch sees them."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def installed(package: str) -> str | None:
+    """The version of a package, None where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def commit() -> str | None:
+    """The commit of the code, with -dirty where files differ from it; None outside a repository."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(
+            command, cwd=stages.ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,1 @@
+"""What a training run is made of: its settings, batches, optimizer, evaluation, log and costs."""

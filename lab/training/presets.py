@@ -1,0 +1,58 @@
+"""Sizes and schedules to start from, one a machine; every number is also a flag of train.py."""
+
+from dataclasses import fields
+
+# model: fields of GPTConfig; the rest: fields of lab.training.settings.Settings.
+PRESETS = {
+    # nanoGPT's setting for a CPU, to compare number with number: minutes on a laptop.
+    "laptop": {
+        "model": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64},
+        "batch_size": 12,
+        "steps": 2000,
+        "lr": 1e-3,
+        "min_lr": 1e-4,
+        "warmup_steps": 100,
+        "beta2": 0.99,
+    },
+    # nanoGPT's setting for one GPU and TinyShakespeare.
+    "baby": {
+        "model": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "dropout": 0.2},
+        "batch_size": 64,
+        "steps": 5000,
+        "lr": 1e-3,
+        "min_lr": 1e-4,
+        "warmup_steps": 100,
+        "beta2": 0.99,
+    },
+    # GPT-2's 124 M for OpenWebText: 480 × 1024 = 0.49 M tokens a step, 300 B in all.
+    "gpt2": {
+        "model": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024},
+        "batch_size": 480,
+        "micro_batch_size": 12,
+        "steps": 600_000,
+        "lr": 6e-4,
+        "min_lr": 6e-5,
+        "warmup_steps": 2000,
+        "beta2": 0.95,
+        "eval_every": 1000,
+    },
+}
+
+
+def choose(data: str, device_type: str) -> str:
+    """The preset's name where --preset says auto."""
+    if data == "openwebtext":
+        return "gpt2"
+    return "baby" if device_type == "cuda" else "laptop"
+
+
+def model_defaults(config_class: type, sizes: dict):
+    """A config_class with these sizes whose __post_init__ has not run.
+
+    That derives what is left out (such as a width from n_embd), which must wait until the command
+    line has had its say: after `--model.n-embd 256` the width follows 256.
+    """
+    config = object.__new__(config_class)
+    for field in fields(config_class):
+        setattr(config, field.name, sizes.get(field.name, field.default))
+    return config
