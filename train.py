@@ -15,7 +15,7 @@ import math
 import shlex
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -32,6 +32,33 @@ from lab.training import batches, cost, evaluation, log, optim, run_plots
 from lab.training import settings as command_line
 
 
+@dataclass
+class Training:
+    """What the steps of a run work with."""
+
+    settings: command_line.Settings
+    dataset: data.Dataset
+    device: torch.device
+    dtype: torch.dtype
+    model: torch.nn.Module
+    """The stage's own model."""
+    trained: torch.nn.Module
+    """The same model as it is trained: compiled, and joined with those of the other processes."""
+    optimizer: torch.optim.Optimizer
+    folder: Path
+    progress: dict
+    """The last step that was logged, the tokens and seconds until then, and the lowest validation loss."""
+
+    @property
+    def micro_batch(self) -> int:
+        """Sequences that this process computes at once."""
+        return parallel.micro_batch(self.settings.batch_size, self.settings.micro_batch_size)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.settings.batch_size * self.settings.model.block_size
+
+
 @devices.memory_errors("try a lower --micro-batch-size, --activation-checkpointing, or a smaller model")
 def main():
     settings = command_line.parse(sys.argv[1:])
@@ -41,10 +68,7 @@ def main():
     device = parallel.start(devices.choose(settings.device))
     if settings.compile:
         devices.require_compiler(device)
-    dataset = parallel.in_turn(lambda: data.load(settings.data, settings.tokenizer))
-    known = settings.out if settings.resume else settings.init_from  # a run whose weights know their tokens
-    if known:
-        dataset = data.recode(dataset, runs.read_meta(Path(known)), same_text=settings.resume)
+    dataset = load_data(settings)
     settings.model = command_line.fit_to_data(settings.model, dataset)
     dtype = devices.choose_dtype(settings.dtype, device)
     devices.prepare(device)
@@ -53,8 +77,64 @@ def main():
     stage = stages.load(settings.stage)
     attention = stages.attention(stage, settings.model, device, dtype)
     model = stage.GPT(settings.model).to(device)
+    if settings.init_from and not settings.resume:
+        runs.load_weights(Path(settings.init_from), "best", model)
+    trained, optimizer = prepare_training(settings, model, dtype)
 
-    config = {
+    config = describe(settings, dataset, model, device, dtype, attention)
+    folder = Path(settings.out) if settings.resume else new_folder(settings, dataset, config)
+    with runs.locked(folder):
+        progress = {"step": 0, "tokens": 0, "seconds": 0.0, "best_val_loss": math.inf}
+        if settings.resume:
+            progress = resume(settings, folder, model, optimizer, device, config)
+        counted = f"{config['parameters']:,} parameters"
+        computed = f", attention: {attention}" if attention else ""
+        processes = f", {parallel.WORLD_SIZE} processes" if parallel.WORLD_SIZE > 1 else ""
+        print(
+            f"{settings.stage} on {dataset.name}: {counted}, {device}, {config['dtype']}{computed}{processes}"
+        )
+        print(f"the run is in {shown(folder)}")
+
+        run = Training(settings, dataset, device, dtype, model, trained, optimizer, folder, progress)
+        with runs.nothing_left_without_a_checkpoint(folder):
+            stopped_by = train(run)
+        parallel.stop()
+        if stopped_by:
+            print(f"stopped after step {progress['step']}; go on with: {checkpoint.resume_command(folder)}")
+            sys.exit(128 + stopped_by)
+        if parallel.RANK == 0:
+            report(folder, dataset, device)
+
+
+def load_data(settings) -> data.Dataset:
+    """The dataset, in the tokens of the run that is resumed or fine-tuned, if there is one."""
+    dataset = parallel.in_turn(lambda: data.load(settings.data, settings.tokenizer))
+    earlier = settings.out if settings.resume else settings.init_from
+    if earlier:
+        runs.warn_of_edits(Path(earlier), runs.read_config(Path(earlier)))
+        dataset = data.recode(dataset, runs.read_meta(Path(earlier)), same_text=settings.resume)
+    return dataset
+
+
+def prepare_training(settings, model, dtype) -> tuple:
+    """The model to train with, on its own or with other processes, and the optimizer."""
+    if settings.activation_checkpointing:
+        parallel.recompute_blocks(model)
+    trained = parallel.join(model, settings.parallel, dtype)
+    if settings.optimizer == "muon" and parallel.is_sharded(model):
+        raise UserError("--optimizer muon needs whole matrices, and fsdp has parts: use --parallel ddp")
+    betas = (settings.beta1, settings.beta2)
+    optimizer = optim.make(settings.optimizer, model, settings.lr, settings.weight_decay, betas)
+    if parallel.RANK:  # the same weights everywhere, from here on another dropout
+        torch.manual_seed(parallel.my_seed(settings.seed))
+    if settings.compile:
+        trained = torch.compile(trained, options=devices.compile_options(next(model.parameters()).device))
+    return trained, optimizer
+
+
+def describe(settings, dataset, model, device, dtype, attention) -> dict:
+    """config.json: all that is needed to repeat the run, and the machine it ran on."""
+    return {
         "format": formats.RUN,
         "stage": settings.stage,
         "code": edits.code_hash(settings.stage),
@@ -68,64 +148,19 @@ def main():
         "processes": parallel.WORLD_SIZE,
         "machine": runs.machine(device),
     }
-    if known:
-        runs.warn_of_edits(Path(known), runs.read_config(Path(known)))
-    if settings.init_from and not settings.resume:
-        runs.load_weights(Path(settings.init_from), "best", model)
-    joined, optimizer = prepare_training(settings, model, dtype)
-    if settings.resume:
-        folder = Path(settings.out)
-    else:
-        folder = parallel.from_first(
-            lambda: runs.create(settings.out, settings.stage, dataset, settings.seed, config)
-        )
-        if settings.init_from and parallel.RANK == 0:
-            copy_side_files(Path(settings.init_from), folder, HF_CONFIG)
-    with runs.locked(folder):
-        progress = {"step": 0, "tokens": 0, "seconds": 0.0, "best_val_loss": math.inf}
-        if settings.resume:
-            progress = restore(folder, model, optimizer, device)
-            if settings.steps < progress["step"]:
-                raise UserError(
-                    f"{shown(folder)} is at step {progress['step']}, past --steps {settings.steps}"
-                )
-            if settings.steps > progress["step"]:  # else nothing is trained: the settings stay as they were
-                parallel.from_first(lambda: runs.note_resumed(folder, config, progress["step"]))
-        counted = f"{config['parameters']:,} parameters"
-        computed = f", attention: {attention}" if attention else ""
-        processes = f", {parallel.WORLD_SIZE} processes" if parallel.WORLD_SIZE > 1 else ""
-        print(
-            f"{settings.stage} on {dataset.name}: {counted}, {device}, {config['dtype']}{computed}{processes}"
-        )
-        print(f"the run is in {shown(folder)}")
-
-        with runs.nothing_left_without_a_checkpoint(folder):
-            stopped_by = train(settings, model, joined, optimizer, dataset, device, dtype, folder, progress)
-        parallel.stop()
-        if stopped_by:
-            print(f"stopped after step {progress['step']}; go on with: {checkpoint.resume_command(folder)}")
-            sys.exit(128 + stopped_by)
-        if parallel.RANK == 0:
-            report(folder, dataset, device)
 
 
-def prepare_training(settings, model, dtype) -> tuple:
-    """The model to train with, on its own or with other processes, and the optimizer."""
-    if settings.activation_checkpointing:
-        parallel.recompute_blocks(model)
-    joined = parallel.join(model, settings.parallel, dtype)
-    if settings.optimizer == "muon" and parallel.is_sharded(model):
-        raise UserError("--optimizer muon needs whole matrices, and fsdp has parts: use --parallel ddp")
-    betas = (settings.beta1, settings.beta2)
-    optimizer = optim.make(settings.optimizer, model, settings.lr, settings.weight_decay, betas)
-    if parallel.RANK:  # the same weights everywhere, from here on another dropout
-        torch.manual_seed(parallel.my_seed(settings.seed))
-    if settings.compile:
-        joined = torch.compile(joined, options=devices.compile_options(next(model.parameters()).device))
-    return joined, optimizer
+def new_folder(settings, dataset, config: dict) -> Path:
+    """Makes the folder of a new run."""
+    folder = parallel.from_first(
+        lambda: runs.create(settings.out, settings.stage, dataset, settings.seed, config)
+    )
+    if settings.init_from and parallel.RANK == 0:
+        copy_side_files(Path(settings.init_from), folder, HF_CONFIG)
+    return folder
 
 
-def restore(folder: Path, model, optimizer, device: torch.device) -> dict:
+def resume(settings, folder: Path, model, optimizer, device: torch.device, config: dict) -> dict:
     """Puts everything back to where the last checkpoint was; returns the run's progress."""
     state = checkpoint.load_last(folder, model, optimizer)
     for part in ("rngs", "progress"):
@@ -133,98 +168,109 @@ def restore(folder: Path, model, optimizer, device: torch.device) -> dict:
             raise checkpoint.not_resumable(folder, part)
     if len(state["rngs"]) > parallel.RANK:
         devices.set_rng_state(state["rngs"][parallel.RANK], device)
-    return state["progress"]
-
-
-def train(settings, model, joined, optimizer, dataset, device, dtype, folder, progress) -> int | None:
-    """Runs the remaining steps, updating progress; returns the signal that stopped it early, or None.
-
-    joined is the model as it trains: compiled, and with the other processes.
-    """
-    autocast = devices.autocast(device, dtype)
-    micro_batch = parallel.micro_batch(settings.batch_size, settings.micro_batch_size)
-    rows = parallel.my_rows(settings.batch_size, micro_batch)
+    progress = state["progress"]
+    if settings.steps < progress["step"]:
+        raise UserError(f"{shown(folder)} is at step {progress['step']}, past --steps {settings.steps}")
+    if settings.steps > progress["step"]:  # else nothing is trained, and the settings stay what they were
+        parallel.from_first(lambda: runs.note_resumed(folder, config, progress["step"]))
     tokens_per_step = settings.batch_size * settings.model.block_size
-    progress.setdefault("tokens", progress["step"] * tokens_per_step)  # a checkpoint of older code lacks it
-    peak_flops = (devices.peak_flops(device) or 0) * parallel.WORLD_SIZE
+    progress.setdefault("tokens", progress["step"] * tokens_per_step)  # a checkpoint of format 1 lacks it
+    return progress
+
+
+def train(run: Training) -> int | None:
+    """Runs the remaining steps, updating run.progress; returns the signal that stopped it early, or None."""
+    settings, model, progress = run.settings, run.model, run.progress
+    autocast = devices.autocast(run.device, run.dtype)
+    rows = parallel.my_rows(settings.batch_size, run.micro_batch)
+    wandb_config = runs.read_config(run.folder) if settings.wandb and parallel.RANK == 0 else None
+    peak_flops = (devices.peak_flops(run.device) or 0) * parallel.WORLD_SIZE
     flops = cost.flops_per_token(model) if peak_flops else 0
-    wandb_config = runs.read_config(folder) if settings.wandb and parallel.RANK == 0 else None
-    recent = []  # losses and gradient norms since the last look at them, still on the device
+    recent = []  # losses and gradient norms since the last record, still on the device
 
     model.train()
     with (
         StopRequest() as request,
-        log.RunLog(folder, settings.steps, progress["step"], wandb_config) as run_log,
+        log.RunLog(run.folder, settings.steps, progress["step"], wandb_config) as run_log,
     ):
         started = time.perf_counter()
         for step in range(progress["step"] + 1, settings.steps + 1):
             lr = optim.cosine_lr(step, settings.steps, settings.warmup_steps, settings.lr, settings.min_lr)
             idx, targets = batches.train_batch(
-                dataset.train, settings.seed, step, settings.batch_size, settings.model.block_size, rows
+                run.dataset.train, settings.seed, step, settings.batch_size, settings.model.block_size, rows
             )
-            idx, targets = idx.to(device), targets.to(device)
-            losses = optim.accumulate_gradients(joined, idx, targets, micro_batch, autocast)
-            grad_norm = optim.update(model, optimizer, lr, settings.grad_clip)
+            idx, targets = idx.to(run.device), targets.to(run.device)
+            losses = optim.accumulate_gradients(run.trained, idx, targets, run.micro_batch, autocast)
+            grad_norm = optim.update(model, run.optimizer, lr, settings.grad_clip)
+            # A mixture of experts (stage 6 on) balances itself after a step, and returns its statistics.
+            statistics = model.after_step() if hasattr(model, "after_step") else {}
             recent.append((losses, grad_norm))
-            # A mixture of experts (stage 6 on) balances itself after a step, and says how busy each was.
-            watched = model.after_step() if hasattr(model, "after_step") else {}
 
             last_step = step == settings.steps
             evaluates = step % settings.eval_every == 0 or last_step
             stop_signal = parallel.largest(request.signal)
             if not (step % settings.log_every == 0 or evaluates or stop_signal):
                 continue
-            devices.synchronize(device)
-            seconds = time.perf_counter() - started
-            stop_if_not_finite(recent, step, folder)
-            losses = {name: parallel.total(loss / parallel.WORLD_SIZE) for name, loss in losses.items()}
-            progress["step"] = step
-            progress["tokens"] += len(recent) * tokens_per_step
-            progress["seconds"] += seconds
-            record = {
-                "step": step,
-                "tokens": progress["tokens"],
-                "seconds": progress["seconds"],
-                "loss": losses.pop("next_token").item(),
-                **{name: loss.item() for name, loss in losses.items()},
-                "lr": lr,
-                "grad_norm": grad_norm.item(),
-                "tokens_per_second": len(recent) * tokens_per_step / seconds,
-                **log.expert_load(watched),
-            }
+            record = make_record(run, step, lr, recent, statistics, started)
             if evaluates:
-                val_loss = evaluation.next_token_loss(
-                    model, dataset.val, settings.eval_tokens, micro_batch, autocast, device
-                )
-                if not math.isfinite(val_loss):
-                    raise not_finite("validation loss", step, folder)
-                record |= {
-                    "val_loss": val_loss,
-                    "bits_per_byte": evaluation.bits_per_byte(val_loss, dataset.meta),
-                }
-            run_log.write(record, flops * record["tokens_per_second"] / peak_flops if peak_flops else None)
-
-            metadata = {"stage": settings.stage, "step": str(step)}
-            if evaluates:
-                metadata["val_loss"] = str(val_loss)
-                if val_loss < progress["best_val_loss"]:
-                    progress["best_val_loss"] = val_loss
-                    checkpoint.save(folder, "best", model, metadata, state=None)
+                record |= evaluate(run, step, autocast)
+            mfu = flops * record["tokens_per_second"] / peak_flops if peak_flops else None
+            run_log.write(record, mfu)
             if evaluates or stop_signal:
-                state = {
-                    "format": formats.RUN,
-                    "rngs": parallel.of_all(devices.rng_state(device)),
-                    "progress": progress,
-                }
-                if not parallel.is_sharded(model):
-                    state["optimizer"] = optimizer.state_dict()
-                checkpoint.save(folder, "last", model, metadata, state, optimizer)
+                save(run, record)
             if stop_signal and not last_step:
                 request.signal = stop_signal  # this process may have to learn of it yet
                 return stop_signal
             recent.clear()
             started = time.perf_counter()
     return None
+
+
+def make_record(run: Training, step: int, lr: float, recent: list, statistics: dict, started: float) -> dict:
+    """The line of metrics.jsonl for a step; run.progress is brought to that step."""
+    devices.synchronize(run.device)
+    seconds = time.perf_counter() - started
+    stop_if_not_finite(recent, step, run.folder)
+    losses, grad_norm = recent[-1]
+    losses = {name: parallel.total(loss / parallel.WORLD_SIZE).item() for name, loss in losses.items()}
+    tokens = len(recent) * run.tokens_per_step
+    run.progress["step"] = step
+    run.progress["tokens"] += tokens
+    run.progress["seconds"] += seconds
+    return {
+        "step": step,
+        "tokens": run.progress["tokens"],
+        "seconds": run.progress["seconds"],
+        "loss": losses.pop("next_token"),
+        **losses,
+        "lr": lr,
+        "grad_norm": grad_norm.item(),
+        "tokens_per_second": tokens / seconds,
+        **log.expert_load(statistics),
+    }
+
+
+def evaluate(run: Training, step: int, autocast) -> dict:
+    """The validation loss at a step, and the same in bits per byte."""
+    val_loss = evaluation.next_token_loss(
+        run.model, run.dataset.val, run.settings.eval_tokens, run.micro_batch, autocast, run.device
+    )
+    if not math.isfinite(val_loss):
+        raise not_finite("validation loss", step, run.folder)
+    return {"val_loss": val_loss, "bits_per_byte": evaluation.bits_per_byte(val_loss, run.dataset.meta)}
+
+
+def save(run: Training, record: dict) -> None:
+    """Saves the last checkpoint, and the best one if this is the lowest validation loss so far."""
+    metadata = {"stage": run.settings.stage, "step": str(record["step"])}
+    if "val_loss" in record:
+        metadata["val_loss"] = str(record["val_loss"])
+        if record["val_loss"] < run.progress["best_val_loss"]:
+            run.progress["best_val_loss"] = record["val_loss"]
+            checkpoint.save(run.folder, "best", run.model, metadata)
+    rngs = parallel.of_all(devices.rng_state(run.device))
+    state = {"format": formats.RUN, "rngs": rngs, "progress": run.progress}
+    checkpoint.save(run.folder, "last", run.model, metadata, state, run.optimizer)
 
 
 def stop_if_not_finite(recent: list, step: int, folder: Path) -> None:

@@ -33,17 +33,19 @@ def save(
     name: str,
     model: torch.nn.Module,
     metadata: dict[str, str],
-    state: dict | None,
+    state: dict | None = None,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> None:
     """Writes the checkpoint run/name ("last" or "best"), or leaves the one before as it was.
 
-    Every process calls it, and the first one writes; of a sharded model and an optimizer each writes its
-    part. Raises UserError where the disk is full.
+    Every process calls it, and the first one writes. Of a sharded model and its optimizer each process writes
+    its part; otherwise the optimizer's state goes into state.pt. Raises UserError where the disk is full.
     """
     folder, unfinished, old = (run / f"{name}{suffix}" for suffix in ("", ".tmp", ".old"))
     in_parts = optimizer is not None and parallel.is_sharded(model)
     tensors = {} if in_parts else whole_weights(model)
+    if optimizer is not None and not in_parts:
+        state = state | {"optimizer": optimizer.state_dict()}
     metadata = metadata | {"run_format": str(formats.RUN)}  # to others "format" is "pt"
     try:
         if parallel.RANK == 0:
