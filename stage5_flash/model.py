@@ -147,7 +147,7 @@ def rotate(x, rope):
 
 
 def choose_attention(name, q, k, mask, dropout):
-    """What computes attention of q and k: what is asked for if it can, else (and for auto) the fastest."""
+    """The implementation of attention for q and k: the requested one if available, otherwise the fastest."""
     if name in ("sdpa", "explicit") or (name == "triton" and q.is_cuda and mask is None and not dropout):
         return name
     if flash_attn_func and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and mask is None:

@@ -26,7 +26,7 @@ def means_differ(a: list[float], b: list[float]) -> bool | None:
 def rounds_differ(a: list[float], b: list[float]) -> bool | None:
     """A paired t-test on the ratios of speeds measured in turn; None for fewer than 2 rounds.
 
-    Neighbours in time share the machine's mood, so their ratio is steadier than either of them.
+    Neighbours in time see the same machine load, so their ratio is steadier than either of them.
     """
     ratios = [math.log(x / y) for x, y in zip(a, b, strict=True)]
     if len(ratios) < 2:

@@ -29,6 +29,19 @@ def ladder(numbers: list[int], results: dict) -> str:
     return report.ladder({name: results["stages"].get(name, {}) for name in names})
 
 
+def short_ladder(results: dict) -> str:
+    """The table of all stages for the front page: what changes, lines, loss and speed, with links."""
+    rows = ["| stage | what changes | lines | validation loss | training tokens/s |", "|---|---|---|---|---|"]
+    for name in stages.names().values():
+        row = results["stages"][name]
+        loss = report.noise(row, "val_loss") + report.with_std(row["val_loss"], 3)
+        speed = "training_tokens_per_second"
+        speed = report.noise(row, speed) + f"{row[speed]['median']:,.0f}"
+        link = f"[{stages.label(name)}]({name}/README.md)"
+        rows.append(f"| {link} | {report.IDEAS[name]} | {row['lines_changed'] or '–'} | {loss} | {speed} |")
+    return "\n".join(rows)
+
+
 def nanogpt(measured: dict) -> str:
     """The table of our stage beside nanoGPT."""
     speed, sampling = (
@@ -194,14 +207,15 @@ def transformers(measured: dict) -> str:
 def filled(page: str, number: int | str | None, results: dict) -> str:
     """The page with its generated parts made anew.
 
-    number is the stage of a lesson, None for the front page, "scale" for docs/scale.md.
+    number is the stage of a lesson, None for the front page, "scale" and "benchmarks" for those in docs/.
     """
     if number == "scale":
         parts = scale.tables(results)
     elif number is None:
+        parts = {"ladder": short_ladder(results), "rates": rates(results)}
+    elif number == "benchmarks":
         parts = {
             "table": ladder(list(stages.names()), results),
-            "rates": rates(results),
             "nanogpt": nanogpt(results["against_nanogpt"]),
         }
     else:
@@ -220,7 +234,7 @@ def filled(page: str, number: int | str | None, results: dict) -> str:
         parts["decoding"] = decoding(results["mla"]["decoding"])
         parts["training"] = mla_training(results["mla"]["training"])
         parts["drafts"] = drafts(results["mla"]["drafts"])
-    if number is None and "against_transformers" in results:
+    if number == "benchmarks" and "against_transformers" in results:
         parts["transformers"] = transformers(results["against_transformers"]["stages"])
     for name, content in parts.items():
         page = re.sub(
@@ -235,7 +249,8 @@ def filled(page: str, number: int | str | None, results: dict) -> str:
 def pages() -> dict[Path, int | str | None]:
     """Every page with generated parts, and what `filled` calls it."""
     lessons = {stages.ROOT / name / "README.md": number for number, name in stages.names().items()}
-    return {stages.ROOT / "README.md": None, stages.ROOT / "docs" / "scale.md": "scale"} | lessons
+    documents = {stages.ROOT / "docs" / f"{name}.md": name for name in ("scale", "benchmarks")}
+    return {stages.ROOT / "README.md": None} | documents | lessons
 
 
 if __name__ == "__main__":
