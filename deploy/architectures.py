@@ -17,9 +17,9 @@ TESTED = {
     "stage2_rope": ["e43b2fe24f5c64af"],
     "stage3_swiglu": ["427d956fa0256f21"],
     "stage4_gqa": ["98cec680aeddf217"],
-    "stage5_flash": ["4b419d24f1138b36"],
-    "stage6_moe": ["b00ddca57954ea76", "ce212cd68b8b57c3"],
-    "stage7_mla_mtp": ["e276b1e6b2bb1cb1", "937b765de4d8c432"],
+    "stage5_flash": ["4b419d24f1138b36", "ba32b63848d291db"],
+    "stage6_moe": ["b00ddca57954ea76", "ce212cd68b8b57c3", "44c68240be6ffa10"],
+    "stage7_mla_mtp": ["e276b1e6b2bb1cb1", "937b765de4d8c432", "d2396f69cd1d0369"],
 }
 
 

@@ -64,8 +64,9 @@ class GPTConfig:
             raise ValueError(f"n_head ({self.n_head}) must be divisible by n_kv_head ({self.n_kv_head})")
         if self.n_embd // self.n_head % 2:
             raise ValueError(f"n_embd / n_head ({self.n_embd} / {self.n_head}) must be even, for pairs")
-        if self.attention not in (names := ("auto", "flash_attn", "sdpa", "explicit", "triton")):
-            raise ValueError(f"attention must be one of {', '.join(names)}, not {self.attention!r}")
+        implementations = ("auto", "flash_attn", "sdpa", "explicit", "triton")
+        if self.attention not in implementations:
+            raise ValueError(f"attention must be one of {', '.join(implementations)}, not {self.attention!r}")
 
 
 class KVCache:

@@ -85,14 +85,24 @@ class GPTConfig:
             raise ValueError(f"n_head ({self.n_head}) must be divisible by n_kv_head ({self.n_kv_head})")
         if self.n_embd // self.n_head % 2:
             raise ValueError(f"n_embd / n_head ({self.n_embd} / {self.n_head}) must be even, for pairs")
-        if self.attention not in (names := ("auto", "flash_attn", "sdpa", "explicit", "triton")):
-            raise ValueError(f"attention must be one of {', '.join(names)}, not {self.attention!r}")
-        if (n := self.n_routed_experts) < (k := self.num_experts_per_tok) or k < 1:
-            raise ValueError(f"num_experts_per_tok ({k}) must be from 1 to n_routed_experts ({n})")
-        if min(n := self.n_shared_experts, (width := self.moe_intermediate_size) - 1) < 0:
-            raise ValueError(f"n_shared_experts ({n}) or moe_intermediate_size ({width}) is too low")
-        if (n := self.n_layer) <= (k := self.first_k_dense_replace) or k < 0:
-            raise ValueError(f"first_k_dense_replace ({k}) must be from 0 to below n_layer ({n})")
+        implementations = ("auto", "flash_attn", "sdpa", "explicit", "triton")
+        if self.attention not in implementations:
+            raise ValueError(f"attention must be one of {', '.join(implementations)}, not {self.attention!r}")
+        for name in ("num_experts_per_tok", "moe_intermediate_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("n_shared_experts", "first_k_dense_replace"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
+        if self.num_experts_per_tok > self.n_routed_experts:
+            raise ValueError(
+                f"num_experts_per_tok ({self.num_experts_per_tok}) must be at most "
+                f"n_routed_experts ({self.n_routed_experts})"
+            )
+        if self.first_k_dense_replace >= self.n_layer:
+            raise ValueError(
+                f"first_k_dense_replace ({self.first_k_dense_replace}) must be below n_layer ({self.n_layer})"
+            )
         if self.router not in ("softmax", "sigmoid"):
             raise ValueError(f"router must be softmax or sigmoid, not {self.router!r}")
 

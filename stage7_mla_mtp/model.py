@@ -112,20 +112,37 @@ class GPTConfig:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.qk_rope_head_dim % 2:
             raise ValueError(f"qk_rope_head_dim ({self.qk_rope_head_dim}) must be even, for pairs")
-        if self.attention not in (names := ("auto", "flash_attn", "sdpa", "explicit", "triton")):
-            raise ValueError(f"attention must be one of {', '.join(names)}, not {self.attention!r}")
-        if (n := self.n_routed_experts) < (k := self.num_experts_per_tok) or k < 1:
-            raise ValueError(f"num_experts_per_tok ({k}) must be from 1 to n_routed_experts ({n})")
-        if min(n := self.n_shared_experts, (width := self.moe_intermediate_size) - 1) < 0:
-            raise ValueError(f"n_shared_experts ({n}) or moe_intermediate_size ({width}) is too low")
-        if (n := self.n_layer) <= (k := self.first_k_dense_replace) or k < 0:
-            raise ValueError(f"first_k_dense_replace ({k}) must be from 0 to below n_layer ({n})")
+        implementations = ("auto", "flash_attn", "sdpa", "explicit", "triton")
+        if self.attention not in implementations:
+            raise ValueError(f"attention must be one of {', '.join(implementations)}, not {self.attention!r}")
+        for name in ("num_experts_per_tok", "moe_intermediate_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
+        if self.num_experts_per_tok > self.n_routed_experts:
+            raise ValueError(
+                f"num_experts_per_tok ({self.num_experts_per_tok}) must be at most "
+                f"n_routed_experts ({self.n_routed_experts})"
+            )
+        if self.first_k_dense_replace >= self.n_layer:
+            raise ValueError(
+                f"first_k_dense_replace ({self.first_k_dense_replace}) must be below n_layer ({self.n_layer})"
+            )
         if self.router not in ("softmax", "sigmoid"):
             raise ValueError(f"router must be softmax or sigmoid, not {self.router!r}")
-        if (n := self.n_routed_experts) % max(k := self.n_group, 1) or k < 1 or (k > 1 and n < 2 * k):
-            raise ValueError(f"n_routed_experts ({n}) must be 2 or more for each n_group ({k})")
-        if (k := self.topk_group) > self.n_group or k * n < self.num_experts_per_tok * self.n_group:
-            raise ValueError(f"topk_group ({k}) is over n_group or too low for num_experts_per_tok")
+        if self.q_lora_rank is not None and self.q_lora_rank < 1:
+            raise ValueError(f"q_lora_rank must be at least 1 or None, not {self.q_lora_rank}")
+        if not 1 <= self.topk_group <= self.n_group:
+            raise ValueError(f"topk_group ({self.topk_group}) must be from 1 to n_group ({self.n_group})")
+        group_size, left_over = divmod(self.n_routed_experts, self.n_group)
+        if left_over or (self.n_group > 1 and group_size < 2):
+            raise ValueError(
+                f"n_group ({self.n_group}) must divide n_routed_experts into groups of at least 2"
+            )
+        if self.topk_group * group_size < self.num_experts_per_tok:
+            raise ValueError(f"topk_group ({self.topk_group}) groups have too few experts for a token")
 
 
 class KVCache:

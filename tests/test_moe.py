@@ -215,11 +215,12 @@ def test_rounding_does_not_change_the_choice(router):
 @pytest.mark.parametrize(
     "sizes, message",
     [
-        ({"num_experts_per_tok": 9}, r"num_experts_per_tok \(9\) must be from 1 to n_routed_experts \(8\)"),
-        ({"num_experts_per_tok": 0}, r"num_experts_per_tok \(0\)"),
+        ({"num_experts_per_tok": 9}, r"num_experts_per_tok \(9\) must be at most n_routed_experts \(8\)"),
+        ({"num_experts_per_tok": 0}, "num_experts_per_tok must be at least 1, not 0"),
         ({"n_routed_experts": 0}, r"n_routed_experts \(0\)"),
-        ({"num_experts_per_tok": 1, "n_shared_experts": -1}, r"n_shared_experts \(-1\)"),
-        ({"moe_intermediate_size": 0}, r"moe_intermediate_size \(0\)"),
+        ({"num_experts_per_tok": 1, "n_shared_experts": -1}, "n_shared_experts must be 0 or more, not -1"),
+        ({"moe_intermediate_size": 0}, "moe_intermediate_size must be at least 1, not 0"),
+        ({"first_k_dense_replace": -1}, "first_k_dense_replace must be 0 or more, not -1"),
         ({"first_k_dense_replace": 2}, r"first_k_dense_replace \(2\) .* n_layer \(2\)"),
         ({"router": "random"}, "router must be softmax or sigmoid, not 'random'"),
     ],
