@@ -111,19 +111,20 @@ def main():
             print(note, file=sys.stderr)
         raise UserError("there is no finished run to draw; without --only-draw compare.py trains them")
     out.mkdir(parents=True, exist_ok=True)
-    speeds = interleaved.read(out, notes)
-    if not speeds and not settings.out:  # some stages may have been measured with all the others
-        speeds = interleaved.read(default_folder(wanted.preset, wanted_runs.chosen_stages(None)), notes)
     if settings.rounds and not settings.only_draw:
         configs = {name: stage_runs.config for name, stage_runs in found.items()}
         speeds = interleaved.everything(
             configs, device.choose(wanted.device), settings.rounds, contexts, console
         )
         runs.write_json(out / "speeds.json", speeds)
-    elif not speeds:
-        notes.append(
-            "missing: speeds and memory; compare.py measures them without --only-draw and --rounds 0"
-        )
+    else:
+        speeds = interleaved.read(out, notes)
+        if not speeds and not settings.out:  # some stages may have been measured with all the others
+            speeds = interleaved.read(default_folder(wanted.preset, wanted_runs.chosen_stages(None)), notes)
+        if not speeds:
+            notes.append(
+                "missing: speeds and memory; compare.py measures them without --only-draw and --rounds 0"
+            )
     results = summarize(
         found, speeds, chosen, flags, known, dataset, settings.tune, out, device.choose(wanted.device)
     )

@@ -93,8 +93,8 @@ def main():
         device.require_compiler(where)
     folder = Path(settings.run) if settings.run else runs.newest(settings.stage)
     runs.check_stage(folder, settings.stage)
+    runs.warn_of_edits(folder, runs.read_config(folder))  # before the weights do not fit, perhaps
     model, config = runs.load(folder, settings.checkpoint, where)
-    runs.warn_of_edits(folder, config)
     if settings.draft and not getattr(model.config, "num_nextn_predict_layers", 0):
         raise UserError(
             f"--draft needs a block of multi-token prediction; {shown(folder)} ({config['stage']}) has none, "

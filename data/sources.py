@@ -257,7 +257,7 @@ def json_lines(file: BinaryIO, offset: int, size: int) -> Iterator[tuple[str, bo
         except ValueError as error:  # of JSON, or of UTF-8
             raise BadDocument(f"{place} is not JSON ({error})") from error
         if not isinstance(found, dict) or COLUMN not in found:
-            raise no_column(list(found) if isinstance(found, dict) else [])
+            raise no_column(list(found) if isinstance(found, dict) else [], place)
         yield checked(found[COLUMN], place), True, offset, offset / size
 
 
@@ -296,5 +296,5 @@ def checked(text, place: str) -> str:
     return text
 
 
-def no_column(names: list[str]) -> BadDocument:
-    return BadDocument(f"it has no column {COLUMN!r}, only {', '.join(map(repr, names)) or 'none'}")
+def no_column(names: list[str], place: str = "it") -> BadDocument:
+    return BadDocument(f"{place} has no column {COLUMN!r}, only {', '.join(map(repr, names)) or 'none'}")

@@ -25,7 +25,7 @@ def parse_flags(kind: type, argv: list[str], **options):
     stderr = io.StringIO()
     try:
         with contextlib.redirect_stderr(stderr):
-            return tyro.cli(kind, args=argv, **options)
+            return tyro.cli(kind, args=argv, prog=program(), **options)
     except SystemExit as stop:
         if not stop.code:  # --help
             raise

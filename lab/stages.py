@@ -101,8 +101,10 @@ def load(name: str) -> ModuleType:
     sys.modules[module_name] = module  # dataclasses look their own module up while it is loaded
     try:
         spec.loader.exec_module(module)
-    except BaseException:
+    except BaseException as error:
         del sys.modules[module_name]
+        if isinstance(error, SyntaxError) and error.filename == str(path):
+            raise UserError(f"{name}/model.py, line {error.lineno}: {error.msg}") from None
         raise
     for needed in ("GPTConfig", "GPT"):
         if not hasattr(module, needed):

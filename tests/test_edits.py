@@ -227,6 +227,33 @@ def test_the_code_of_every_stage_is_the_tested_one():
     }
 
 
+def test_code_that_does_not_compile_is_named_and_blocks_nothing_else(copied, monkeypatch, run_sample, capsys):
+    shutil.copytree("stage3_swiglu", "my_relu")
+    trained(monkeypatch, "--stage", "my_relu")
+    trained(monkeypatch, "--stage", "3")
+    del sys.modules["my_relu.model"]
+    edit(copied / "my_relu" / "model.py", "class MLP(", "class MLP((")
+    capsys.readouterr()
+    for driver in (train, compare):
+        assert call(monkeypatch, driver, "--stage" if driver is train else "--stages", "my_relu", *SHORT) == 2
+        err = capsys.readouterr().err
+        assert "my_relu/model.py, line" in err and len(err.splitlines()) <= 2
+    assert call(monkeypatch, list_runs) == 0
+    assert "3 swiglu" in capsys.readouterr().out
+    assert run_sample("--stage", "3", "--prompt", "a", "--max-new-tokens", "1") == 0
+    assert call(monkeypatch, compare, "--only-draw", "--stages", "3", "--seeds", "1", *SHORT) == 0
+
+
+def test_an_edit_that_renames_weights_is_named_first(copied, monkeypatch, run_sample, capsys):
+    trained(monkeypatch, "--stage", "3", "--out", "run")
+    edit(copied / "stage3_swiglu" / "model.py", "gate_proj", "gatex_proj")
+    del sys.modules["stage3_swiglu.model"]
+    capsys.readouterr()
+    assert run_sample("--run", "run", "--prompt", "a") == 2
+    err = capsys.readouterr().err
+    assert err.index("has changed since it was trained") < err.index("does not fit this model")
+
+
 # Variants
 
 
@@ -401,6 +428,17 @@ def test_a_run_that_is_being_trained_is_not_trained_twice(run_train, holder, cap
     process.kill()
     process.join()
     assert run_train("--resume", "--out", "run", "--steps", "4") == 0  # the lock ended with the process
+
+
+def test_a_run_without_a_checkpoint_yet_is_not_called_dead(run_train, holder, capsys):
+    assert run_train("--stage", "0", "--steps", "2", "--out", "run") == 0
+    shutil.rmtree("run/best")
+    shutil.rmtree("run/last")
+    process = holder(runs.lock_file(Path("run")))
+    for flags in (("--resume",), ("--stage", "0")):
+        capsys.readouterr()
+        assert run_train(*flags, "--out", "run") == 2
+        assert f"run is being trained by process {process.pid}" in capsys.readouterr().err
 
 
 def test_training_holds_the_lock_until_its_end(run_train, monkeypatch):

@@ -41,14 +41,20 @@ def read(out: Path, notes: list[str]) -> dict:
         raise UserError(f"{shown(path)} is damaged: {error}") from None
     formats.check(speeds, formats.RESULTS, shown(path))
     measured, codes = speeds.get("training", {}), speeds.get("code", {})
-    outdated = [
-        name for name in measured if name not in stages.folders() or codes.get(name) != edits.code_hash(name)
-    ]
+    outdated = [name for name in measured if not is_todays(name, codes.get(name))]
     if outdated:
         notes.append(
             f"left out: the speeds of {', '.join(outdated)} in {shown(path)}, measured with other code"
         )
     return {key: without(value, outdated) for key, value in speeds.items()}
+
+
+def is_todays(name: str, code: str | None) -> bool:
+    """Whether a stage's code has this hash."""
+    try:
+        return name in stages.folders() and edits.code_hash(name) == code
+    except UserError:  # it is not Python at the moment
+        return False
 
 
 def without(value, outdated: list[str]):

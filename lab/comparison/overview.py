@@ -81,8 +81,8 @@ def row(folder: Path) -> list[str]:
         changed, step = f"imported from {Path(config['imported_from']).name}", "–"
     else:
         there = config["stage"] in stages.folders()
-        changes = beside_preset(config).items() if there else []
-        changed = ", ".join([config["settings"]["preset"], *(flag_text(*change) for change in changes)])
+        changes = [flag_text(*change) for change in beside_preset(config).items()] if there else ["…"]
+        changed = ", ".join([config["settings"]["preset"], *changes])
         step = f"{metrics[-1]['step'] if metrics else 0} of {config['settings']['steps']}"
         step += "" if checkpoint.exists(folder) else ", no checkpoint"
     return [
@@ -99,6 +99,8 @@ def row(folder: Path) -> list[str]:
 
 def code(config: dict) -> str:
     """Whether the code that a run was trained with is today's, in a word."""
+    if config["stage"] not in stages.folders():
+        return "missing"
     if None in edits.trained_with(config):
         return "unknown"
     return "changed" if edits.difference(config) else "same"

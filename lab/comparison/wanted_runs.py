@@ -162,7 +162,10 @@ def at_hand(notes: list[str]) -> tuple[list[tuple[Path, dict]], list[tuple[Path,
         if config["stage"] not in stages.folders():
             notes.append(f"left out: {shown(folder)} is of {config['stage']!r}, a stage that is not here")
             continue
-        (outdated if edits.difference(config) else usable).append((folder, config))
+        try:
+            (outdated if edits.difference(config) else usable).append((folder, config))
+        except UserError as error:  # code that is not Python at the moment
+            notes.append(f"left out: {shown(folder)}: {error}")
     return usable, outdated
 
 

@@ -29,6 +29,8 @@ def create(out: str | None, stage: str, dataset: Dataset, seed: int, config: dic
     It is `out`, or else runs/<stage>-<dataset>-seed<k>, with -2, -3 … where that is taken.
     """
     if out and (Path(out) / "config.json").exists():
+        with locked(Path(out)):  # or it is being trained just now
+            pass
         raise UserError(f"{out} already holds a run; --resume continues it, another --out keeps it")
     folder, number = Path(out) if out else RUNS / f"{stage}-{dataset.name}-seed{seed}", 1
     while True:
@@ -234,6 +236,8 @@ def warn_of_edits(run: Path, config: dict) -> None:
 
 def load_weights(run: Path, name: str, model: torch.nn.Module) -> None:
     """Fills the model from a run's checkpoint "best" or "last", a run without a best one from its last."""
+    if not any(checkpoint.find(run, kind) for kind in ("best", "last")):
+        raise UserError(f"{shown(run)} has no checkpoint yet: train it further")
     checkpoint.load_weights(run, name if checkpoint.find(run, name) else "last", model)
 
 

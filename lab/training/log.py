@@ -64,7 +64,7 @@ class RunLog:
             self.wandb.log(record, step=record["step"])
         self.val_loss = record.get("val_loss", self.val_loss)
         report = f"loss {record['loss']:.4f}"
-        if self.val_loss is not None:
+        if self.val_loss is not None and (self.live or "val_loss" in record):  # a line is read on its own
             report += f"  val {self.val_loss:.4f}"
         report += f"  {record['tokens_per_second']:,.0f} tokens/s"
         if mfu is not None:

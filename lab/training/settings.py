@@ -205,6 +205,8 @@ def resumed_settings(choice: Choice) -> Settings:
             f"to train it: python train.py --init-from {shown(folder)}"
         )
     if not checkpoint.exists(folder):
+        with runs.locked(folder):  # or it is being trained just now
+            pass
         raise UserError(f"{shown(folder)} stopped before its first checkpoint: delete it and start anew")
     unknown = config["settings"].keys() - {field.name for field in fields(Settings)}
     if unknown:
