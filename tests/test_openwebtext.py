@@ -604,8 +604,8 @@ def test_a_wrong_column_is_named_with_those_that_are_there(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"content": "a"}', "it has no column 'text', only 'content'"),
-        ("[1]", "it has no column 'text', only none"),
+        ('{"content": "a"}', "the line at byte 14 has no column 'text', only 'content'"),
+        ("[1]", "the line at byte 14 has no column 'text', only none"),
         ('{"text": 5}', "'text' of the line at byte 14 is int"),
         ('{"text": ', "the line at byte 14 is not JSON"),
     ],
@@ -722,7 +722,8 @@ def test_a_single_file_of_documents_gives_the_tokens_of_its_documents(tmp_path):
 
 def test_a_single_file_that_cannot_be_read_is_named_once(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"content": "b"}\n')
-    with pytest.raises(UserError, match=rf"^{tmp_path}/bad\.jsonl: it has no column 'text', only 'content'$"):
+    said = "the line at byte 14 has no column 'text', only 'content'"
+    with pytest.raises(UserError, match=rf"^{tmp_path}/bad\.jsonl: {said}$"):
         data.load(str(tmp_path / "bad.jsonl"), "gpt2")
 
 
