@@ -35,11 +35,11 @@ def copied(workshop, monkeypatch):
     for name in stages.COURSE:
         shutil.copytree(ROOT / name, workshop / name, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(stages, "ROOT", workshop)
-    before = set(sys.modules)
+    loaded = {name: sys.modules.pop(name) for name in list(sys.modules) if name.endswith(".model")}
     yield workshop
-    for name in set(sys.modules) - before:
-        if name.endswith(".model"):
-            del sys.modules[name]
+    for name in [name for name in sys.modules if name.endswith(".model")]:
+        del sys.modules[name]
+    sys.modules.update(loaded)  # the other tests of this process go on with the unedited code
 
 
 def edit(path, old, new):
