@@ -22,7 +22,7 @@ import torch
 
 import data
 from data.tokenizers import HF_CONFIG, copy_side_files
-from lab import cli, formats, parallel, stages
+from lab import attention, cli, formats, parallel, stages
 from lab import device as devices
 from lab.errors import UserError, shown
 from lab.interrupt import StopRequest
@@ -75,20 +75,21 @@ def main():
 
     torch.manual_seed(settings.seed)
     stage = stages.load(settings.stage)
-    attention = stages.attention(stage, settings.model, device, dtype)
+    attention.use(settings.attention_kernel, stage, settings.model, device)
     model = stage.GPT(settings.model).to(device)
     if settings.init_from and not settings.resume:
         runs.load_weights(Path(settings.init_from), "best", model)
     trained, optimizer = prepare_training(settings, model, dtype)
 
-    config = describe(settings, dataset, model, device, dtype, attention)
+    config = describe(settings, dataset, model, device, dtype)
     folder = Path(settings.out) if settings.resume else new_folder(settings, dataset, config)
     with runs.locked(folder):
         progress = {"step": 0, "tokens": 0, "seconds": 0.0, "best_val_loss": math.inf}
         if settings.resume:
             progress = resume(settings, folder, model, optimizer, device, config)
         counted = f"{config['parameters']:,} parameters"
-        computed = f", attention: {attention}" if attention else ""
+        kernel = settings.attention_kernel
+        computed = f", attention: {kernel}" if kernel != "auto" else ""
         processes = f", {parallel.WORLD_SIZE} processes" if parallel.WORLD_SIZE > 1 else ""
         print(
             f"{settings.stage} on {dataset.name}: {counted}, {device}, {config['dtype']}{computed}{processes}"
@@ -132,7 +133,7 @@ def prepare_training(settings, model, dtype) -> tuple:
     return trained, optimizer
 
 
-def describe(settings, dataset, model, device, dtype, attention) -> dict:
+def describe(settings, dataset, model, device, dtype) -> dict:
     """config.json: all that is needed to repeat the run, and the machine it ran on."""
     return {
         "format": formats.RUN,
@@ -142,7 +143,6 @@ def describe(settings, dataset, model, device, dtype, attention) -> dict:
         "settings": command_line.as_json(settings),
         "model": asdict(settings.model),
         "dtype": str(dtype).removeprefix("torch."),
-        "attention": attention,
         "parameters": cost.parameters(model),
         "active_parameters": cost.active_parameters(model),
         "processes": parallel.WORLD_SIZE,

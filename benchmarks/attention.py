@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lab import cli, device, stages
+from lab import attention, cli, device, stages
 from lab.comparison import isolated
 from lab.pages import lessons
 from lab.storage import runs
@@ -20,8 +20,8 @@ from lab.training import optim, presets, run_plots
 CPU = torch.device("cpu")
 CONTEXTS = [256, 512, 1024, 2048, 4096]
 VARIANTS = {
-    "stage 4": ("stage4_gqa", None),
-    "stage 5": ("stage5_flash", None),
+    "stage 4": ("stage4_gqa", "auto"),
+    "stage 5": ("stage5_flash", "auto"),
     "tiled.py": ("stage5_flash", "tiled"),
 }
 PICTURE = stages.ROOT / "stage5_flash" / "context.png"
@@ -60,12 +60,12 @@ def crossover(dtype: torch.dtype) -> dict[int, float]:
     autocast = device.autocast(CPU, dtype)
     for context in (64, 128, 256, 512, 1024, 2048):
         sizes = presets.PRESETS["laptop"]["model"] | {"block_size": context, "n_layer": 2}
-        configs = [stage.GPTConfig(vocab_size=65, **sizes, attention=name) for name in ("sdpa", "explicit")]
-        models = [stage.GPT(config) for config in configs]
+        model = stage.GPT(stage.GPTConfig(vocab_size=65, **sizes))
         idx = torch.randint(65, (max(1, 1024 // context), context))
         seconds = [[], []]
         for _ in range(25):
-            for model, clock in zip(models, seconds, strict=True):
+            for kernel, clock in zip(("sdpa", "explicit"), seconds, strict=True):
+                attention.use(kernel, stage, model.config, CPU)
                 started = time.perf_counter()
                 optim.accumulate_gradients(model, idx, idx, len(idx), autocast)
                 clock.append(time.perf_counter() - started)
@@ -83,8 +83,8 @@ def against_context(rounds: int) -> dict[str, dict]:
     for context in CONTEXTS:
         runs_of = {name: [] for name in VARIANTS}
         for _ in range(rounds):
-            for name, (stage, attention) in VARIANTS.items():
-                made = isolated.measure(stage=stage, context=context, attention=attention, steps=3)
+            for name, (stage, kernel) in VARIANTS.items():
+                made = isolated.measure(stage=stage, context=context, attention_kernel=kernel, steps=3)
                 if "error" in made:
                     print(f"{name} at {context}: {made['error']}", file=sys.stderr)
                 else:

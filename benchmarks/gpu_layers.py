@@ -19,6 +19,7 @@ from benchmarks.gpu_run import (
     seconds_of,
 )
 from lab import device, stages
+from lab.attention import sdpa
 from lab.sampling import generation
 from lab.sampling.compiled import CompiledStep
 
@@ -90,22 +91,18 @@ def attention_at(run: Run, context: int, sizes: dict, part: str) -> None:
 def attention_ways(run: Run, sizes: dict, context: int) -> dict[str, Callable | str]:
     """By name, a function of q, k and v; or why there is none here."""
     stage = stages.load("stage5_flash")
-    width = sizes["n_head"] * sizes["head_dim"]
-    config = partial(stage.GPTConfig, n_embd=width, n_head=sizes["n_head"], n_kv_head=sizes["n_kv_head"])
 
-    def of_stage(name):
-        layer = stage.Attention(config(attention=name), 0).eval()
-
+    def in_training(function):
         def attend(q, k, v):
             with device.autocast(run.where, run.dtype):  # as in training: the mask is in float32
-                return layer.attend(q, k, v, None)
+                return function(q, k, v, None, 0.0)
 
         return attend
 
     batch = max(1, sizes["batch_tokens"] // context)
     needed = 24 * batch * sizes["n_head"] * context**2  # bytes of the scores, weights and their gradients
     free = torch.cuda.mem_get_info()[0] if run.where.type == "cuda" else 2**30
-    ways = {"explicit": of_stage("explicit"), "sdpa": of_stage("sdpa")}
+    ways = {"explicit": in_training(stage.explicit_attention), "sdpa": in_training(sdpa)}
     if needed > 0.8 * free:
         ways["explicit"] = f"it may need {needed / 2**30:.0f} GiB and there are {free / 2**30:.0f}"
     try:
@@ -120,7 +117,7 @@ def attention_ways(run: Run, sizes: dict, context: int) -> dict[str, Callable | 
     elif run.where.type != "cuda" or run.dtype == torch.float32:
         ways["flash_attn"] = "it needs CUDA and 16 bits"
     else:
-        ways["flash_attn"] = of_stage("flash_attn")
+        ways["flash_attn"] = in_training(stage.attention)  # which chooses it
     return ways
 
 
@@ -336,8 +333,8 @@ def sampled(run: Run, model: torch.nn.Module, step: CompiledStep | None) -> floa
 
 
 def mla(run: Run, part: str, context: int, batch_size: int) -> None:
-    """Stage 7's decoding behind a long context: with absorbed and with expanded keys and values, in turn."""
-    stage = stages.load("stage7_mla_mtp")
+    """Stage 7a's decoding behind a long context: with absorbed and with expanded keys and values, in turn."""
+    stage = stages.load("stage7a_mla")
     sizes = run.sizes.preset["model"] | {"vocab_size": 65, "block_size": context + 1}
     model = stage.GPT(stage.GPTConfig(**sizes)).to(run.where).eval()
     form = {"absorbed": True}

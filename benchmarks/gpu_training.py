@@ -41,7 +41,6 @@ class Trainer:
         stage, preset = stages.load(name), run.sizes.preset
         torch.manual_seed(0)
         config = stage.GPTConfig(**preset["model"] | {"vocab_size": 65} | fields)
-        self.attention = stages.attention(stage, config, where, dtype)
         self.model = stage.GPT(config).to(where).train()
         self.joined = self.model
         if compiled:
@@ -89,7 +88,7 @@ class Trainer:
 def eager(run: Run) -> None:
     """Speed and memory of a training step of every stage, not compiled. Two rounds, the stages in turn."""
     device.prepare(run.where)
-    names = list(run.parts(stages.names().values()))
+    names = list(run.parts(stages.course()))
     trainers, seconds, kept = {}, {name: [] for name in names}, {}
     for number in range(2):
         for place, name in enumerate(names):
@@ -101,7 +100,7 @@ def eager(run: Run) -> None:
                     with Memory(run.where) as memory:
                         trainer = Trainer(run, name, run.where, run.dtype)
                         seconds_of(trainer, max(2, run.sizes.steps // 20), run.where, share / 3)
-                    kept[name] = {"peak_memory": memory.bytes, "attention": trainer.attention}
+                    kept[name] = {"peak_memory": memory.bytes}
                     kept[name] |= {"parameters": cost.parameters(trainer.model)}
                     kept[name] |= {"flops_per_token": trainer.flops()}
                     trainers[name] = trainer
@@ -114,7 +113,7 @@ def eager(run: Run) -> None:
 def compiled(run: Run) -> None:
     """Speed and memory of a compiled training step of every stage, in turn with the eager one."""
     device.prepare(run.where)
-    names = list(run.parts(stages.names().values()))
+    names = list(run.parts(stages.course()))
     for place, name in enumerate(names):
         share = run.left() * 0.9 / (len(names) - place)
         with run.attempt(name):
@@ -151,7 +150,7 @@ def float32(run: Run) -> None:
     torch.set_float32_matmul_precision("highest")  # no TF32
     cpu = torch.device("cpu")
     options = {"dtype": torch.float32, "batch_size": run.sizes.float32_batch, "dropout": 0.0}
-    for name in run.parts(stages.names().values()):
+    for name in run.parts(stages.course()):
         with run.attempt(name):
             losses = []
             for where in (cpu, run.where):

@@ -1,4 +1,4 @@
-"""Stage 0: GPT-2, the model that the other seven stages change one idea at a time.
+"""Stage 0: GPT-2, the model that the later stages change one idea at a time.
 
 Idea: a decoder-only transformer: learned positions, LayerNorm before each sub-layer, multi-head
 attention written out, a GELU MLP, and a head that shares its weights with the token embedding.
@@ -96,6 +96,17 @@ def causal_mask(n_query, n_key, device):
     return torch.full((n_query, n_key), -torch.inf, device=device).triu(n_key - n_query + 1)
 
 
+def attention(q, k, v, mask, dropout):
+    """q (B, n_head, T, head_dim), k and v (B, n_head, S, head_dim) -> (B, n_head, T, head_dim).
+
+    mask (T, S) is added to the scores; dropout is the probability of dropping an attention weight.
+    """
+    # Scaling q instead of the scores gives the same numbers for fewer multiplications.
+    scores = (q * q.size(3) ** -0.5) @ k.transpose(2, 3) + mask  # (B, n_head, T, S)
+    weights = F.dropout(F.softmax(scores, dim=-1), dropout)
+    return weights @ v
+
+
 class Attention(nn.Module):
     """Multi-head causal self-attention (arXiv 1706.03762, section 3.2)."""
 
@@ -107,7 +118,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.v_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.o_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = config.dropout
 
     def forward(self, x, mask, cache):
         B, T, _ = x.shape
@@ -116,11 +127,8 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
         if cache is not None:
             k, v = cache.update(self.layer_idx, k, v)  # (B, n_head, S, head_dim), S = T + tokens before
-        # Scaling q instead of the scores gives the same numbers for fewer multiplications.
-        scores = (q * self.head_dim**-0.5) @ k.transpose(2, 3) + mask  # (B, n_head, T, S)
-        weights = self.dropout(F.softmax(scores, dim=-1))
-        y = (weights @ v).transpose(1, 2).reshape(B, T, -1)  # (B, T, n_embd)
-        return self.o_proj(y)
+        y = attention(q, k, v, mask, self.dropout if self.training else 0.0)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, n_embd)
 
 
 class MLP(nn.Module):
@@ -179,9 +187,9 @@ class GPT(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-        for layer in self.model.layers:
-            for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
-                nn.init.normal_(projection.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
+        for name, weight in self.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
 
     def new_cache(self, batch_size, max_length):
         """An empty KVCache for batch_size sequences of up to max_length tokens."""

@@ -2,7 +2,7 @@
 
 Idea: blocks of scores live in fast memory only; a running maximum and sum replace the whole softmax.
 Paper: Dao 2023, "FlashAttention-2", arXiv 2307.08691.
-Changed: the attention call; tiled.py and kernel.py beside this file write the algorithm out.
+Changed: what computes attention. tiled.py and kernel.py beside this file write the algorithm out.
 It should buy memory linear in the context, and speed at long contexts; the loss stays the same.
 """
 
@@ -45,8 +45,6 @@ class GPTConfig:
     """Width of the MLP. None: 8/3 of n_embd, rounded up to a multiple of 8."""
     rope_theta: float = 10000.0
     """Base of the frequencies: pairs turn fully every 2π to almost 2π · rope_theta tokens."""
-    attention: str = "auto"
-    """What computes attention: auto, flash_attn, sdpa, explicit or triton."""
 
     def __post_init__(self):
         if self.n_kv_head is None:
@@ -64,9 +62,6 @@ class GPTConfig:
             raise ValueError(f"n_head ({self.n_head}) must be divisible by n_kv_head ({self.n_kv_head})")
         if self.n_embd // self.n_head % 2:
             raise ValueError(f"n_embd / n_head ({self.n_embd} / {self.n_head}) must be even, for pairs")
-        implementations = ("auto", "flash_attn", "sdpa", "explicit", "triton")
-        if self.attention not in implementations:
-            raise ValueError(f"attention must be one of {', '.join(implementations)}, not {self.attention!r}")
 
 
 class KVCache:
@@ -94,7 +89,7 @@ class KVCache:
         return torch.arange(self.length, self.length + n_new, device=self.keys.device)
 
     def mask(self, n_new):
-        """Additive mask of the next n_new queries against all keys; None: what causal_mask makes."""
+        """Additive mask of the next n_new queries against all keys; None: causal."""
         return None
 
     def update(self, layer_idx, k, v):
@@ -147,15 +142,34 @@ def rotate(x, rope):
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).type_as(x)
 
 
-def choose_attention(name, q, k, mask, dropout):
-    """The implementation of attention for q and k: the requested one if available, otherwise the fastest."""
-    if name in ("sdpa", "explicit") or (name == "triton" and q.is_cuda and mask is None and not dropout):
-        return name
+def attention(q, k, v, mask, dropout):
+    """q (B, n_head, T, head_dim), k and v (B, n_kv_head, S, head_dim) -> (B, n_head, T, head_dim).
+
+    mask (T, S) is added to the scores (None: a causal one); dropout is the probability of dropping a weight.
+    """
+    T, S = q.size(2), k.size(2)
     if flash_attn_func and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and mask is None:
-        return "flash_attn"
-    # On a CPU the backward of SDPA is slower than that of written-out attention at short contexts.
-    short = q.device.type == "cpu" and torch.is_grad_enabled() and k.size(2) <= 512
-    return "explicit" if short else "sdpa"
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # positions before heads
+        return flash_attn_func(q, k, v, dropout, causal=True).transpose(1, 2)
+    if q.device.type == "cpu" and torch.is_grad_enabled() and S <= 512:  # SDPA's backward is slower there
+        return explicit_attention(q, k, v, mask, dropout)
+    if mask is None and 1 < T < S:  # SDPA's is_causal would align the first query with the first key
+        mask = causal_mask(T, S, q.device)
+    if mask is not None:
+        return F.scaled_dot_product_attention(q, k, v, mask.to(q.dtype), dropout, enable_gqa=True)
+    return F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal=T > 1, enable_gqa=True)
+
+
+def explicit_attention(q, k, v, mask, dropout):
+    """The same by storing the score matrix, as in stage 4."""
+    if mask is None:
+        mask = causal_mask(q.size(2), k.size(2), q.device)
+    repeats = q.size(1) // k.size(1)  # query heads to a key/value head
+    k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)  # k0, k0, k1, k1
+    # Scaling q instead of the scores gives the same numbers for fewer multiplications.
+    scores = (q * q.size(3) ** -0.5) @ k.transpose(2, 3) + mask  # (B, n_head, T, S)
+    weights = F.dropout(F.softmax(scores, dim=-1), dropout)
+    return weights @ v
 
 
 class Attention(nn.Module):
@@ -169,8 +183,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.n_embd, config.n_kv_head * self.head_dim, bias=False)
         self.v_proj = nn.Linear(config.n_embd, config.n_kv_head * self.head_dim, bias=False)
         self.o_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
-        self.dropout = nn.Dropout(config.dropout)
-        self.attention = config.attention
+        self.dropout = config.dropout
 
     def forward(self, x, rope, mask, cache):
         B, T, _ = x.shape
@@ -180,30 +193,8 @@ class Attention(nn.Module):
         q, k = rotate(q, rope), rotate(k, rope)
         if cache is not None:
             k, v = cache.update(self.layer_idx, k, v)  # (B, n_kv_head, S, head_dim), S = T + tokens before
-        return self.o_proj(self.attend(q, k, v, mask).transpose(1, 2).reshape(B, T, -1))
-
-    def attend(self, q, k, v, mask):
-        """q (B, n_head, T, head_dim), k and v (B, n_kv_head, S, head_dim) -> (B, n_head, T, head_dim)."""
-        p = self.dropout.p if self.training else 0.0
-        name = choose_attention(self.attention, q, k, mask, p)
-        if name == "flash_attn":  # causal means lower-right here; heads come after positions
-            return flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), p, causal=True).transpose(1, 2)
-        if name == "triton":
-            from stage5_flash.kernel import triton_attention
-
-            return triton_attention(q, k, v)
-        T, S = q.size(2), k.size(2)
-        if name == "sdpa" and mask is None and T in (1, S):  # its is_causal means upper-left
-            return F.scaled_dot_product_attention(q, k, v, None, p, is_causal=T > 1, enable_gqa=True)
-        mask = causal_mask(T, S, q.device) if mask is None else mask
-        if name == "sdpa":
-            return F.scaled_dot_product_attention(q, k, v, mask.to(q.dtype), p, enable_gqa=True)
-        repeats = q.size(1) // k.size(1)  # query heads to a key/value head
-        k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)  # k0, k0, k1, k1
-        # Scaling q instead of the scores gives the same numbers for fewer multiplications.
-        scores = (q * self.head_dim**-0.5) @ k.transpose(2, 3) + mask  # (B, n_head, T, S)
-        weights = self.dropout(F.softmax(scores, dim=-1))
-        return weights @ v
+        y = attention(q, k, v, mask, self.dropout if self.training else 0.0)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, n_embd)
 
 
 class MLP(nn.Module):
@@ -260,9 +251,9 @@ class GPT(nn.Module):
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
-        for layer in self.model.layers:
-            for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
-                nn.init.normal_(projection.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
+        for name, weight in self.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
 
     def new_cache(self, batch_size, max_length):
         """An empty KVCache for batch_size sequences of up to max_length tokens."""

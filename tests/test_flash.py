@@ -4,13 +4,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from test_training import metrics
 
-from lab import device, stages
+from lab import attention, device, stages
 from lab.errors import UserError
 from lab.storage import runs
 from stage5_flash.tiled import tiled_attention
@@ -85,9 +85,17 @@ def pair(**sizes):
     return four, five
 
 
-@pytest.mark.parametrize("attention", ["auto", "sdpa", "explicit"])
-def test_stage_4s_weights_give_the_same_logits_and_gradients(attention):
-    four, five = pair(attention=attention)
+@pytest.fixture
+def use(monkeypatch):
+    """use(kernel): stage 5 computes attention with this kernel, until the test ends."""
+    monkeypatch.setattr(STAGE5, "attention", STAGE5.attention)  # which restores it
+    return lambda kernel: attention.use(kernel, STAGE5, STAGE5.GPTConfig(**SIZES), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("kernel", ["auto", "sdpa", "explicit", "tiled"])
+def test_stage_4s_weights_give_the_same_logits_and_gradients(kernel, use):
+    four, five = pair()
+    use(kernel)
     idx = torch.randint(65, (3, 32))
     results = []
     for model in (four, five):
@@ -96,10 +104,11 @@ def test_stage_4s_weights_give_the_same_logits_and_gradients(attention):
     torch.testing.assert_close(results[1], results[0], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("attention", ["auto", "sdpa", "explicit"])
-def test_the_cache_works_with_every_choice(attention):
+@pytest.mark.parametrize("kernel", ["auto", "sdpa", "explicit", "tiled"])
+def test_the_cache_works_with_every_kernel(kernel, use):
     """Prefill, a chunk (more keys than queries, lower-right), then one by one."""
-    four, five = pair(attention=attention)
+    four, five = pair()
+    use(kernel)
     idx = torch.randint(65, (2, 20))
     cache = five.new_cache(2, 20)
     with torch.no_grad():
@@ -107,10 +116,11 @@ def test_the_cache_works_with_every_choice(attention):
     torch.testing.assert_close(torch.cat(parts, dim=1), four(idx)[0], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("attention", ["auto", "sdpa", "explicit"])
-def test_a_caches_own_mask_is_obeyed(attention):
-    """A cache that holds several texts side by side says with its mask who sees whom."""
-    _, five = pair(attention=attention)
+@pytest.mark.parametrize("kernel", ["auto", "sdpa", "explicit", "tiled"])
+def test_a_caches_own_mask_is_obeyed(kernel, use):
+    """A cache that holds several texts side by side masks each from the others."""
+    _, five = pair()
+    use(kernel)
     idx = torch.randint(65, (1, 6))
     cache = five.new_cache(1, 6)
     cache.mask = lambda n_new: torch.full((n_new, n_new), -torch.inf).fill_diagonal_(0.0)
@@ -119,101 +129,126 @@ def test_a_caches_own_mask_is_obeyed(attention):
     torch.testing.assert_close(five(idx, cache=cache)[0], alone, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "explicit"])
-def test_attention_weights_are_dropped_in_training(attention):
-    _, five = pair(attention=attention, dropout=0.5)
-    layer = five.model.layers[0].self_attn.train()
+@pytest.mark.parametrize("kernel", ["sdpa", "explicit"])
+def test_attention_weights_are_dropped(kernel, use):
+    use(kernel)
     q, k, v = torch.randn(1, 4, 8, 8), torch.randn(1, 2, 8, 8), torch.ones(1, 2, 8, 8)
-    dropped = layer.attend(q, k, v, None)
+    dropped = STAGE5.attention(q, k, v, None, 0.5)
     assert not torch.allclose(dropped, torch.ones_like(dropped))
-    assert torch.allclose(layer.eval().attend(q, k, v, None), torch.ones_like(dropped))
+    assert torch.allclose(STAGE5.attention(q, k, v, None, 0.0), torch.ones_like(dropped))
 
 
-class On:
-    """What choose_attention asks of a tensor, for a device that is not here."""
+def test_attention_weights_are_dropped_in_training_alone(monkeypatch):
+    given = []
+    real = STAGE5.attention
+    monkeypatch.setattr(STAGE5, "attention", lambda *inputs: given.append(inputs[-1]) or real(*inputs))
+    layer = pair(dropout=0.5)[1].model.layers[0].self_attn
+    rope = STAGE5.rotation(torch.arange(8), 8, 10000.0)
+    for mode in (True, False):
+        layer.train(mode)(torch.randn(1, 8, 32), rope, None, None)
+    assert given == [0.5, 0.0]
 
-    def __init__(self, kind, dtype, length):
-        self.device, self.dtype, self.length = torch.device(kind), dtype, length
-        self.is_cuda = kind == "cuda"
+
+def used(monkeypatch, q, k, mask=None):
+    """Which of its ways stage 5's attention takes, without computing."""
+    calls = []
+    monkeypatch.setattr(STAGE5, "explicit_attention", lambda *_: calls.append("explicit"))
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *_, **__: calls.append("sdpa"))
+    STAGE5.attention(q, k, k, mask, 0.0)
+    return calls
+
+
+def test_short_attention_is_written_out_on_a_cpu_in_training_alone(monkeypatch):
+    short, long = torch.empty(1, 1, 512, 8), torch.empty(1, 1, 513, 8)
+    assert used(monkeypatch, short, short) == ["explicit"]
+    assert used(monkeypatch, long, long) == ["sdpa"]
+    assert used(monkeypatch, short.to("meta"), short.to("meta")) == ["sdpa"]
+    with torch.no_grad():
+        assert used(monkeypatch, short, short) == ["sdpa"]
+
+
+class Cuda:
+    """A tensor that says it is on CUDA, for a device that is not here."""
+
+    def __init__(self, tensor, dtype):
+        self.tensor, self.dtype = tensor, dtype
+        self.is_cuda, self.device = True, torch.device("cuda")
 
     def size(self, dim):
-        return self.length
+        return self.tensor.size(dim)
+
+    def transpose(self, *dims):
+        return self.tensor.transpose(*dims)
 
 
-def chosen(name="auto", kind="cuda", dtype=torch.bfloat16, length=64, mask=None, dropout=0.0):
-    tensor = On(kind, dtype, length)
-    return STAGE5.choose_attention(name, tensor, tensor, mask, dropout)
-
-
-@pytest.mark.parametrize("installed", [True, False])
-def test_auto_chooses_flash_attn_on_cuda_in_16_bits_where_it_is_installed(monkeypatch, installed):
-    monkeypatch.setattr(STAGE5, "flash_attn_func", installed or None)
-    best = "flash_attn" if installed else "sdpa"
-    assert chosen() == chosen(dtype=torch.float16) == chosen("flash_attn") == best
-    assert chosen(dtype=torch.float32) == chosen("flash_attn", dtype=torch.float32) == "sdpa"
-    assert chosen(mask=torch.zeros(1)) == "sdpa"  # flash_attn knows the causal mask alone
-    assert chosen(kind="mps") == chosen("flash_attn", kind="mps") == "sdpa"
-
-
-def test_auto_writes_short_attention_out_on_a_cpu_in_training_alone():
-    assert chosen(kind="cpu", length=512) == "explicit"
-    assert chosen(kind="cpu", length=513) == "sdpa"
-    with torch.no_grad():
-        assert chosen(kind="cpu") == "sdpa"
-
-
-def test_what_is_asked_for_is_used_where_it_can_be(monkeypatch):
-    monkeypatch.setattr(STAGE5, "flash_attn_func", None)
-    for name in ("sdpa", "explicit"):
-        assert chosen(name) == chosen(name, kind="cpu", mask=torch.zeros(1)) == name
-    assert chosen("triton") == "triton"
-    assert chosen("triton", kind="cpu", length=2000) == "sdpa"
-    assert chosen("triton", mask=torch.zeros(1)) == chosen("triton", dropout=0.1) == "sdpa"
-
-
-def test_flash_attn_gets_positions_before_heads_and_no_repeated_head(monkeypatch):
+def test_flash_attn_computes_16_bits_on_cuda_with_positions_before_heads(monkeypatch):
     """With a stand-in that has flash_attn_func's signature and alignment."""
 
     def stand_in(q, k, v, dropout_p=0.0, causal=False):
         assert causal and dropout_p == 0.0 and k.shape == v.shape == (2, 20, 2, 8)
         return sdpa(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
 
-    monkeypatch.setattr(STAGE5, "flash_attn_func", stand_in)
-    monkeypatch.setattr(STAGE5, "choose_attention", lambda *_: "flash_attn")
-    _, five = pair()
     q, k, v = torch.randn(2, 4, 7, 8), torch.randn(2, 2, 20, 8), torch.randn(2, 2, 20, 8)
-    out = five.model.layers[0].self_attn.eval().attend(q, k, v, None)
-    torch.testing.assert_close(out, explicit(q, k, v).float(), atol=1e-5, rtol=0)
+    monkeypatch.setattr(STAGE5, "flash_attn_func", stand_in)
+    for dtype in (torch.float16, torch.bfloat16):
+        out = STAGE5.attention(*(Cuda(x, dtype) for x in (q, k, v)), None, 0.0)
+        torch.testing.assert_close(out, explicit(q, k, v).float(), atol=1e-5, rtol=0)
+    exact = [Cuda(x, torch.float32) for x in (q, q)]
+    assert used(monkeypatch, *exact) == ["sdpa"]  # flash_attn knows 16 bits alone
+    monkeypatch.setattr(STAGE5, "flash_attn_func", None)
+    assert used(monkeypatch, *(Cuda(x, torch.bfloat16) for x in (q, q))) == ["sdpa"]
 
 
-def test_the_trainer_names_what_it_uses_and_refuses_what_is_not_here(run_train, workshop, capsys):
-    assert run_train("--stage", "5", "--steps", "2", "--model.attention", "sdpa", "--out", "run") == 0
-    assert "attention: sdpa" in capsys.readouterr().out
-    for name in ("flash_attn", "triton"):
-        assert run_train("--stage", "5", "--steps", "2", "--model.attention", name, "--out", "no") == 2
-        assert f"--model.attention {name}" in capsys.readouterr().err
-        assert not Path("no").exists()
-    assert run_train("--stage", "5", "--steps", "2", "--model.attention", "fast", "--out", "no") == 2
-    assert "auto, flash_attn, sdpa, explicit, triton" in capsys.readouterr().err
+def test_flash_attn_is_not_asked_for_what_it_does_not_know(monkeypatch):
+    """A mask of a cache's own and, in latent attention, values of another width than queries."""
+    mla = stages.load("stage7a_mla")
+    wide, narrow = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 6)
+    computed = []
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *_, **__: computed.append("sdpa"))
+    for stage in (STAGE5, mla):
+        monkeypatch.setattr(stage, "flash_attn_func", lambda *_, **__: computed.append("flash_attn"))
+        stage.attention(*(Cuda(wide, torch.bfloat16) for _ in range(3)), torch.zeros(5, 5), 0.0)
+    mla.attention(*(Cuda(x, torch.bfloat16) for x in (wide, wide, narrow)), None, 0.0)
+    assert computed == ["sdpa"] * 3
 
 
-def test_stages_without_the_choice_have_no_name_for_it():
-    four = STAGE4.GPTConfig(**SIZES)
-    assert stages.attention(STAGE4, four, torch.device("cpu"), torch.float32) is None
-    with pytest.raises(UserError, match="dropout"):
-        config = STAGE5.GPTConfig(**SIZES, attention="triton", dropout=0.1)
-        stages.attention(STAGE5, config, torch.device("cpu"), torch.float32)
+# --attention-kernel
 
 
-def test_the_kernels_limits_are_known_before_the_first_step():
-    on_cuda, cpu = SimpleNamespace(choose_attention=lambda name, *tensors: name), torch.device("cpu")
-    narrow = STAGE5.GPTConfig(**SIZES, attention="triton")
+def test_the_trainer_uses_the_kernel_and_names_it(run_train, workshop, capsys, use):
+    assert run_train("--stage", "5", "--steps", "2", "--log-every", "1", "--out", "own") == 0
+    assert "attention" not in capsys.readouterr().out
+    flags = ("--stage", "5", "--steps", "2", "--log-every", "1", "--attention-kernel", "tiled")
+    assert run_train(*flags, "--out", "tiled") == 0
+    assert "attention: tiled" in capsys.readouterr().out
+    assert STAGE5.attention.__module__ == "lab.attention"
+    losses = [[line["loss"] for line in metrics(folder)] for folder in ("own", "tiled")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--stage", "4", "--attention-kernel", "sdpa"], "--attention-kernel sdpa needs stage 5 or later"),
+        (["--stage", "5", "--attention-kernel", "triton"], "--attention-kernel triton needs CUDA, not cpu"),
+        (["--stage", "5", "--attention-kernel", "fast"], "fast"),
+        (["--stage", "5", "--attention-kernel", "tiled", "--model.dropout", "0.1"], "has no dropout"),
+        (
+            ["--stage", "7a", "--attention-kernel", "tiled", "--model.v-head-dim", "12"],
+            "needs queries and values of one width; here they have 8 and 12",
+        ),
+    ],
+)
+def test_a_kernel_that_cannot_be_used_is_refused_before_the_run(flags, message, run_train, workshop, capsys):
+    assert run_train(*flags, "--steps", "2", "--out", "no") == 2
+    assert message in capsys.readouterr().err
+    assert not Path("no").exists()
+
+
+def test_the_triton_kernels_limits_are_known_before_the_first_step():
+    narrow = STAGE5.GPTConfig(**SIZES)
     with pytest.raises(UserError, match="16 to 128 dimensions; here they have 8"):
-        stages.attention(on_cuda, narrow, cpu, torch.float32)
-    sizes = {"n_layer": 2, "n_head": 4, "n_embd": 128, "v_head_dim": 12}  # queries have 32
-    uneven = stages.load("stage7_mla_mtp").GPTConfig(**sizes, attention="flash_attn")
-    with pytest.raises(UserError, match="queries and values of one width; here they have 32 and 12"):
-        stages.attention(on_cuda, uneven, cpu, torch.float32)
+        attention.use("triton", STAGE5, narrow, torch.device("cuda"))
 
 
 # tiled.py

@@ -20,7 +20,7 @@ from typing import Literal
 
 import torch
 
-from lab import cli, device, stages
+from lab import attention, cli, device, stages
 from lab.storage import runs
 from lab.training import optim, presets
 
@@ -32,7 +32,7 @@ class Settings:
     """Measures one stage at one context and prints a line of JSON."""
 
     stage: str
-    """Stage: its number or its folder's name."""
+    """Stage: its number or name."""
     what: Literal["training", "decoding"] = "training"
     """training: optimizer steps. decoding: tokens one by one, until the context is full."""
     context: int = 64
@@ -41,8 +41,8 @@ class Settings:
     """Sequences."""
     model: str | None = None
     """Sizes of the model as JSON, as in a run's config.json. None: the laptop preset's."""
-    attention: str | None = None
-    """Stage 5 on: what computes attention; "tiled" is stage5_flash/tiled.py. None: auto."""
+    attention_kernel: Literal["auto", "explicit", "sdpa", "tiled", "triton"] = "auto"
+    """As in train.py."""
     device: str = "auto"
     """cuda, mps or cpu; auto: the first of these that is present."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -75,11 +75,9 @@ def main():
     stage = stages.load(stages.find(settings.stage))
     sizes = json.loads(settings.model) if settings.model else LAPTOP
     sizes |= {"block_size": settings.context, "dropout": 0.0}
-    if settings.attention == "tiled":
-        use_tiled(stage)
-    elif settings.attention:
-        sizes["attention"] = settings.attention
-    model = stage.GPT(stage.GPTConfig(**sizes)).to(where)
+    config = stage.GPTConfig(**sizes)
+    attention.use(settings.attention_kernel, stage, config, where)
+    model = stage.GPT(config).to(where)
     idx = torch.randint(model.config.vocab_size, (settings.batch_size, settings.context + 1), device=where)
     autocast = device.autocast(where, dtype)
     before = device.peak_memory(where)
@@ -128,16 +126,6 @@ def decoding(model, idx, steps, where) -> tuple[list[float], int]:
         device.synchronize(where)
         seconds.append(time.perf_counter() - started)
     return seconds[1:], len(idx)
-
-
-def use_tiled(stage) -> None:
-    """Replaces the stage's attention call by the algorithm written out in PyTorch."""
-    from stage5_flash.tiled import tiled_attention
-
-    def attend(self, q, k, v, mask):
-        return tiled_attention(q, k, v, 128, 128)
-
-    stage.Attention.attend = attend
 
 
 if __name__ == "__main__":

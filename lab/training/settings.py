@@ -24,7 +24,7 @@ class Settings(Generic[ModelConfig]):
     model: ModelConfig
     """Sizes of the model; what is left out follows from the rest."""
     stage: str
-    """Stage to train: its number or its folder's name. With --resume or --init-from that of the run."""
+    """Stage to train: its number or name. With --resume or --init-from that of the run."""
     data: str = "tinyshakespeare"
     """tinyshakespeare, openshakespeare, openwebtext, or a path: a file of UTF-8 text, .jsonl or .parquet, or
     a folder of them."""
@@ -44,6 +44,9 @@ class Settings(Generic[ModelConfig]):
     """Keep only the inputs of blocks for the backward pass: less memory, a third more arithmetic."""
     compile: bool = False
     """Compile the model with torch.compile; by default on CUDA only."""
+    attention_kernel: Literal["auto", "explicit", "sdpa", "tiled", "triton"] = "auto"
+    """What computes attention from stage 5 on. auto: what the stage's own code chooses; tiled and triton:
+    stage5_flash/tiled.py and kernel.py."""
     steps: int = 2000
     """Optimizer steps."""
     batch_size: int = 12
