@@ -22,9 +22,9 @@ from lab.training import log, optim, presets, run_plots
 
 CPU = torch.device("cpu")
 VARIANTS = {
-    "no balancing": ["--model.router-aux-loss-coef", "0"],
-    "balance loss": [],
-    "bias": ["--model.router", "sigmoid"],
+    "softmax, no balancing": ["--model.router", "softmax", "--model.router-aux-loss-coef", "0"],
+    "softmax, balance loss": ["--model.router", "softmax"],
+    "sigmoid, bias": [],
 }
 LESSON = stages.ROOT / "stage6_moe"
 
@@ -83,7 +83,7 @@ def train(name: str, flags: list[str], n_seeds: int) -> list[list[dict]]:
     """The metrics of a variant's runs of the laptop preset, by seed; trained now where they are missing."""
     histories = []
     for seed in range(n_seeds):
-        folder = runs.RUNS / "moe" / f"{name.replace(' ', '-')}-seed{seed}"
+        folder = runs.RUNS / "moe" / f"{name.replace(', ', '-').replace(' ', '-')}-seed{seed}"
         if not flags:  # compare.py trains it
             folder = runs.RUNS / "compare" / "laptop" / f"stage6_moe-tinyshakespeare-seed{seed}"
         if not (folder / "sample.txt").exists():
@@ -144,7 +144,8 @@ def mixtures(dtype: torch.dtype, n_experts: int, k: int, make_other, width: int 
     stage = stages.load("stage6_moe")
     sizes = {"n_embd": 128, "n_head": 4, "n_routed_experts": n_experts, "num_experts_per_tok": k}
     width = width or stage.GPTConfig(**sizes).moe_intermediate_size
-    made = stage.MoE(stage.GPTConfig(n_shared_experts=0, moe_intermediate_size=width, **sizes)).eval()
+    sizes |= {"n_shared_experts": 0, "router": "softmax"}  # as in Mixtral
+    made = stage.MoE(stage.GPTConfig(moe_intermediate_size=width, **sizes)).eval()
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     made = made.to(dtype)
@@ -165,13 +166,13 @@ def loop_over_experts(made):
 
     def forward(x):
         tokens = x.flatten(0, 1)
-        weights, chosen = made.gate(tokens)
+        weights, indices = made.gate(tokens)
         y = torch.zeros_like(tokens)
         for expert in range(len(made.experts.down_proj)):
-            token, place = (chosen == expert).nonzero(as_tuple=True)
+            token, place = (indices == expert).nonzero(as_tuple=True)
             gate, up = F.linear(tokens[token], made.experts.gate_up_proj[expert]).chunk(2, dim=-1)
-            answer = F.linear(F.silu(gate) * up, made.experts.down_proj[expert])
-            y = y.index_add(0, token, (answer * weights[token, place, None]).to(y.dtype))
+            output = F.linear(F.silu(gate) * up, made.experts.down_proj[expert])
+            y = y.index_add(0, token, (output * weights[token, place, None]).to(y.dtype))
         return y.view_as(x)
 
     return forward

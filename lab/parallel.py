@@ -239,15 +239,16 @@ def recomputed(forward: Callable, options: dict, *inputs):
 
 
 def only_once(router: torch.nn.Module) -> tuple:
-    """Contexts for a block's computation and its repetition: the repetition counts no tokens of experts."""
+    """Contexts for a block's forward pass and its repetition, which must not count tokens again."""
 
     @contextlib.contextmanager
     def uncounted():
-        before = router.watched.clone()
+        before = router.tokens_per_expert.clone(), router.entropy.clone()
         try:
             yield
         finally:  # it ends in an exception as soon as all is there that the backward pass needs
-            router.watched.copy_(before)
+            for statistic, value in zip((router.tokens_per_expert, router.entropy), before, strict=True):
+                statistic.copy_(value)
             router.balance_loss = None
 
     return contextlib.nullcontext(), uncounted()

@@ -1,8 +1,8 @@
 """Stage 6: mixture of experts: many small MLPs instead of one, and each token uses a few of them.
 
-Idea: a router scores the experts for each token; the best few answer, weighted, and the shared ones always.
+Idea: a router scores the experts for each token; the outputs of the best few are added up, weighted.
 Papers: Switch, arXiv 2101.03961; Mixtral, 2401.04088; DeepSeekMoE, 2401.06066; DeepSeek-V3, 2412.19437.
-Changed: the MLP, and what keeps the experts equally busy: a loss (softmax router) or a bias (sigmoid router).
+Changed: the MLP, and what keeps the experts equally busy: a bias (sigmoid router) or a loss (softmax router).
 It should buy a lower loss for the same arithmetic a token, paid with memory: most parameters sit idle.
 """
 
@@ -45,8 +45,6 @@ class GPTConfig:
     """Width of the MLP. None: 8/3 of n_embd, rounded up to a multiple of 8."""
     rope_theta: float = 10000.0
     """Base of the frequencies: pairs turn fully every 2π to almost 2π · rope_theta tokens."""
-    attention: str = "auto"
-    """What computes attention: auto, flash_attn, sdpa, explicit or triton."""
     n_routed_experts: int = 8
     """Number of experts to choose from, in each layer."""
     num_experts_per_tok: int = 2
@@ -57,14 +55,14 @@ class GPTConfig:
     """Width of an expert. None: such that those of a token are together as wide as intermediate_size."""
     first_k_dense_replace: int = 0
     """Number of layers, from the first, that keep a dense MLP."""
-    router: str = "softmax"
-    """softmax (balanced by a loss) or sigmoid (balanced by a bias)."""
+    router: str = "sigmoid"
+    """sigmoid (balanced by a bias, as DeepSeek-V3) or softmax (balanced by a loss, as Switch and Mixtral)."""
     routed_scaling_factor: float = 1.0
-    """Factor of what the routed experts answer."""
+    """Factor of the routed experts' output."""
     router_aux_loss_coef: float = 0.01
     """Weight of the softmax router's balance loss."""
     bias_update_speed: float = 0.001
-    """Step of the sigmoid router's biases, taken once an optimizer step."""
+    """How far a bias of the sigmoid router moves at each optimizer step."""
 
     def __post_init__(self):
         if self.n_kv_head is None:
@@ -85,9 +83,6 @@ class GPTConfig:
             raise ValueError(f"n_head ({self.n_head}) must be divisible by n_kv_head ({self.n_kv_head})")
         if self.n_embd // self.n_head % 2:
             raise ValueError(f"n_embd / n_head ({self.n_embd} / {self.n_head}) must be even, for pairs")
-        implementations = ("auto", "flash_attn", "sdpa", "explicit", "triton")
-        if self.attention not in implementations:
-            raise ValueError(f"attention must be one of {', '.join(implementations)}, not {self.attention!r}")
         for name in ("num_experts_per_tok", "moe_intermediate_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
@@ -132,7 +127,7 @@ class KVCache:
         return torch.arange(self.length, self.length + n_new, device=self.keys.device)
 
     def mask(self, n_new):
-        """Additive mask of the next n_new queries against all keys; None: what causal_mask makes."""
+        """Additive mask of the next n_new queries against all keys; None: causal."""
         return None
 
     def update(self, layer_idx, k, v):
@@ -185,15 +180,34 @@ def rotate(x, rope):
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).type_as(x)
 
 
-def choose_attention(name, q, k, mask, dropout):
-    """The implementation of attention for q and k: the requested one if available, otherwise the fastest."""
-    if name in ("sdpa", "explicit") or (name == "triton" and q.is_cuda and mask is None and not dropout):
-        return name
+def attention(q, k, v, mask, dropout):
+    """q (B, n_head, T, head_dim), k and v (B, n_kv_head, S, head_dim) -> (B, n_head, T, head_dim).
+
+    mask (T, S) is added to the scores (None: a causal one); dropout is the probability of dropping a weight.
+    """
+    T, S = q.size(2), k.size(2)
     if flash_attn_func and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and mask is None:
-        return "flash_attn"
-    # On a CPU the backward of SDPA is slower than that of written-out attention at short contexts.
-    short = q.device.type == "cpu" and torch.is_grad_enabled() and k.size(2) <= 512
-    return "explicit" if short else "sdpa"
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # positions before heads
+        return flash_attn_func(q, k, v, dropout, causal=True).transpose(1, 2)
+    if q.device.type == "cpu" and torch.is_grad_enabled() and S <= 512:  # SDPA's backward is slower there
+        return explicit_attention(q, k, v, mask, dropout)
+    if mask is None and 1 < T < S:  # SDPA's is_causal would align the first query with the first key
+        mask = causal_mask(T, S, q.device)
+    if mask is not None:
+        return F.scaled_dot_product_attention(q, k, v, mask.to(q.dtype), dropout, enable_gqa=True)
+    return F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal=T > 1, enable_gqa=True)
+
+
+def explicit_attention(q, k, v, mask, dropout):
+    """The same by storing the score matrix, as in stage 4."""
+    if mask is None:
+        mask = causal_mask(q.size(2), k.size(2), q.device)
+    repeats = q.size(1) // k.size(1)  # query heads to a key/value head
+    k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)  # k0, k0, k1, k1
+    # Scaling q instead of the scores gives the same numbers for fewer multiplications.
+    scores = (q * q.size(3) ** -0.5) @ k.transpose(2, 3) + mask  # (B, n_head, T, S)
+    weights = F.dropout(F.softmax(scores, dim=-1), dropout)
+    return weights @ v
 
 
 class Attention(nn.Module):
@@ -207,8 +221,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.n_embd, config.n_kv_head * self.head_dim, bias=False)
         self.v_proj = nn.Linear(config.n_embd, config.n_kv_head * self.head_dim, bias=False)
         self.o_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
-        self.dropout = nn.Dropout(config.dropout)
-        self.attention = config.attention
+        self.dropout = config.dropout
 
     def forward(self, x, rope, mask, cache):
         B, T, _ = x.shape
@@ -218,30 +231,8 @@ class Attention(nn.Module):
         q, k = rotate(q, rope), rotate(k, rope)
         if cache is not None:
             k, v = cache.update(self.layer_idx, k, v)  # (B, n_kv_head, S, head_dim), S = T + tokens before
-        return self.o_proj(self.attend(q, k, v, mask).transpose(1, 2).reshape(B, T, -1))
-
-    def attend(self, q, k, v, mask):
-        """q (B, n_head, T, head_dim), k and v (B, n_kv_head, S, head_dim) -> (B, n_head, T, head_dim)."""
-        p = self.dropout.p if self.training else 0.0
-        name = choose_attention(self.attention, q, k, mask, p)
-        if name == "flash_attn":  # causal means lower-right here; heads come after positions
-            return flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), p, causal=True).transpose(1, 2)
-        if name == "triton":
-            from stage5_flash.kernel import triton_attention
-
-            return triton_attention(q, k, v)
-        T, S = q.size(2), k.size(2)
-        if name == "sdpa" and mask is None and T in (1, S):  # its is_causal means upper-left
-            return F.scaled_dot_product_attention(q, k, v, None, p, is_causal=T > 1, enable_gqa=True)
-        mask = causal_mask(T, S, q.device) if mask is None else mask
-        if name == "sdpa":
-            return F.scaled_dot_product_attention(q, k, v, mask.to(q.dtype), p, enable_gqa=True)
-        repeats = q.size(1) // k.size(1)  # query heads to a key/value head
-        k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)  # k0, k0, k1, k1
-        # Scaling q instead of the scores gives the same numbers for fewer multiplications.
-        scores = (q * self.head_dim**-0.5) @ k.transpose(2, 3) + mask  # (B, n_head, T, S)
-        weights = self.dropout(F.softmax(scores, dim=-1))
-        return weights @ v
+        y = attention(q, k, v, mask, self.dropout if self.training else 0.0)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, n_embd)
 
 
 class MLP(nn.Module):
@@ -258,49 +249,67 @@ class MLP(nn.Module):
 
 
 class Router(nn.Module):
-    """Chooses the experts of each token and weighs them; `watched` counts tokens and sums the entropy."""
+    """Scores the experts for each token and chooses the best few."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.n_embd))
-        if config.router == "sigmoid":  # part of the model: with other biases it chooses other experts
+        if config.router == "sigmoid":  # saved with the model: other biases would choose other experts
             self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
-        self.register_buffer("watched", torch.zeros(config.n_routed_experts + 1), persistent=False)
+        # Statistics since the last optimizer step.
+        self.register_buffer("tokens_per_expert", torch.zeros(config.n_routed_experts), persistent=False)
+        self.register_buffer("entropy", torch.zeros(()), persistent=False)  # sum over this process's tokens
 
     def forward(self, x):
-        """x (N, n_embd) -> weights and numbers of the chosen experts, both (N, num_experts_per_tok)."""
+        """x (N, n_embd) -> weights and indices of the chosen experts, both (N, num_experts_per_tok)."""
+        k = self.config.num_experts_per_tok
         with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):  # rounding could reroute
             logits = F.linear(x.float(), self.weight.float())  # (N, n_routed_experts)
         if self.config.router == "softmax":
-            scores = probs = F.softmax(logits, dim=-1)
-            weights, chosen = scores.topk(self.config.num_experts_per_tok, dim=-1)
+            probs = F.softmax(logits, dim=-1)
+            weights, indices = probs.topk(k, dim=-1)
         else:
             scores = logits.sigmoid()
             probs = scores / scores.sum(-1, keepdim=True)
-            biased = scores + self.e_score_correction_bias  # chooses, but does not weigh
-            chosen = biased.topk(self.config.num_experts_per_tok, dim=-1).indices
-            weights = scores.gather(1, chosen)
-        if self.config.num_experts_per_tok > 1:  # a lone weight of 1 would teach the router nothing
+            indices = (scores + self.e_score_correction_bias).topk(k, dim=-1).indices
+            weights = scores.gather(1, indices)  # without the bias, which only takes part in the choice
+        if k > 1:  # a single weight would always be 1 and teach the router nothing
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         if self.training:
-            self.watch(probs, chosen)
-        return weights * self.config.routed_scaling_factor, chosen
+            tokens = self.count(probs, indices)
+            if self.config.router == "softmax":
+                self.balance_loss = balance_loss(probs, tokens)
+        return weights * self.config.routed_scaling_factor, indices
 
-    def watch(self, probs, chosen):
-        """Counts the tokens of each expert, of all processes; prepares Switch's balance loss (eq. 4 – 6)."""
-        seen = torch.zeros_like(self.watched)
-        seen.scatter_add_(0, chosen.flatten(), seen.new_ones(()).expand(chosen.numel()))
-        seen[-1] = -(probs * probs.clamp_min(1e-20).log()).sum().detach()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(seen)
-        self.watched += seen
-        load = seen[:-1] / seen[:-1].sum()  # each expert's share; a count carries no gradient
-        self.balance_loss = len(load) * (load * probs.mean(0)).sum()  # 1 when all are equally busy
+    @torch.no_grad()
+    def count(self, probs, indices):
+        """Adds to the statistics; returns how many tokens chose each expert: (n_routed_experts,)."""
+        tokens = torch.zeros_like(self.tokens_per_expert)
+        tokens.scatter_add_(0, indices.flatten(), torch.ones_like(indices.flatten(), dtype=tokens.dtype))
+        tokens = sum_over_processes(tokens)
+        self.tokens_per_expert += tokens
+        self.entropy -= (probs * probs.clamp_min(1e-20).log()).sum()
+        return tokens
+
+
+def sum_over_processes(x):
+    """The sum of x over the processes that train together."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(x)
+    return x
+
+
+def balance_loss(probs, tokens):
+    """1 if all experts are equally busy, more if not (Switch, arXiv 2101.03961, equations 4 to 6).
+
+    probs (N, n_routed_experts) carry the gradient; tokens (n_routed_experts,), the counts, carry none.
+    """
+    return len(tokens) * (tokens / tokens.sum() * probs.mean(0)).sum()
 
 
 class Experts(nn.Module):
-    """The routed experts' weights, one matrix above the other; each expert is a SwiGLU as in MLP."""
+    """The routed experts, each a SwiGLU as in MLP. Their matrices are stacked."""
 
     def __init__(self, config):
         super().__init__()
@@ -308,46 +317,60 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * width, d))
         self.down_proj = nn.Parameter(torch.empty(E, d, width))
 
-    def forward(self, x, weights, chosen):
-        """x (N, n_embd), weights and chosen (N, k) -> (N, n_embd): the experts' answers, weighted."""
-        N, k = chosen.shape
-        if x.is_cuda and torch.is_autocast_enabled("cuda"):  # it leaves grouped_mm alone; on a CPU so do we
+    def forward(self, x, weights, indices):
+        """x (N, n_embd), weights and indices (N, k) -> (N, n_embd): the sum of the weighted outputs."""
+        if x.is_cuda and torch.is_autocast_enabled("cuda"):  # autocast does not know grouped_mm
             x = x.to(torch.get_autocast_dtype("cuda"))
-        gate_up, down = self.gate_up_proj.mT.to(x.dtype), self.down_proj.mT.to(x.dtype)
-        if not grouped_mm_takes(x, down):  # every expert for every token, and 0 for those not chosen
-            gate, up = (x @ gate_up).chunk(2, dim=-1)  # (E, N, width)
-            all_weights = weights.new_zeros(N, len(down)).scatter(1, chosen, weights)
-            y = (F.silu(gate) * up @ down) * all_weights.T.unsqueeze(-1)  # (E, N, n_embd)
-            return y.sum(0).type_as(x)
-        chosen, order = chosen.flatten().sort(stable=True)  # the N · k choices, expert by expert
-        ends = torch.bucketize(torch.arange(len(down), device=x.device), chosen, right=True, out_int32=True)
-        x = x.repeat_interleave(k, dim=0).index_select(0, order)  # (N · k, n_embd)
-        gate, up = F.grouped_mm(x, gate_up, offs=ends).chunk(2, dim=-1)  # offs: where each expert's rows end
-        y = F.grouped_mm(F.silu(gate) * up, down, offs=ends)  # (N · k, n_embd)
-        y = y.index_select(0, order.argsort()).view(N, k, -1)  # back in the order of the tokens
-        return (y * weights.unsqueeze(-1)).sum(1).type_as(x)
+        gate_up, down = self.gate_up_proj.mT.to(x.dtype), self.down_proj.mT.to(x.dtype)  # (E, in, out)
+        if grouped_mm_takes(x, down):
+            return grouped_experts(x, weights, indices, gate_up, down)
+        return dense_experts(x, weights, indices, gate_up, down)
 
 
 def grouped_mm_takes(x, weight):
-    """Whether torch.nn.functional.grouped_mm, which PyTorch 2.9 has not, takes x and weight (E, in, out)."""
+    """Whether F.grouped_mm, which PyTorch 2.9 does not have, can multiply x by weight (E, in, out)."""
     aligned = hasattr(F, "grouped_mm") and all(n * x.element_size() % 16 == 0 for n in weight.shape[1:])
     eager = x.device.type in ("cpu", "cuda") and not torch.compiler.is_compiling()
     return aligned and x.device.type != "mps" and (x.dtype == torch.bfloat16 or eager)
 
 
+def grouped_experts(x, weights, indices, gate_up, down):
+    """Each expert computes its own tokens: one matrix product over all rows, grouped by expert."""
+    N, k = indices.shape
+    experts, order = indices.flatten().sort(stable=True)  # the N · k choices, expert by expert
+    x = x.repeat_interleave(k, dim=0).index_select(0, order)  # (N · k, n_embd)
+    all_experts = torch.arange(len(down), device=x.device)
+    ends = torch.searchsorted(experts, all_experts, right=True, out_int32=True)  # where each one's rows end
+    gate, up = F.grouped_mm(x, gate_up, offs=ends).chunk(2, dim=-1)
+    y = F.grouped_mm(F.silu(gate) * up, down, offs=ends)  # (N · k, n_embd)
+    y = y.index_select(0, order.argsort()).view(N, k, -1)  # back in the order of the tokens
+    return (y * weights.unsqueeze(-1)).sum(1).type_as(x)
+
+
+def dense_experts(x, weights, indices, gate_up, down):
+    """Every expert computes every token, with a weight of 0 where it was not chosen."""
+    all_weights = weights.new_zeros(len(x), len(down)).scatter(1, indices, weights)  # (N, E)
+    gate, up = (x @ gate_up).chunk(2, dim=-1)  # (E, N, width)
+    y = (F.silu(gate) * up) @ down  # (E, N, n_embd)
+    return (y * all_weights.T.unsqueeze(-1)).sum(0).type_as(x)
+
+
 class MoE(nn.Module):
-    """Mixture of experts in the place of an MLP."""
+    """Mixture of experts in place of an MLP: the chosen experts, and the shared ones."""
 
     def __init__(self, config):
         super().__init__()
         self.gate = Router(config)
         self.experts = Experts(config)
-        width = config.n_shared_experts * config.moe_intermediate_size  # together one MLP
-        self.shared_experts = MLP(replace(config, intermediate_size=width)) if width else None
+        self.shared_experts = None
+        if config.n_shared_experts:  # together one wider MLP
+            width = config.n_shared_experts * config.moe_intermediate_size
+            self.shared_experts = MLP(replace(config, intermediate_size=width))
 
     def forward(self, x):
         tokens = x.flatten(0, 1)  # (N, n_embd), N = B · T
-        y = self.experts(tokens, *self.gate(tokens)).view_as(x)
+        weights, indices = self.gate(tokens)
+        y = self.experts(tokens, weights, indices).view_as(x)
         return y if self.shared_experts is None else y + self.shared_experts(x)
 
 
@@ -394,11 +417,9 @@ class GPT(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, Experts):
                 nn.init.normal_(module.gate_up_proj, std=0.02)
-        for layer in self.model.layers:
-            mlps = [module for module in layer.modules() if isinstance(module, (MLP, Experts))]
-            for projection in (layer.self_attn.o_proj, *(mlp.down_proj for mlp in mlps)):
-                matrix = getattr(projection, "weight", projection)
-                nn.init.normal_(matrix, std=0.02 / math.sqrt(2 * self.config.n_layer))
+        for name, weight in self.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj")):
+                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
 
     def new_cache(self, batch_size, max_length):
         """An empty KVCache for batch_size sequences of up to max_length tokens."""
@@ -427,7 +448,7 @@ class GPT(nn.Module):
         losses = {}
         if targets is not None:
             losses["next_token"] = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
-            if self.training and self.config.router == "softmax":
+            if self.training and self.config.router == "softmax":  # the mean over layers; Switch adds them up
                 balance = torch.stack([router.balance_loss for router in self.routers()]).mean()
                 losses["balance"] = self.config.router_aux_loss_coef * balance
         for router in self.routers():
@@ -442,12 +463,15 @@ class GPT(nn.Module):
     def after_step(self):
         """Call it after each optimizer step: moves the biases of sigmoid routers towards balance.
 
-        Returns, for each router, the tokens of each expert since then and the mean entropy of its scores.
+        Returns, for each router, the tokens of each expert since the last call and the mean entropy of its
+        probabilities.
         """
-        tokens, entropy = torch.stack([router.watched for router in self.routers()]).tensor_split([-1], dim=1)
+        tokens = torch.stack([router.tokens_per_expert for router in self.routers()])
+        entropy = sum_over_processes(torch.stack([router.entropy for router in self.routers()]))
         for router, n in zip(self.routers(), tokens, strict=True):
             if self.config.router == "sigmoid":
                 router.e_score_correction_bias += self.config.bias_update_speed * (n.mean() - n).sign()
-            router.watched.zero_()
-        entropy = entropy.squeeze(1) / tokens.sum(1) * self.config.num_experts_per_tok
-        return {"expert_tokens": tokens, "router_entropy": entropy}
+            router.tokens_per_expert.zero_()
+            router.entropy.zero_()
+        mean_entropy = entropy / tokens.sum(1) * self.config.num_experts_per_tok
+        return {"expert_tokens": tokens, "router_entropy": mean_entropy}

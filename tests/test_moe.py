@@ -1,4 +1,4 @@
-"""Stage 6: routing, the fast path against a plain loop over experts, balancing, and what is watched."""
+"""Stage 6: routing, the fast path against a plain loop over experts, balancing, and statistics."""
 
 import copy
 import math
@@ -19,7 +19,7 @@ needs_grouped_mm = pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="PyTo
 
 
 def config(**sizes):
-    return STAGE6.GPTConfig(**SIZES | sizes)
+    return STAGE6.GPTConfig(**SIZES | {"router": "softmax"} | sizes)
 
 
 def moe(**sizes):
@@ -35,15 +35,15 @@ def moe(**sizes):
 
 def loop(made, x):
     """The mixture, one expert after the other: the reference."""
-    weights, chosen = made.gate(x.flatten(0, 1))
+    weights, indices = made.gate(x.flatten(0, 1))
     y = torch.zeros_like(x.flatten(0, 1))
     for expert, (gate_up, down) in enumerate(
         zip(made.experts.gate_up_proj, made.experts.down_proj, strict=True)
     ):
-        token, place = (chosen == expert).nonzero(as_tuple=True)
+        token, place = (indices == expert).nonzero(as_tuple=True)
         gate, up = (x.flatten(0, 1)[token] @ gate_up.T).chunk(2, dim=-1)
-        answer = (F.silu(gate) * up) @ down.T
-        y = y.index_add(0, token, answer * weights[token, place, None])
+        output = (F.silu(gate) * up) @ down.T
+        y = y.index_add(0, token, output * weights[token, place, None])
     shared = 0 if made.shared_experts is None else made.shared_experts(x)
     return y.view_as(x) + shared
 
@@ -116,9 +116,9 @@ def test_an_expert_without_tokens_answers_nothing_and_gets_no_gradient(router):
     made, x = moe(router=router, n_shared_experts=0), torch.randn(1, 1, 32)
     results = with_gradients(made, made, x)
     assert all(result.isfinite().all() for result in results)
-    _, chosen = made.gate(x.flatten(0, 1))
+    _, indices = made.gate(x.flatten(0, 1))
     by_expert = torch.autograd.grad(made(x).square().sum(), made.experts.down_proj)[0].abs().sum((1, 2))
-    assert (by_expert > 0).nonzero().flatten().tolist() == sorted(chosen.flatten().tolist())
+    assert (by_expert > 0).nonzero().flatten().tolist() == sorted(indices.flatten().tolist())
     assert_close(results, with_gradients(lambda x: loop(made, x), made, x))
 
 
@@ -149,11 +149,15 @@ def test_a_compiled_model_agrees_with_eager_in_both_precisions(router):
             gradients = torch.autograd.grad(sum(losses.values()), list(model.parameters()))
             results.append([*losses.values(), *gradients])
         assert_close(*results, tolerance=1e-5 if dtype == torch.float32 else 2e-3)
-        watched = model.after_step()["expert_tokens"]
-        assert watched.sum().item() == 2 * 2 * 2 * 2 * 16  # both runs were counted
+        tokens = model.after_step()["expert_tokens"]
+        assert tokens.sum().item() == 2 * 2 * 2 * 2 * 16  # both runs were counted
 
 
 # The routers
+
+
+def test_the_default_router_is_that_of_stage_7():
+    assert STAGE6.GPTConfig().router == stages.load("stage7_mla_mtp").GPTConfig().router == "sigmoid"
 
 
 def test_one_expert_without_a_choice_is_the_dense_mlp():
@@ -175,13 +179,13 @@ def test_a_dense_layer_first_is_stage_5s():
     assert len(model.routers()) == 1
 
 
-def test_softmax_weights_are_those_of_the_chosen_alone():
+def test_softmax_weights_are_those_of_the_indices_alone():
     router = moe().gate
     x = torch.randn(20, 32)
     logits = x @ router.weight.T
     best, expected = logits.topk(2, dim=-1)
-    weights, chosen = router(x)
-    assert torch.equal(chosen, expected)
+    weights, indices = router(x)
+    assert torch.equal(indices, expected)
     torch.testing.assert_close(weights, best.softmax(-1))
 
 
@@ -189,10 +193,10 @@ def test_the_sigmoid_routers_bias_chooses_but_does_not_weigh():
     router = moe(router="sigmoid", routed_scaling_factor=2.5).gate
     x = torch.randn(200, 32)
     scores = (x @ router.weight.T).sigmoid()
-    weights, chosen = router(x)
-    assert torch.equal(chosen, (scores + router.e_score_correction_bias).topk(2, dim=-1).indices)
-    assert not torch.equal(chosen, scores.topk(2, dim=-1).indices)
-    picked = scores.gather(1, chosen)
+    weights, indices = router(x)
+    assert torch.equal(indices, (scores + router.e_score_correction_bias).topk(2, dim=-1).indices)
+    assert not torch.equal(indices, scores.topk(2, dim=-1).indices)
+    picked = scores.gather(1, indices)
     torch.testing.assert_close(weights, 2.5 * picked / picked.sum(-1, keepdim=True))
 
 
@@ -296,8 +300,8 @@ def test_the_balance_loss_teaches_the_router_alone_to_spread():
     busiest = []
     for _ in range(60):
         made(x)
-        busiest.append((made.gate.watched[:-1].max() / made.gate.watched[:-1].sum()).item())
-        made.gate.watched.zero_()
+        busiest.append((made.gate.tokens_per_expert.max() / made.gate.tokens_per_expert.sum()).item())
+        made.gate.tokens_per_expert.zero_()
         optimizer.zero_grad()
         made.gate.balance_loss.backward()
         optimizer.step()
@@ -308,7 +312,7 @@ def test_evaluation_has_no_balance_loss_and_counts_nothing():
     model = STAGE6.GPT(config()).eval()
     idx = torch.randint(65, (2, 16))
     assert set(model(idx, targets=idx)[1]) == {"next_token"}
-    assert not any(router.watched.any() for router in model.routers())
+    assert not any(router.tokens_per_expert.any() or router.entropy for router in model.routers())
     assert set(model.train()(idx, targets=idx)[1]) == {"next_token", "balance"}
     assert set(STAGE6.GPT(config(router="sigmoid")).train()(idx, targets=idx)[1]) == {"next_token"}
 
@@ -327,13 +331,13 @@ def test_the_bias_moves_towards_balance_once_a_step_by_its_speed():
     for part in idx.split(2):  # two micro-batches, one step
         train_step(model, part)
     model.eval()(idx)  # an evaluation between is not counted
-    counts = torch.stack([router.watched[:-1] for router in model.routers()]).clone()
+    counts = torch.stack([router.tokens_per_expert for router in model.routers()]).clone()
     assert counts.sum().item() == 2 * 4 * 16 * 2
-    watched = model.after_step()
-    assert torch.equal(watched["expert_tokens"], counts)
+    statistics = model.after_step()
+    assert torch.equal(statistics["expert_tokens"], counts)
     for router, n in zip(model.routers(), counts, strict=True):
         torch.testing.assert_close(router.e_score_correction_bias, 0.001 * (n.mean() - n).sign())
-        assert not router.watched.any()
+        assert not router.tokens_per_expert.any() and not router.entropy
 
 
 def test_the_bias_balances_where_no_loss_does():
@@ -400,7 +404,8 @@ def test_a_run_resumes_with_its_biases(run_train, workshop, monkeypatch, router)
 
 
 def test_what_the_routers_do_is_in_the_metrics_and_in_a_picture(run_train, workshop, capsys):
-    assert run_train("--stage", "6", "--steps", "6", "--log-every", "2", "--out", "run") == 0
+    flags = ("--stage", "6", "--model.router", "softmax", "--steps", "6", "--log-every", "2")
+    assert run_train(*flags, "--out", "run") == 0
     for record in metrics("run"):
         assert [sum(layer) for layer in record["expert_tokens"]] == [2 * 4 * 8] * 2
         assert len(record["router_entropy"]) == 2 and 0 < record["router_entropy"][0] <= math.log(8) + 1e-4
