@@ -1,13 +1,11 @@
-"""Measures stage 7: what each of its two ideas does to the loss, decoding in both forms, and drafting.
+"""Measures stages 7a and 7: the time of a training step, decoding in both forms, and drafting.
 
-python -m benchmarks.mla            writes the part "mla" of results/results.json, training what is missing in
-                                 runs/mla/; then python -m lab.pages.lessons
-It reads the runs of stage 7 that compare.py made, and those of stage 6 with the bias of moe.py.
+python -m benchmarks.mla writes the part "mla" of results/results.json; then `python -m lab.pages.lessons`
+writes the tables into the lesson. For drafting it needs the run of stage 7 that compare.py makes.
 """
 
 import json
 import statistics
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -15,45 +13,30 @@ from pathlib import Path
 
 import torch
 
-import train
 from benchmarks import moe
 from lab import cli, device, stages
-from lab.comparison import spread
 from lab.pages import lessons
 from lab.sampling import generation
 from lab.storage import runs
-from lab.training import log, presets
+from lab.training import presets
 
 CPU = torch.device("cpu")
-VARIANTS = {
-    "mla-alone": ["--model.num-nextn-predict-layers", "0"],
-    "mtp-alone": ["--model.qk-rope-head-dim", "32"],  # stage 6's attention rotates all of a head
-}
 PROMPTS = ("ROMEO:\n", "JULIET:\n", "What, ", "KING RICHARD III:\nNow is the ", "The ")
 DRAFTED = 400  # tokens after each
 
 
 @dataclass
 class Settings:
-    """Measures stage 7."""
+    """Measures stages 7a and 7."""
 
-    seeds: int = 3
-    """Runs of each variant."""
     rounds: int = 7
     """Times that each speed is measured, in turn; medians are reported."""
-    variant: str | None = None
-    """Train this variant alone (mla-alone or mtp-alone) with seed --seed, and measure nothing."""
-    seed: int = 0
-    """Seed of --variant."""
     drafts_of: str | None = None
     """Measure the drafts of this run of stage 7 alone, and keep the other figures."""
 
 
 def main():
     settings = cli.parse_flags(Settings, sys.argv[1:])
-    if settings.variant:
-        train_variant(settings.variant, settings.seed)
-        return
     device.prepare(CPU)
     if settings.drafts_of:
         results = lessons.read_results()
@@ -61,15 +44,9 @@ def main():
         runs.write_json(lessons.RESULTS, results)
         print(json.dumps(results["mla"]["drafts"], indent=2))
         return
-    for variant in VARIANTS:
-        for seed in range(settings.seeds):
-            if not (folder_of(variant, seed) / "sample.txt").exists():
-                command = [sys.executable, __file__, "--variant", variant, "--seed", str(seed)]
-                subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     trained = runs.RUNS / "compare" / "laptop" / "stage7_mla_mtp-tinyshakespeare-seed0"
     results = lessons.read_results()
     results["mla"] = {
-        "losses": losses(settings.seeds),
         "training": training(settings.rounds),
         "decoding": decoding(settings.rounds),
         "drafts": drafts(trained, settings.rounds),
@@ -80,55 +57,13 @@ def main():
     print(json.dumps(results["mla"], indent=2))
 
 
-def folder_of(variant: str, seed: int) -> Path:
-    """Where a variant's run is."""
-    return runs.RUNS / "mla" / f"{variant}-seed{seed}"
-
-
-def train_variant(variant: str, seed: int) -> None:
-    """Trains stage 7 with one of its ideas alone, laptop preset."""
-    if variant == "mtp-alone":
-        module, six = stages.load("stage7_mla_mtp"), stages.load("stage6_moe")
-        module.Attention = six.Attention  # every block makes its attention of this name
-        module.GPTConfig.n_kv_head = 2
-    flags = ["--stage", "7", "--preset", "laptop", "--device", "cpu", "--seed", str(seed)]
-    sys.argv = ["train.py", *flags, "--out", str(folder_of(variant, seed)), *VARIANTS[variant]]
-    train.main() if variant != "mtp-alone" else train_without_sample()
-
-
-def train_without_sample() -> None:
-    """train.py but for its sample: the cache of stage 7 does not fit stage 6's attention."""
-    train.report = lambda folder, *_: (folder / "sample.txt").write_text("")
-    train.main()
-
-
-def losses(seeds: int) -> dict:
-    """Final validation losses with neither idea, each alone, and both; all with the sigmoid router."""
-    folders = {
-        "stage 6 with the bias": [runs.RUNS / "moe" / f"bias-seed{seed}" for seed in range(seeds)],
-        "with MLA alone": [folder_of("mla-alone", seed) for seed in range(seeds)],
-        "with MTP alone": [folder_of("mtp-alone", seed) for seed in range(seeds)],
-        "stage 7: both": [
-            runs.RUNS / "compare" / "laptop" / f"stage7_mla_mtp-tinyshakespeare-seed{seed}"
-            for seed in range(seeds)
-        ],
-    }
-    finals = {}
-    for name, several in folders.items():
-        histories = [log.read_metrics(folder / "metrics.jsonl") for folder in several]
-        done = [metrics[-1]["val_loss"] for metrics in histories if metrics and "val_loss" in metrics[-1]]
-        if done:
-            finals[name] = spread.summary(done)
-    return finals
-
-
 def training(rounds: int) -> dict:
-    """Training speed as a multiple of stage 6's, with the block of multi-token prediction and without."""
+    """Training speed as a multiple of stage 6's."""
     dtype = device.choose_dtype("auto", CPU)
-    six = moe.training_step("stage6_moe", dtype, router="sigmoid")
+    six = moe.training_step("stage6_moe", dtype)
     return {
-        name: moe.ratio(rounds, moe.training_step("stage7_mla_mtp", dtype, **fields), six)
-        for name, fields in {"stage 7": {}, "without MTP": {"num_nextn_predict_layers": 0}}.items()
+        f"stage {stages.number(name)}": moe.ratio(rounds, moe.training_step(name, dtype), six)
+        for name in ("stage7a_mla", "stage7_mla_mtp")
     }
 
 
@@ -138,8 +73,8 @@ def decoding(rounds: int) -> dict:
     for context in (64, 256, 1024, 2048):
         steppers = {
             "stage 5": stepper("stage5_flash", context, None),
-            "absorbed": stepper("stage7_mla_mtp", context, True),
-            "expanded": stepper("stage7_mla_mtp", context, False),
+            "absorbed": stepper("stage7a_mla", context, True),
+            "expanded": stepper("stage7a_mla", context, False),
         }
         speeds = {name: [] for name in steppers}
         for step in steppers.values():

@@ -7,19 +7,22 @@ model.py computes another function under the same names and shapes.
 import sys
 from pathlib import Path
 
+from lab import stages
 from lab.errors import UserError, shown
 from lab.storage import edits
 
 # The hashes of each stage's code, today's last, for which tests/test_deploy.py passed.
 TESTED = {
-    "stage0_gpt": ["b6859e18dada65f7"],
-    "stage1_rmsnorm": ["42d85f497ee343c1"],
-    "stage2_rope": ["e43b2fe24f5c64af"],
-    "stage3_swiglu": ["427d956fa0256f21"],
-    "stage4_gqa": ["98cec680aeddf217"],
-    "stage5_flash": ["4b419d24f1138b36", "ba32b63848d291db"],
-    "stage6_moe": ["b00ddca57954ea76", "ce212cd68b8b57c3", "44c68240be6ffa10"],
-    "stage7_mla_mtp": ["e276b1e6b2bb1cb1", "937b765de4d8c432", "d2396f69cd1d0369"],
+    "stage0_gpt": ["b6859e18dada65f7", "70e17819d98b21b8"],
+    "stage1_rmsnorm": ["42d85f497ee343c1", "b96a884c5af26853"],
+    "stage2_rope": ["e43b2fe24f5c64af", "ee992e2241dbbd01"],
+    "stage3_swiglu": ["427d956fa0256f21", "5874bb5111c522ef"],
+    "stage4_gqa": ["98cec680aeddf217", "9672e922e4e1cbea"],
+    "stage5_flash": ["4b419d24f1138b36", "ba32b63848d291db", "543f7cb7661a57f3"],
+    "stage6_moe": ["b00ddca57954ea76", "ce212cd68b8b57c3", "44c68240be6ffa10", "30363564f5ff3420"],
+    "stage7a_mla": ["febbc8e72e7f281b"],
+    "stage7_mla_mtp": ["e276b1e6b2bb1cb1", "937b765de4d8c432", "d2396f69cd1d0369", "7ac72e4339847057"],
+    "deepseek_v3": ["6ff93438f1444348"],
 }
 
 
@@ -34,8 +37,9 @@ def of_run(run: Path, config: dict) -> str:
     for stage, tested in TESTED.items():
         if hashes <= set(tested):
             return stage
+    file = shown(stages.path(config["stage"]))
     raise UserError(
-        f"{shown(run)} was trained with an edited {config['stage']}/model.py, which no other program knows\n"
+        f"{shown(run)} was trained with an edited {file}, which no other program knows\n"
         "export a run of an unedited stage, or write an exporter for yours"
     )
 
@@ -43,4 +47,7 @@ def of_run(run: Path, config: dict) -> str:
 def warn_if_edited(stage: str) -> None:
     """Says on stderr if today's code of a stage is not what the tests have compared with transformers."""
     if edits.code_hash(stage) not in TESTED[stage]:
-        print(f"warning: {stage}/model.py was edited: the imported weights may not fit it", file=sys.stderr)
+        print(
+            f"warning: {shown(stages.path(stage))} was edited: the imported weights may not fit it",
+            file=sys.stderr,
+        )

@@ -1,8 +1,9 @@
-"""Stage 7 and transformers' DeepseekV3ForCausalLM: the config and the tensors of one as those of the other.
+"""Converts between DeepSeek-V3 in our code and transformers' DeepseekV3ForCausalLM: configs and tensors.
 
-The names are DeepSeek-V3's in both, those of multi-token prediction (model.layers.{n_layer} and on) too; its
-files hold every expert's matrices apart. DeepSeek rotates neighbouring dimensions together (rope_interleave),
-we the two halves: the rows of queries and keys that are rotated change places on the way in and out.
+Ours is family/deepseek_v3, or stage 7a or 7 without groups of experts, a latent for the queries, and YaRN.
+Both sides use DeepSeek-V3's names, also for multi-token prediction (model.layers.{n_layer} and on), but its
+files hold each expert's matrices separately. DeepSeek rotates neighbouring dimensions together
+(rope_interleave), we rotate the two halves: so the rotated rows of queries and keys are reordered.
 """
 
 import json
@@ -14,7 +15,9 @@ from deploy import fields
 from deploy.mixtral import split_experts, stack_experts
 from lab.errors import UserError
 
-STAGE = "stage7_mla_mtp"
+STAGE, FULL = "stage7_mla_mtp", "deepseek_v3"
+# What only family/deepseek_v3 has, and the values that switch it off.
+SWITCHED_OFF = {"n_group": 1, "topk_group": 1, "q_lora_rank": None, "rope_scaling": None}
 EMBEDDING = "model.embed_tokens.weight"
 BUFFERS = r"rotary_emb\.inv_freq$"
 
@@ -51,11 +54,12 @@ SIZES = {  # theirs: ours
 
 
 def to_config(sizes: dict) -> dict:
-    """config.json for the sizes of a stage 7; UserError where it is no DeepSeek-V3."""
+    """config.json for the sizes of stage 7a, 7 or deepseek_v3; UserError where they are no DeepSeek-V3's."""
+    sizes = SWITCHED_OFF | {"num_nextn_predict_layers": 0} | sizes
     if sizes["router"] != "sigmoid" or sizes["n_shared_experts"] < 1 or sizes["num_experts_per_tok"] < 2:
         raise UserError(
-            f"{STAGE} has a counterpart in transformers, DeepseekV3ForCausalLM, only with router sigmoid, "
-            "n_shared_experts of 1 or more and num_experts_per_tok of 2 or more"
+            "latent attention has a counterpart in transformers, DeepseekV3ForCausalLM, only with router "
+            "sigmoid, n_shared_experts of 1 or more and num_experts_per_tok of 2 or more"
         )
     rope = {"rope_type": "default", "rope_theta": sizes["rope_theta"]}
     if sizes["rope_scaling"]:
@@ -87,14 +91,14 @@ def to_config(sizes: dict) -> dict:
 
 
 def from_config(config: dict) -> tuple[str, dict]:
-    """The stage and its sizes for a config.json; UserError for what stage 7 cannot represent."""
+    """The stage and its sizes for a config.json; UserError for what deepseek_v3 cannot represent."""
     n_head = fields.size(config, "num_attention_heads")
     representable = REPRESENTABLE | {"num_key_value_heads": (n_head,)}
-    fields.refuse_others(config, representable, "stage 7")
+    fields.refuse_others(config, representable, FULL)
     sizes = {ours: fields.size(config, theirs) for theirs, ours in SIZES.items()}
     if sizes["num_experts_per_tok"] < 2:
         raise UserError(
-            "config.json has num_experts_per_tok = 1: stage 7 cannot represent that, only 2 or more"
+            "config.json has num_experts_per_tok = 1: deepseek_v3 cannot represent that, only 2 or more"
         )
     interleaved = fields.flag(config, "rope_interleave", True)
     sizes |= {
@@ -118,7 +122,10 @@ def from_config(config: dict) -> tuple[str, dict]:
     read |= {"rope_interleave", "head_dim", "qk_head_dim", "pretraining_tp", "output_router_logits"}
     read |= {"ep_size", "aux_loss_alpha", "seq_aux", "auto_map", "num_mtp_layers"}  # of training and serving
     fields.say_what_is_unknown(config, {*read, *representable})
-    return STAGE, sizes | {"rope_interleave": interleaved}
+    if all(sizes[name] == value for name, value in SWITCHED_OFF.items()):
+        sizes = {name: value for name, value in sizes.items() if name not in SWITCHED_OFF}
+        return STAGE, sizes | {"rope_interleave": interleaved}
+    return FULL, sizes | {"rope_interleave": interleaved}
 
 
 def positions(config: dict) -> dict:
@@ -139,7 +146,7 @@ def positions(config: dict) -> dict:
         or given
     ):
         raise UserError(
-            f"config.json has {name} = {json.dumps(config[name])}: stage 7 cannot represent that, only "
+            f"config.json has {name} = {json.dumps(config[name])}: deepseek_v3 cannot represent that, only "
             f'rope_type "default", or "yarn" with {", ".join(YARN)}'
         )
     return {
@@ -156,8 +163,8 @@ def fit_to_tensors(sizes: dict, names: list[str]) -> dict:
 
 def to_tensors(ours: dict[str, torch.Tensor], sizes: dict) -> dict[str, torch.Tensor]:
     """Their tensors."""
-    turned = pair_rows(ours, sizes, to_neighbours=True) if sizes.get("rope_interleave", True) else ours
-    return split_experts(turned, NAMES)
+    paired = pair_rows(ours, sizes, to_neighbours=True) if sizes.get("rope_interleave", True) else ours
+    return split_experts(paired, NAMES)
 
 
 def from_tensors(theirs: dict[str, torch.Tensor], sizes: dict) -> dict[str, torch.Tensor]:
@@ -177,7 +184,7 @@ def full_names(theirs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             tied = theirs.get(EMBEDDING, theirs.get("lm_head.weight"))  # saved under either name
             shared = theirs.get(copies[match.group(1)], tied)
             if shared is None or not torch.equal(shared, tensor):
-                raise UserError(f"{name} differs from the model's own: stage 7 cannot represent that")
+                raise UserError(f"{name} differs from the model's own: deepseek_v3 cannot represent that")
             continue
         kept[name] = tensor
     return kept
@@ -195,8 +202,8 @@ def pair_rows(tensors: dict[str, torch.Tensor], sizes: dict, to_neighbours: bool
         "self_attn.q_b_proj.weight": of_query,
         "self_attn.kv_a_proj_with_mqa.weight": of_key,
     }
-    turned = {}
+    reordered = {}
     for name, tensor in tensors.items():
         rows = next((rows for end, rows in orders.items() if name.endswith(end)), None)
-        turned[name] = tensor if rows is None else tensor[rows.to(tensor.device)]
-    return turned
+        reordered[name] = tensor if rows is None else tensor[rows.to(tensor.device)]
+    return reordered

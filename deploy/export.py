@@ -3,7 +3,8 @@
 --to hf: a folder that stock transformers loads: pipeline("text-generation", DIR) continues a prompt with the
 text of `sample.py --temperature 0`, up to the context. (Past it sample.py slides its window; transformers
 stops.) Stage 0 becomes GPT2LMHeadModel, stages 3 to 5 LlamaForCausalLM,
-stage 6 without shared experts MixtralForCausalLM, and stage 7 DeepseekV3ForCausalLM.
+stage 6 with the softmax router and without shared experts MixtralForCausalLM; stages 7a and 7 and deepseek_v3
+DeepseekV3ForCausalLM.
 A run that was imported, or fine-tuned from one, gets back the files of its tokenizer, generation_config.json
 and the ids of its special tokens. Transformers follows them: it may sample, and stop at an end-of-text token.
 
@@ -37,7 +38,9 @@ COUNTERPARTS = {
     "stage4_gqa": llama,
     "stage5_flash": llama,
     "stage6_moe": mixtral,
+    "stage7a_mla": deepseek,
     "stage7_mla_mtp": deepseek,
+    "deepseek_v3": deepseek,
 }
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # the same in an export as they were imported
@@ -69,7 +72,7 @@ def main():
     if settings.to == "hf" and stage not in COUNTERPARTS:
         raise UserError(
             f"{stage} has no counterpart in transformers; stages 0 (GPT2LMHeadModel), 3, 4, 5 "
-            "(LlamaForCausalLM), 6 (MixtralForCausalLM) and 7 (DeepseekV3ForCausalLM) have"
+            "(LlamaForCausalLM), 6 (MixtralForCausalLM), 7a, 7 and deepseek_v3 (DeepseekV3ForCausalLM) have"
         )
     with new_folder(out, run) as folder:
         model, _ = runs.load(run, settings.checkpoint, torch.device("cpu"))

@@ -1,11 +1,12 @@
 """Turns a Hugging Face folder into a run: python -m deploy.import_hf DIR --out runs/NAME
 
 GPT-2 becomes stage 0; Llama, and Mistral without its sliding window, stage 3 or, with fewer key/value heads
-than heads, stage 4; Mixtral becomes stage 6, DeepSeek-V3 stage 7. The run is for sample.py, deploy/export.py
-and, where its tokenizer is GPT-2's or of characters, train.py --init-from. Nothing is fetched: DIR is on this
-machine. Weights become float32. What no stage can represent is refused by its name. The files of the
-tokenizer and generation_config.json are kept in the run, for deploy/export.py. Tokens that end a text in
-transformers (eos_token_id) end none in sample.py.
+than heads, stage 4; Mixtral becomes stage 6, DeepSeek-V3 stage 7 or, with YaRN, groups of experts or a latent
+for the queries, deepseek_v3 (in family/). The run is for sample.py, deploy/export.py and, where its tokenizer
+is GPT-2's or of characters, train.py --init-from. Nothing is fetched: DIR is on this machine. Weights become
+float32. What no stage can represent is refused by its name. The files of the tokenizer and
+generation_config.json are kept in the run, for deploy/export.py. Tokens that end a text in transformers
+(eos_token_id) end none in sample.py.
 """
 
 import sys

@@ -1,10 +1,9 @@
-"""Stage 7: multi-head latent attention and multi-token prediction. With them: a small DeepSeek-V3.
+"""Stage 7: multi-token prediction: one more block predicts the token after the next.
 
-Idea: keys and values come from one narrow latent; it and a small key are cached. One more block predicts the
-token after the next, which trains the model on more than the next token, and drafts when sampling.
-Papers: DeepSeek-V2, arXiv 2405.04434, section 2.1; DeepSeek-V3, arXiv 2412.19437, sections 2.1.1 and 2.2.
-Changed: attention, the cache, the extra block and its loss; YaRN; groups of experts, a sigmoid by default.
-It should buy a cache of half of GQA's or less, and several tokens a step when sampling.
+Idea: the block reads the model's last hidden state and the next token's embedding, and guesses what follows.
+Paper: DeepSeek-V3, arXiv 2412.19437, section 2.2. With it, this is a small DeepSeek-V3.
+Changed: the extra block, its loss, and `draft`, by which sample.py guesses tokens ahead.
+It should buy a model that learns more from each token, and several tokens a step when sampling.
 """
 
 import math
@@ -44,8 +43,6 @@ class GPTConfig:
     """Width of the MLP. None: 8/3 of n_embd, rounded up to a multiple of 8."""
     rope_theta: float = 10000.0
     """Base of the frequencies: pairs turn fully every 2π to almost 2π · rope_theta tokens."""
-    attention: str = "auto"
-    """What computes attention: auto, flash_attn, sdpa, explicit or triton."""
     n_routed_experts: int = 8
     """Number of experts to choose from, in each layer."""
     num_experts_per_tok: int = 2
@@ -57,33 +54,25 @@ class GPTConfig:
     first_k_dense_replace: int = 0
     """Number of layers, from the first, that keep a dense MLP."""
     router: str = "sigmoid"
-    """softmax (balanced by a loss) or sigmoid (balanced by a bias)."""
+    """sigmoid (balanced by a bias, as DeepSeek-V3) or softmax (balanced by a loss, as Switch and Mixtral)."""
     routed_scaling_factor: float = 1.0
-    """Factor of what the routed experts answer."""
+    """Factor of the routed experts' output."""
     router_aux_loss_coef: float = 0.01
     """Weight of the softmax router's balance loss."""
     bias_update_speed: float = 0.001
-    """Step of the sigmoid router's biases, taken once an optimizer step."""
-    n_group: int = 1
-    """Groups of experts; the sigmoid router chooses groups first, then experts in them."""
-    topk_group: int = 1
-    """Number of groups that a token chooses."""
-    q_lora_rank: int | None = None
-    """Width of the queries' latent. None: queries are made without one."""
+    """How far a bias of the sigmoid router moves at each optimizer step."""
     kv_lora_rank: int | None = None
     """Width of the latent of keys and values. None: 3/8 of n_embd, rounded up to a multiple of 8."""
     qk_nope_head_dim: int | None = None
     """Width of the part of a head's queries and keys without positions. None: the rest of n_embd / n_head."""
     qk_rope_head_dim: int | None = None
-    """Width of the part with positions, rotated; one key for all heads. None: half of n_embd / n_head."""
+    """Width of the rotated part; its key is the same for all heads. None: half of n_embd / n_head."""
     v_head_dim: int | None = None
     """Width of a head's values. None: n_embd / n_head."""
-    rope_scaling: dict[str, float] | None = None
-    """YaRN: factor, original_max_position_embeddings; beta_fast, beta_slow, mscale, mscale_all_dim."""
     num_nextn_predict_layers: int = 1
-    """Number of blocks that each predict one token further ahead."""
+    """Number of MTP blocks. Each predicts one token further ahead."""
     mtp_loss_weight: float = 0.3
-    """Weight of the mean loss of multi-token prediction."""
+    """Weight of the mean loss of the MTP blocks."""
 
     def __post_init__(self):
         if self.kv_lora_rank is None:
@@ -112,9 +101,6 @@ class GPTConfig:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.qk_rope_head_dim % 2:
             raise ValueError(f"qk_rope_head_dim ({self.qk_rope_head_dim}) must be even, for pairs")
-        implementations = ("auto", "flash_attn", "sdpa", "explicit", "triton")
-        if self.attention not in implementations:
-            raise ValueError(f"attention must be one of {', '.join(implementations)}, not {self.attention!r}")
         for name in ("num_experts_per_tok", "moe_intermediate_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
@@ -132,23 +118,12 @@ class GPTConfig:
             )
         if self.router not in ("softmax", "sigmoid"):
             raise ValueError(f"router must be softmax or sigmoid, not {self.router!r}")
-        if self.q_lora_rank is not None and self.q_lora_rank < 1:
-            raise ValueError(f"q_lora_rank must be at least 1 or None, not {self.q_lora_rank}")
-        if not 1 <= self.topk_group <= self.n_group:
-            raise ValueError(f"topk_group ({self.topk_group}) must be from 1 to n_group ({self.n_group})")
-        group_size, left_over = divmod(self.n_routed_experts, self.n_group)
-        if left_over or (self.n_group > 1 and group_size < 2):
-            raise ValueError(
-                f"n_group ({self.n_group}) must divide n_routed_experts into groups of at least 2"
-            )
-        if self.topk_group * group_size < self.num_experts_per_tok:
-            raise ValueError(f"topk_group ({self.topk_group}) groups have too few experts for a token")
 
 
 class KVCache:
-    """Latents and rotated keys of the tokens so far: what attention needs of the past to go on.
+    """Rotated keys and latents of the tokens so far: what attention needs of the past to go on.
 
-    The model asks it for the new tokens' positions and mask, gives each layer's new latents and keys
+    The model asks it for the new tokens' positions and mask, gives each layer's new keys and latents
     to `update` and gets all of them back; how they are stored is the cache's business.
     """
 
@@ -170,7 +145,7 @@ class KVCache:
         return torch.arange(self.length, self.length + n_new, device=self.keys.device)
 
     def mask(self, n_new):
-        """Additive mask of the next n_new queries against all keys; None: what causal_mask makes."""
+        """Additive mask of the next n_new queries against all keys; None: causal."""
         return None
 
     def update(self, layer_idx, k, latent):
@@ -208,38 +183,12 @@ class RMSNorm(nn.Module):
         return self.weight * normed.type_as(x)
 
 
-def yarn_mscale(scaling, weight):
-    """YaRN's growth of attention with the factor: 1 without a weight."""
-    return 0.1 * weight * math.log(scaling["factor"]) + 1 if scaling["factor"] > 1 else 1.0
-
-
-def yarn(frequencies, config):
-    """Frequencies for a context `factor` times as long (arXiv 2309.00071): the slow pairs turn slower."""
-    scaling = config.rope_scaling
-
-    def pair(turns):  # the pair, not a whole number, that turns so often within the original context
-        period = scaling["original_max_position_embeddings"] / (turns * 2 * math.pi)
-        return config.qk_rope_head_dim * math.log(period) / (2 * math.log(config.rope_theta))
-
-    low = max(math.floor(pair(scaling.get("beta_fast") or 32)), 0)
-    high = min(math.ceil(pair(scaling.get("beta_slow") or 1)), config.qk_rope_head_dim - 1)
-    ramp = torch.arange(len(frequencies), device=frequencies.device) - low
-    ramp = (ramp / max(high - low, 0.001)).clamp(0, 1)  # 0: as it was, 1: slower by the factor
-    return frequencies * (1 - ramp) + frequencies / scaling["factor"] * ramp
-
-
-def rotation(positions, config):
+def rotation(positions, head_dim, theta):
     """cos and sin, in float32, at positions (T,) or (B, T): (1, T, head_dim/2) or (B, 1, T, head_dim/2)."""
-    head_dim, scaling, growth = config.qk_rope_head_dim, config.rope_scaling, 1.0
     pairs = torch.arange(0, head_dim, 2, device=positions.device)
-    frequencies = 1 / config.rope_theta ** (pairs.float() / head_dim)
-    if scaling:
-        frequencies = yarn(frequencies, config)
-        weight, weight_all = scaling.get("mscale"), scaling.get("mscale_all_dim")
-        both = weight and weight_all
-        growth = yarn_mscale(scaling, weight if both else 1) / yarn_mscale(scaling, weight_all if both else 0)
+    frequencies = 1 / theta ** (pairs.float() / head_dim)
     angles = (positions[..., None] * frequencies).unsqueeze(-3)  # the same for all heads
-    return angles.cos() * growth, angles.sin() * growth
+    return angles.cos(), angles.sin()
 
 
 def rotate(x, rope):
@@ -249,15 +198,33 @@ def rotate(x, rope):
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).type_as(x)
 
 
-def choose_attention(name, q, k, mask, dropout):
-    """The implementation of attention for q and k: the requested one if available, otherwise the fastest."""
-    if name in ("sdpa", "explicit") or (name == "triton" and q.is_cuda and mask is None and not dropout):
-        return name
-    if flash_attn_func and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and mask is None:
-        return "flash_attn"
-    # On a CPU the backward of SDPA is slower than that of written-out attention at short contexts.
-    short = q.device.type == "cpu" and torch.is_grad_enabled() and k.size(2) <= 512
-    return "explicit" if short else "sdpa"
+def attention(q, k, v, mask, dropout):
+    """q (B, n_head, T, head_dim), k and v (B, n_head, S, their width) -> (B, n_head, T, v_head_dim).
+
+    mask (T, S) is added to the scores (None: a causal one); dropout is the probability of dropping a weight.
+    """
+    T, S = q.size(2), k.size(2)
+    flash = flash_attn_func and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and mask is None
+    if flash and q.size(3) == v.size(3):
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # positions before heads
+        return flash_attn_func(q, k, v, dropout, causal=True).transpose(1, 2)
+    if q.device.type == "cpu" and torch.is_grad_enabled() and S <= 512:  # SDPA's backward is slower there
+        return explicit_attention(q, k, v, mask, dropout)
+    if mask is None and 1 < T < S:  # SDPA's is_causal would align the first query with the first key
+        mask = causal_mask(T, S, q.device)
+    if mask is not None:
+        return F.scaled_dot_product_attention(q, k, v, mask.to(q.dtype), dropout, enable_gqa=True)
+    return F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal=T > 1, enable_gqa=True)
+
+
+def explicit_attention(q, k, v, mask, dropout):
+    """The same by storing the score matrix, as in stage 4."""
+    if mask is None:
+        mask = causal_mask(q.size(2), k.size(2), q.device)
+    # Scaling q instead of the scores gives the same numbers for fewer multiplications.
+    scores = (q * q.size(3) ** -0.5) @ k.transpose(2, 3) + mask  # (B, n_head, T, S)
+    weights = F.dropout(F.softmax(scores, dim=-1), dropout)
+    return weights @ v
 
 
 class Attention(nn.Module):
@@ -268,85 +235,54 @@ class Attention(nn.Module):
         self.layer_idx = layer_idx
         self.config = config
         self.head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
-        if config.q_lora_rank is None:
-            self.q_proj = nn.Linear(config.n_embd, config.n_head * self.head_dim, bias=False)
-        else:
-            self.q_a_proj = nn.Linear(config.n_embd, config.q_lora_rank, bias=False)
-            self.q_a_layernorm = RMSNorm(config.q_lora_rank, 1e-6)  # whatever norm_eps is, as DeepSeek
-            self.q_b_proj = nn.Linear(config.q_lora_rank, config.n_head * self.head_dim, bias=False)
+        self.q_proj = nn.Linear(config.n_embd, config.n_head * self.head_dim, bias=False)
         width = config.kv_lora_rank + config.qk_rope_head_dim
         self.kv_a_proj_with_mqa = nn.Linear(config.n_embd, width, bias=False)
-        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, 1e-6)
+        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, 1e-6)  # whatever norm_eps is, as in DeepSeek
         width = config.n_head * (config.qk_nope_head_dim + config.v_head_dim)
         self.kv_b_proj = nn.Linear(config.kv_lora_rank, width, bias=False)
         self.o_proj = nn.Linear(config.n_head * config.v_head_dim, config.n_embd, bias=False)
-        self.dropout = nn.Dropout(config.dropout)
-        self.attention = config.attention
-        scaling = config.rope_scaling or {"factor": 1.0}
-        self.growth = yarn_mscale(scaling, scaling.get("mscale_all_dim") or 0) ** 2  # of the scores
+        self.dropout = config.dropout
 
     def forward(self, x, rope, mask, cache):
         B, T, _ = x.shape
-        nope, turned = self.config.qk_nope_head_dim, self.config.qk_rope_head_dim
-        if self.config.q_lora_rank is None:
-            q = self.q_proj(x)
-        else:
-            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
-        q = q.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_head, T, head_dim)
-        q_nope, q_rope = q.split((nope, turned), dim=-1)
-        latent, k_rope = self.kv_a_proj_with_mqa(x).unsqueeze(1).split((self.config.kv_lora_rank, turned), -1)
-        latent = self.kv_a_layernorm(latent)  # (B, 1, T, kv_lora_rank)
-        q_rope, k_rope = rotate(q_rope, rope), rotate(k_rope, rope)  # one key for all heads
-        q = torch.cat((q_nope, q_rope), dim=-1) * self.growth
+        nope_dim, rope_dim = self.config.qk_nope_head_dim, self.config.qk_rope_head_dim
+        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_head, T, head_dim)
+        q_nope, q_rope = q.split((nope_dim, rope_dim), dim=-1)
+        latent_and_key = self.kv_a_proj_with_mqa(x).unsqueeze(1)  # (B, 1, T, kv_lora_rank + rope_dim)
+        latent, k_rope = latent_and_key.split((self.config.kv_lora_rank, rope_dim), dim=-1)
+        latent = self.kv_a_layernorm(latent)
+        q_rope, k_rope = rotate(q_rope, rope), rotate(k_rope, rope)
+        q = torch.cat((q_nope, q_rope), dim=-1)
         if cache is not None:
-            k_rope, latent = cache.update(self.layer_idx, k_rope, latent)  # (B, 1, S, …), S tokens so far
+            k_rope, latent = cache.update(
+                self.layer_idx, k_rope, latent
+            )  # (B, 1, S, …), S = T + tokens before
             if self.absorbing_is_cheaper(T, latent.size(2)):
-                y = self.attend_absorbed(q, k_rope, latent, mask)
+                y = self.absorbed_attention(q, k_rope, latent, mask)
                 return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
-        kv = self.kv_b_proj(latent).view(B, latent.size(2), -1, nope + self.config.v_head_dim)
-        k_nope, v = kv.transpose(1, 2).split((nope, self.config.v_head_dim), dim=-1)
+        kv = self.kv_b_proj(latent).view(B, latent.size(2), -1, nope_dim + self.config.v_head_dim)
+        k_nope, v = kv.transpose(1, 2).split((nope_dim, self.config.v_head_dim), dim=-1)  # (B, n_head, S, …)
         k = torch.cat((k_nope, k_rope.expand(-1, k_nope.size(1), -1, -1)), dim=-1)
-        return self.o_proj(self.attend(q, k, v, mask).transpose(1, 2).reshape(B, T, -1))
+        y = attention(q, k, v, mask, self.dropout if self.training else 0.0)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, n_embd)
 
     def absorbing_is_cheaper(self, T, S):
-        """Whether T queries against S latents need fewer multiplications than against expanded heads."""
+        """Whether T queries against S latents need fewer multiplications than against keys and values."""
         rank, expanded = self.config.kv_lora_rank, self.config.qk_nope_head_dim + self.config.v_head_dim
         return T * (rank * expanded + S * (2 * rank - expanded)) < S * rank * expanded
 
-    def attend_absorbed(self, q, k_rope, latent, mask):
-        """As attend, on latent and k_rope (B, 1, S, …) themselves: q · (W_k latent) = (q W_k) · latent."""
-        nope, rank = self.config.qk_nope_head_dim, self.config.kv_lora_rank
+    def absorbed_attention(self, q, k_rope, latent, mask):
+        """Attention on k_rope and latent (B, 1, S, …) themselves: q · (W_k latent) = (q W_k) · latent."""
+        nope_dim, rank = self.config.qk_nope_head_dim, self.config.kv_lora_rank
         by_head = self.kv_b_proj.weight.view(self.config.n_head, -1, rank)
-        w_k, w_v = by_head.split((nope, self.config.v_head_dim), dim=1)  # (n_head, …, kv_lora_rank)
-        q = torch.cat((q[..., :nope] @ w_k, q[..., nope:]), dim=-1)  # (B, n_head, T, rank + rope)
-        k = torch.cat((latent, k_rope), dim=-1).squeeze(1)  # (B, S, rank + rope)
+        w_k, w_v = by_head.split((nope_dim, self.config.v_head_dim), dim=1)  # (n_head, …, kv_lora_rank)
+        q = torch.cat((q[..., :nope_dim] @ w_k, q[..., nope_dim:]), dim=-1)  # (B, n_head, T, rank + rope_dim)
+        k = torch.cat((latent, k_rope), dim=-1).squeeze(1)  # (B, S, rank + rope_dim)
         scores = torch.einsum("bhtr,bsr->bhts", q * self.head_dim**-0.5, k)
         scores = scores + (causal_mask(*scores.shape[2:], q.device) if mask is None else mask)
         y = torch.einsum("bhts,bsr->bhtr", F.softmax(scores, dim=-1).type_as(latent), latent.squeeze(1))
-        return y @ w_v.mT  # W_v after the mean: (B, n_head, T, v_head_dim)
-
-    def attend(self, q, k, v, mask):
-        """q (B, n_head, T, head_dim), k, v (B, n_head, S, …) -> (B, n_head, T, v_head_dim)."""
-        p = self.dropout.p if self.training else 0.0
-        name = choose_attention(self.attention, q, k, mask, p)
-        if name in ("flash_attn", "triton") and q.size(3) != v.size(3):  # they know a single width
-            name = "sdpa"
-        if name == "flash_attn":  # causal means lower-right here; heads come after positions
-            return flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), p, causal=True).transpose(1, 2)
-        if name == "triton":
-            from stage5_flash.kernel import triton_attention
-
-            return triton_attention(q, k, v)
-        T, S = q.size(2), k.size(2)
-        if name == "sdpa" and mask is None and T in (1, S):  # its is_causal means upper-left
-            return F.scaled_dot_product_attention(q, k, v, None, p, is_causal=T > 1, enable_gqa=True)
-        mask = causal_mask(T, S, q.device) if mask is None else mask
-        if name == "sdpa":
-            return F.scaled_dot_product_attention(q, k, v, mask.to(q.dtype), p, enable_gqa=True)
-        # Scaling q instead of the scores gives the same numbers for fewer multiplications.
-        scores = (q * self.head_dim**-0.5) @ k.transpose(2, 3) + mask  # (B, n_head, T, S)
-        weights = self.dropout(F.softmax(scores, dim=-1))
-        return weights @ v
+        return y @ w_v.mT  # (B, n_head, T, v_head_dim): W_v after the weighted mean
 
 
 class MLP(nn.Module):
@@ -363,58 +299,67 @@ class MLP(nn.Module):
 
 
 class Router(nn.Module):
-    """Chooses the experts of each token and weighs them; `watched` counts tokens and sums the entropy."""
+    """Scores the experts for each token and chooses the best few."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.n_embd))
-        if config.router == "sigmoid":  # part of the model: with other biases it chooses other experts
+        if config.router == "sigmoid":  # saved with the model: other biases would choose other experts
             self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
-        self.register_buffer("watched", torch.zeros(config.n_routed_experts + 1), persistent=False)
+        # Statistics since the last optimizer step.
+        self.register_buffer("tokens_per_expert", torch.zeros(config.n_routed_experts), persistent=False)
+        self.register_buffer("entropy", torch.zeros(()), persistent=False)  # sum over this process's tokens
 
     def forward(self, x):
-        """x (N, n_embd) -> weights and numbers of the chosen experts, both (N, num_experts_per_tok)."""
+        """x (N, n_embd) -> weights and indices of the chosen experts, both (N, num_experts_per_tok)."""
+        k = self.config.num_experts_per_tok
         with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):  # rounding could reroute
             logits = F.linear(x.float(), self.weight.float())  # (N, n_routed_experts)
         if self.config.router == "softmax":
-            scores = probs = F.softmax(logits, dim=-1)
-            weights, chosen = scores.topk(self.config.num_experts_per_tok, dim=-1)
+            probs = F.softmax(logits, dim=-1)
+            weights, indices = probs.topk(k, dim=-1)
         else:
             scores = logits.sigmoid()
             probs = scores / scores.sum(-1, keepdim=True)
-            biased = scores + self.e_score_correction_bias  # chooses, but does not weigh
-            if self.config.n_group > 1:
-                biased = self.limit_to_groups(biased)
-            chosen = biased.topk(self.config.num_experts_per_tok, dim=-1).indices
-            weights = scores.gather(1, chosen)
-        if self.config.num_experts_per_tok > 1:  # a lone weight of 1 would teach the router nothing
+            indices = (scores + self.e_score_correction_bias).topk(k, dim=-1).indices
+            weights = scores.gather(1, indices)  # without the bias, which only takes part in the choice
+        if k > 1:  # a single weight would always be 1 and teach the router nothing
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         if self.training:
-            self.watch(probs, chosen)
-        return weights * self.config.routed_scaling_factor, chosen
+            tokens = self.count(probs, indices)
+            if self.config.router == "softmax":
+                self.balance_loss = balance_loss(probs, tokens)
+        return weights * self.config.routed_scaling_factor, indices
 
-    def limit_to_groups(self, biased):
-        """-inf for the experts outside the topk_group groups whose best two experts add up to most."""
-        groups = biased.unflatten(1, (self.config.n_group, -1))  # (N, n_group, experts of a group)
-        best = groups.topk(2, dim=-1).values.sum(-1).topk(self.config.topk_group, dim=-1).indices
-        closed = torch.ones_like(groups[..., 0], dtype=torch.bool).scatter(1, best, False)
-        return groups.masked_fill(closed.unsqueeze(-1), -torch.inf).flatten(1)
+    @torch.no_grad()
+    def count(self, probs, indices):
+        """Adds to the statistics; returns how many tokens chose each expert: (n_routed_experts,)."""
+        tokens = torch.zeros_like(self.tokens_per_expert)
+        tokens.scatter_add_(0, indices.flatten(), torch.ones_like(indices.flatten(), dtype=tokens.dtype))
+        tokens = sum_over_processes(tokens)
+        self.tokens_per_expert += tokens
+        self.entropy -= (probs * probs.clamp_min(1e-20).log()).sum()
+        return tokens
 
-    def watch(self, probs, chosen):
-        """Counts the tokens of each expert, of all processes; prepares Switch's balance loss (eq. 4 – 6)."""
-        seen = torch.zeros_like(self.watched)
-        seen.scatter_add_(0, chosen.flatten(), seen.new_ones(()).expand(chosen.numel()))
-        seen[-1] = -(probs * probs.clamp_min(1e-20).log()).sum().detach()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(seen)
-        self.watched += seen
-        load = seen[:-1] / seen[:-1].sum()  # each expert's share; a count carries no gradient
-        self.balance_loss = len(load) * (load * probs.mean(0)).sum()  # 1 when all are equally busy
+
+def sum_over_processes(x):
+    """The sum of x over the processes that train together."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(x)
+    return x
+
+
+def balance_loss(probs, tokens):
+    """1 if all experts are equally busy, more if not (Switch, arXiv 2101.03961, equations 4 to 6).
+
+    probs (N, n_routed_experts) carry the gradient; tokens (n_routed_experts,), the counts, carry none.
+    """
+    return len(tokens) * (tokens / tokens.sum() * probs.mean(0)).sum()
 
 
 class Experts(nn.Module):
-    """The routed experts' weights, one matrix above the other; each expert is a SwiGLU as in MLP."""
+    """The routed experts, each a SwiGLU as in MLP. Their matrices are stacked."""
 
     def __init__(self, config):
         super().__init__()
@@ -422,46 +367,60 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * width, d))
         self.down_proj = nn.Parameter(torch.empty(E, d, width))
 
-    def forward(self, x, weights, chosen):
-        """x (N, n_embd), weights and chosen (N, k) -> (N, n_embd): the experts' answers, weighted."""
-        N, k = chosen.shape
-        if x.is_cuda and torch.is_autocast_enabled("cuda"):  # it leaves grouped_mm alone; on a CPU so do we
+    def forward(self, x, weights, indices):
+        """x (N, n_embd), weights and indices (N, k) -> (N, n_embd): the sum of the weighted outputs."""
+        if x.is_cuda and torch.is_autocast_enabled("cuda"):  # autocast does not know grouped_mm
             x = x.to(torch.get_autocast_dtype("cuda"))
-        gate_up, down = self.gate_up_proj.mT.to(x.dtype), self.down_proj.mT.to(x.dtype)
-        if not grouped_mm_takes(x, down):  # every expert for every token, and 0 for those not chosen
-            gate, up = (x @ gate_up).chunk(2, dim=-1)  # (E, N, width)
-            all_weights = weights.new_zeros(N, len(down)).scatter(1, chosen, weights)
-            y = (F.silu(gate) * up @ down) * all_weights.T.unsqueeze(-1)  # (E, N, n_embd)
-            return y.sum(0).type_as(x)
-        chosen, order = chosen.flatten().sort(stable=True)  # the N · k choices, expert by expert
-        ends = torch.bucketize(torch.arange(len(down), device=x.device), chosen, right=True, out_int32=True)
-        x = x.repeat_interleave(k, dim=0).index_select(0, order)  # (N · k, n_embd)
-        gate, up = F.grouped_mm(x, gate_up, offs=ends).chunk(2, dim=-1)  # offs: where each expert's rows end
-        y = F.grouped_mm(F.silu(gate) * up, down, offs=ends)  # (N · k, n_embd)
-        y = y.index_select(0, order.argsort()).view(N, k, -1)  # back in the order of the tokens
-        return (y * weights.unsqueeze(-1)).sum(1).type_as(x)
+        gate_up, down = self.gate_up_proj.mT.to(x.dtype), self.down_proj.mT.to(x.dtype)  # (E, in, out)
+        if grouped_mm_takes(x, down):
+            return grouped_experts(x, weights, indices, gate_up, down)
+        return dense_experts(x, weights, indices, gate_up, down)
 
 
 def grouped_mm_takes(x, weight):
-    """Whether torch.nn.functional.grouped_mm, which PyTorch 2.9 has not, takes x and weight (E, in, out)."""
+    """Whether F.grouped_mm, which PyTorch 2.9 does not have, can multiply x by weight (E, in, out)."""
     aligned = hasattr(F, "grouped_mm") and all(n * x.element_size() % 16 == 0 for n in weight.shape[1:])
     eager = x.device.type in ("cpu", "cuda") and not torch.compiler.is_compiling()
     return aligned and x.device.type != "mps" and (x.dtype == torch.bfloat16 or eager)
 
 
+def grouped_experts(x, weights, indices, gate_up, down):
+    """Each expert computes its own tokens: one matrix product over all rows, grouped by expert."""
+    N, k = indices.shape
+    experts, order = indices.flatten().sort(stable=True)  # the N · k choices, expert by expert
+    x = x.repeat_interleave(k, dim=0).index_select(0, order)  # (N · k, n_embd)
+    all_experts = torch.arange(len(down), device=x.device)
+    ends = torch.searchsorted(experts, all_experts, right=True, out_int32=True)  # where each one's rows end
+    gate, up = F.grouped_mm(x, gate_up, offs=ends).chunk(2, dim=-1)
+    y = F.grouped_mm(F.silu(gate) * up, down, offs=ends)  # (N · k, n_embd)
+    y = y.index_select(0, order.argsort()).view(N, k, -1)  # back in the order of the tokens
+    return (y * weights.unsqueeze(-1)).sum(1).type_as(x)
+
+
+def dense_experts(x, weights, indices, gate_up, down):
+    """Every expert computes every token, with a weight of 0 where it was not chosen."""
+    all_weights = weights.new_zeros(len(x), len(down)).scatter(1, indices, weights)  # (N, E)
+    gate, up = (x @ gate_up).chunk(2, dim=-1)  # (E, N, width)
+    y = (F.silu(gate) * up) @ down  # (E, N, n_embd)
+    return (y * all_weights.T.unsqueeze(-1)).sum(0).type_as(x)
+
+
 class MoE(nn.Module):
-    """Mixture of experts in the place of an MLP."""
+    """Mixture of experts in place of an MLP: the chosen experts, and the shared ones."""
 
     def __init__(self, config):
         super().__init__()
         self.gate = Router(config)
         self.experts = Experts(config)
-        width = config.n_shared_experts * config.moe_intermediate_size  # together one MLP
-        self.shared_experts = MLP(replace(config, intermediate_size=width)) if width else None
+        self.shared_experts = None
+        if config.n_shared_experts:  # together one wider MLP
+            width = config.n_shared_experts * config.moe_intermediate_size
+            self.shared_experts = MLP(replace(config, intermediate_size=width))
 
     def forward(self, x):
         tokens = x.flatten(0, 1)  # (N, n_embd), N = B · T
-        y = self.experts(tokens, *self.gate(tokens)).view_as(x)
+        weights, indices = self.gate(tokens)
+        y = self.experts(tokens, weights, indices).view_as(x)
         return y if self.shared_experts is None else y + self.shared_experts(x)
 
 
@@ -483,18 +442,18 @@ class Block(nn.Module):
 
 
 class MTPBlock(Block):
-    """One more block, which predicts a token further (arXiv 2412.19437, eq. 21 – 23)."""
+    """The block that predicts one token further (arXiv 2412.19437, equations 21 to 23)."""
 
     def __init__(self, config, depth):
         super().__init__(config, config.n_layer + depth)
-        self.self_attn.layer_idx = depth  # of the cache for drafting
+        self.self_attn.layer_idx = depth  # in the cache for drafting
         self.enorm = RMSNorm(config.n_embd, config.norm_eps)
         self.hnorm = RMSNorm(config.n_embd, config.norm_eps)
         self.eh_proj = nn.Linear(2 * config.n_embd, config.n_embd, bias=False)
         self.shared_head = nn.ModuleDict({"norm": RMSNorm(config.n_embd, config.norm_eps)})
 
     def forward(self, hidden, embedding, rope, mask, cache):
-        """hidden states and the embeddings of the tokens that follow what they saw, both (B, T, n_embd)."""
+        """hidden states, and the embeddings of the tokens that follow them: both (B, T, n_embd)."""
         x = self.eh_proj(torch.cat((self.enorm(embedding), self.hnorm(hidden)), dim=-1))
         return self.shared_head.norm(super().forward(x, rope, mask, cache))
 
@@ -528,11 +487,9 @@ class GPT(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, Experts):
                 nn.init.normal_(module.gate_up_proj, std=0.02)
-        for layer in self.model.layers:
-            mlps = [module for module in layer.modules() if isinstance(module, (MLP, Experts))]
-            for projection in (layer.self_attn.o_proj, *(mlp.down_proj for mlp in mlps)):
-                matrix = getattr(projection, "weight", projection)
-                nn.init.normal_(matrix, std=0.02 / math.sqrt(2 * self.config.n_layer))
+        for name, weight in self.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj")):
+                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
 
     def new_cache(self, batch_size, max_length, drafting=False):
         """An empty KVCache for batch_size sequences of up to max_length tokens; or one for `draft`."""
@@ -550,7 +507,7 @@ class GPT(nn.Module):
             positions, mask = torch.arange(T, device=idx.device), None
         else:
             positions, mask = cache.positions(T), cache.mask(T)
-        rope = rotation(positions, self.config)
+        rope = rotation(positions, self.config.qk_rope_head_dim, self.config.rope_theta)
         x = self.model.embed_tokens(idx)  # (B, T, n_embd)
         x = self.model.dropout(x)
         for layer in self.model.layers[: self.config.n_layer]:
@@ -559,14 +516,14 @@ class GPT(nn.Module):
             cache.advance(T)
         hidden = self.model.norm(x)
         logits = self.lm_head(hidden)  # (B, T, vocab_size)
-        if return_hidden:  # what `draft` goes on from
+        if return_hidden:  # where `draft` goes on
             return logits, hidden
         losses = {}
         if targets is not None:
             losses["next_token"] = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
             if self.config.num_nextn_predict_layers:
                 losses["mtp"] = self.config.mtp_loss_weight * self.mtp_loss(hidden, idx, targets, rope)
-            if self.training and self.config.router == "softmax":
+            if self.training and self.config.router == "softmax":  # the mean over layers; Switch adds them up
                 balance = torch.stack([router.balance_loss for router in self.routers()]).mean()
                 losses["balance"] = self.config.router_aux_loss_coef * balance
         for router in self.routers():
@@ -574,27 +531,31 @@ class GPT(nn.Module):
         return logits, losses
 
     def mtp_loss(self, hidden, idx, targets, rope):
-        """Mean over depths k of the cross-entropy of the token k + 1 ahead, where there is one."""
-        following, loss = torch.cat((idx[:, 1:], targets[:, -1:].clamp_min(0)), dim=1), 0.0
+        """Mean over the MTP blocks of the cross-entropy of the tokens that each predicts."""
+        following = torch.cat(
+            (idx[:, 1:], targets[:, -1:].clamp_min(0)), dim=1
+        )  # the token after each of idx
+        loss = 0.0
         for block in self.model.layers[self.config.n_layer :]:
             embedding = self.model.dropout(self.model.embed_tokens(following))
             hidden = block(hidden, embedding, rope, None, None)
-            following, targets = F.pad(following[:, 1:], (0, 1)), F.pad(targets[:, 1:], (0, 1), value=-1)
+            following = F.pad(following[:, 1:], (0, 1))
+            targets = F.pad(targets[:, 1:], (0, 1), value=-1)  # none for the last position
             logits = self.lm_head(hidden).flatten(0, 1)
             total = F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction="sum")
             loss = loss + total / (targets != -1).sum().clamp_min(1)
         return loss / self.config.num_nextn_predict_layers
 
     def draft(self, hidden, idx, cache):
-        """Guesses the token after next: logits (B, T, vocab_size), and the block's own hidden states.
+        """Predicts the token after idx: logits (B, T, vocab_size), and the block's hidden states.
 
-        hidden (B, T, n_embd) of the model, or of the draft before; idx (B, T) is the token after each of
-        those that hidden saw; cache = new_cache(…, drafting=True) holds the same positions before them.
+        hidden (B, T, n_embd) are the model's, or those of the last draft; idx (B, T) are the tokens that
+        follow them; cache = new_cache(…, drafting=True) holds the earlier positions.
         """
-        embedding = self.model.embed_tokens(idx)
-        rope, mask = rotation(cache.positions(idx.size(1)), self.config), cache.mask(idx.size(1))
-        hidden = self.model.layers[self.config.n_layer](hidden, embedding, rope, mask, cache)
-        cache.advance(idx.size(1))
+        T, block = idx.size(1), self.model.layers[self.config.n_layer]
+        rope = rotation(cache.positions(T), self.config.qk_rope_head_dim, self.config.rope_theta)
+        hidden = block(hidden, self.model.embed_tokens(idx), rope, cache.mask(T), cache)
+        cache.advance(T)
         return self.lm_head(hidden), hidden
 
     def routers(self):
@@ -605,12 +566,15 @@ class GPT(nn.Module):
     def after_step(self):
         """Call it after each optimizer step: moves the biases of sigmoid routers towards balance.
 
-        Returns, for each router, the tokens of each expert since then and the mean entropy of its scores.
+        Returns, for each router, the tokens of each expert since the last call and the mean entropy of its
+        probabilities.
         """
-        tokens, entropy = torch.stack([router.watched for router in self.routers()]).tensor_split([-1], dim=1)
+        tokens = torch.stack([router.tokens_per_expert for router in self.routers()])
+        entropy = sum_over_processes(torch.stack([router.entropy for router in self.routers()]))
         for router, n in zip(self.routers(), tokens, strict=True):
             if self.config.router == "sigmoid":
                 router.e_score_correction_bias += self.config.bias_update_speed * (n.mean() - n).sign()
-            router.watched.zero_()
-        entropy = entropy.squeeze(1) / tokens.sum(1) * self.config.num_experts_per_tok
-        return {"expert_tokens": tokens, "router_entropy": entropy}
+            router.tokens_per_expert.zero_()
+            router.entropy.zero_()
+        mean_entropy = entropy / tokens.sum(1) * self.config.num_experts_per_tok
+        return {"expert_tokens": tokens, "router_entropy": mean_entropy}

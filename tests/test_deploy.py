@@ -189,14 +189,19 @@ MIXTRALS = [
 THEIRS += [("stage6_moe", mixtral, sizes) for sizes in MIXTRALS]
 YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 8}
 YARN |= {"mscale": 1.0, "mscale_all_dim": 0.8, "beta_fast": 32, "beta_slow": 1}
-DEEPSEEKS = [
+PLAIN_DEEPSEEKS = [
     {"num_hidden_layers": 1, "tie_word_embeddings": True},
+    {"rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0}, "first_k_dense_replace": 1},
+    {"n_shared_experts": 2, "routed_scaling_factor": 1.5, "v_head_dim": 12, "kv_lora_rank": 24},
+]
+DEEPSEEKS = [
     {"q_lora_rank": 12, "first_k_dense_replace": 1, "num_hidden_layers": 3, "rms_norm_eps": 1e-3},
     {"n_group": 4, "topk_group": 2, "n_shared_experts": 2, "routed_scaling_factor": 1.5},
     {"rope_parameters": YARN, "q_lora_rank": 10},
     {"rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0}, "n_group": 2, "topk_group": 1},
 ]
-THEIRS += [("stage7_mla_mtp", deepseek, sizes) for sizes in DEEPSEEKS]
+THEIRS += [("stage7_mla_mtp", deepseek, sizes) for sizes in PLAIN_DEEPSEEKS]
+THEIRS += [("deepseek_v3", deepseek, sizes) for sizes in DEEPSEEKS]
 
 
 @pytest.mark.parametrize("stage, make, sizes", THEIRS)
@@ -217,6 +222,8 @@ def test_what_is_imported_has_their_logits_and_exports_as_it_was(run_import, run
             assert json.loads(Path("theirs/config.json").read_text())[key] == value, key
 
 
+V3 = "deepseek_v3"
+MIXTRAL = {"router": "softmax", "n_shared_experts": 0}
 NEXT = "num_nextn_predict_layers"  # theirs say 1, but save none
 OURS = [
     ("0", {"bias": True, "n_layer": 3}),
@@ -227,14 +234,20 @@ OURS = [
     ("4", {"n_kv_head": 2, "intermediate_size": 51, "norm_eps": 1e-3, "rope_theta": 500_000.0}),
     ("4", {"n_kv_head": 4}),
     ("5", {"n_kv_head": 2}),
+    ("6", MIXTRAL),
+    ("6", MIXTRAL | {"n_routed_experts": 5, "num_experts_per_tok": 4, "rope_theta": 500_000.0}),
+    ("7a", {}),
+    ("7a", {"kv_lora_rank": 20, "first_k_dense_replace": 1, "n_shared_experts": 2}),
     ("7", {}),
-    ("7", {"q_lora_rank": 12, "kv_lora_rank": 20, "first_k_dense_replace": 1, "num_nextn_predict_layers": 0}),
-    ("7", {"n_group": 2, "n_shared_experts": 2, "num_nextn_predict_layers": 2, "v_head_dim": 12}),
-    ("7", {"rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 8.0, "mscale_all_dim": 1.0}}),
-    ("6", {"n_shared_experts": 0}),
-    ("6", {"n_shared_experts": 0, "n_routed_experts": 5, "num_experts_per_tok": 4, "rope_theta": 500_000.0}),
+    ("7", {"kv_lora_rank": 20, "first_k_dense_replace": 1, "num_nextn_predict_layers": 0}),
+    ("7", {"n_shared_experts": 2, "num_nextn_predict_layers": 2, "v_head_dim": 12}),
+    (V3, {}),
+    (V3, {"q_lora_rank": 12, "kv_lora_rank": 20, "first_k_dense_replace": 1, "num_nextn_predict_layers": 0}),
+    (V3, {"n_group": 2, "n_shared_experts": 2, "num_nextn_predict_layers": 2, "v_head_dim": 12}),
+    (V3, {"rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 8.0, "mscale_all_dim": 1.0}}),
 ]
-COUNTERPARTS = {"0": GPT2LMHeadModel, "6": MixtralForCausalLM, "7": DeepseekV3ForCausalLM}
+COUNTERPARTS = {"0": GPT2LMHeadModel, "6": MixtralForCausalLM}
+COUNTERPARTS |= dict.fromkeys(("7a", "7", V3), DeepseekV3ForCausalLM)
 
 
 @pytest.mark.parametrize("stage, sizes", OURS)
@@ -243,7 +256,9 @@ def test_what_is_exported_has_our_logits_in_stock_transformers(run_export, stage
     assert run_export("--run", "run", "--to", "hf", "--out", "out") == 0
     theirs, report = AutoModelForCausalLM.from_pretrained("out", output_loading_info=True)
     further = re.compile(r"model\.layers\.[23]\.")  # multi-token prediction, which is not part of theirs
-    unexpected = [key for key in report.pop("unexpected_keys") if not (stage == "7" and further.match(key))]
+    unexpected = [
+        key for key in report.pop("unexpected_keys") if not (stage in ("7", V3) and further.match(key))
+    ]
     assert not unexpected and not any(report.values()), report
     assert type(theirs) is COUNTERPARTS.get(stage, LlamaForCausalLM)
     assert_same_logits(ours, theirs)
@@ -267,7 +282,7 @@ def test_multi_token_prediction_is_that_of_transformers_and_comes_back(run_expor
     """Its weights are exported as DeepSeek's files have them; a run made of those has them all."""
     from transformers.modeling_layers import MtpModel
 
-    ours = make_run("run", "7", n_layer=2, q_lora_rank=12)
+    ours = make_run("run", "deepseek_v3", n_layer=2, q_lora_rank=12)
     assert run_export("--run", "run", "--to", "hf", "--out", "out") == 0
     tensors = load_file("out/model.safetensors")
     main = AutoModelForCausalLM.from_pretrained("out").eval()
@@ -346,10 +361,10 @@ def test_experts_as_transformers_5_stacks_them_are_read_too(run_import):
 @pytest.mark.parametrize(
     "sizes, message",
     [
-        ({}, "n_shared_experts = 1"),
-        ({"n_shared_experts": 0, "router": "sigmoid"}, "router = sigmoid"),
-        ({"n_shared_experts": 0, "first_k_dense_replace": 1}, "first_k_dense_replace = 1"),
-        ({"n_shared_experts": 0, "num_experts_per_tok": 1}, "num_experts_per_tok = 1"),
+        ({}, "router = sigmoid"),
+        ({"router": "softmax"}, "n_shared_experts = 1"),
+        (MIXTRAL | {"first_k_dense_replace": 1}, "first_k_dense_replace = 1"),
+        (MIXTRAL | {"num_experts_per_tok": 1}, "num_experts_per_tok = 1"),
     ],
 )
 def test_a_mixture_that_is_no_mixtral_is_not_exported_as_one(run_export, capsys, sizes, message):
@@ -611,7 +626,7 @@ def test_stages_without_counterpart_are_refused_with_those_that_have_one(run_exp
     explained(
         capsys,
         stages.find(stage),
-        "stages 0 (GPT2LMHeadModel), 3, 4, 5 (LlamaForCausalLM), 6 (MixtralForCausalLM) and 7",
+        "stages 0 (GPT2LMHeadModel), 3, 4, 5 (LlamaForCausalLM), 6 (MixtralForCausalLM), 7a, 7 and",
     )
 
 

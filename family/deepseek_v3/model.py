@@ -1,0 +1,646 @@
+"""DeepSeek-V3 in full: stage 7 with a latent for the queries, groups of experts and YaRN.
+
+Idea: large models save memory and traffic with the first two; YaRN stretches the trained context.
+Papers: DeepSeek-V2, arXiv 2405.04434; DeepSeek-V3, arXiv 2412.19437, section 2.1; YaRN, arXiv 2309.00071.
+Changed: q_lora_rank in attention, n_group and topk_group in the router, rope_scaling in the rotation.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+try:
+    from flash_attn import flash_attn_func
+except ImportError:
+    flash_attn_func = None
+
+
+@dataclass
+class GPTConfig:
+    """Sizes of the model; an impossible combination is a ValueError."""
+
+    vocab_size: int = 50304
+    """Number of different tokens."""
+    block_size: int = 1024
+    """Context: the number of positions trained on."""
+    n_layer: int = 12
+    """Number of blocks."""
+    n_head: int = 12
+    """Number of query heads."""
+    n_embd: int = 768
+    """Width of the residual stream."""
+    dropout: float = 0.0
+    """Probability of dropping an activation in training."""
+    norm_eps: float = 1e-5
+    """Added under the root of a norm, against division by zero."""
+    tie_word_embeddings: bool = True
+    """Whether the head shares its weights with the token embedding."""
+    intermediate_size: int | None = None
+    """Width of the MLP. None: 8/3 of n_embd, rounded up to a multiple of 8."""
+    rope_theta: float = 10000.0
+    """Base of the frequencies: pairs turn fully every 2π to almost 2π · rope_theta tokens."""
+    n_routed_experts: int = 8
+    """Number of experts to choose from, in each layer."""
+    num_experts_per_tok: int = 2
+    """Number of routed experts that a token uses."""
+    n_shared_experts: int = 1
+    """Number of experts that every token uses."""
+    moe_intermediate_size: int | None = None
+    """Width of an expert. None: such that those of a token are together as wide as intermediate_size."""
+    first_k_dense_replace: int = 0
+    """Number of layers, from the first, that keep a dense MLP."""
+    router: str = "sigmoid"
+    """sigmoid (balanced by a bias, as DeepSeek-V3) or softmax (balanced by a loss, as Switch and Mixtral)."""
+    routed_scaling_factor: float = 1.0
+    """Factor of the routed experts' output."""
+    router_aux_loss_coef: float = 0.01
+    """Weight of the softmax router's balance loss."""
+    bias_update_speed: float = 0.001
+    """How far a bias of the sigmoid router moves at each optimizer step."""
+    n_group: int = 1
+    """Groups of experts. The sigmoid router chooses groups first, then experts in them."""
+    topk_group: int = 1
+    """Number of groups that a token chooses."""
+    q_lora_rank: int | None = None
+    """Width of the latent of the queries. None: queries are made without one."""
+    kv_lora_rank: int | None = None
+    """Width of the latent of keys and values. None: 3/8 of n_embd, rounded up to a multiple of 8."""
+    qk_nope_head_dim: int | None = None
+    """Width of the part of a head's queries and keys without positions. None: the rest of n_embd / n_head."""
+    qk_rope_head_dim: int | None = None
+    """Width of the rotated part; its key is the same for all heads. None: half of n_embd / n_head."""
+    v_head_dim: int | None = None
+    """Width of a head's values. None: n_embd / n_head."""
+    rope_scaling: dict[str, float] | None = None
+    """YaRN: factor, original_max_position_embeddings; beta_fast, beta_slow, mscale, mscale_all_dim."""
+    num_nextn_predict_layers: int = 1
+    """Number of MTP blocks. Each predicts one token further ahead."""
+    mtp_loss_weight: float = 0.3
+    """Weight of the mean loss of the MTP blocks."""
+
+    def __post_init__(self):
+        if self.kv_lora_rank is None:
+            self.kv_lora_rank = math.ceil(self.n_embd * 3 / 64) * 8
+        head_dim = self.n_embd // max(1, self.n_head)
+        if self.qk_rope_head_dim is None:
+            self.qk_rope_head_dim = max(2, head_dim // 4 * 2)
+        if self.qk_nope_head_dim is None:
+            self.qk_nope_head_dim = max(1, head_dim - self.qk_rope_head_dim)
+        if self.v_head_dim is None:
+            self.v_head_dim = max(1, head_dim)
+        if self.intermediate_size is None:
+            self.intermediate_size = math.ceil(self.n_embd / 3) * 8
+        if self.moe_intermediate_size is None:
+            n_active = max(1, self.num_experts_per_tok + self.n_shared_experts)
+            self.moe_intermediate_size = max(8, round(self.intermediate_size / n_active / 8) * 8)
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "intermediate_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd ({self.n_embd}) must be divisible by n_head ({self.n_head})")
+        for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.qk_rope_head_dim % 2:
+            raise ValueError(f"qk_rope_head_dim ({self.qk_rope_head_dim}) must be even, for pairs")
+        for name in ("num_experts_per_tok", "moe_intermediate_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
+        if self.num_experts_per_tok > self.n_routed_experts:
+            raise ValueError(
+                f"num_experts_per_tok ({self.num_experts_per_tok}) must be at most "
+                f"n_routed_experts ({self.n_routed_experts})"
+            )
+        if self.first_k_dense_replace >= self.n_layer:
+            raise ValueError(
+                f"first_k_dense_replace ({self.first_k_dense_replace}) must be below n_layer ({self.n_layer})"
+            )
+        if self.router not in ("softmax", "sigmoid"):
+            raise ValueError(f"router must be softmax or sigmoid, not {self.router!r}")
+        if self.q_lora_rank is not None and self.q_lora_rank < 1:
+            raise ValueError(f"q_lora_rank must be at least 1 or None, not {self.q_lora_rank}")
+        if not 1 <= self.topk_group <= self.n_group:
+            raise ValueError(f"topk_group ({self.topk_group}) must be from 1 to n_group ({self.n_group})")
+        group_size, remainder = divmod(self.n_routed_experts, self.n_group)
+        if remainder or (self.n_group > 1 and group_size < 2):
+            raise ValueError(
+                f"n_group ({self.n_group}) must divide n_routed_experts into groups of at least 2"
+            )
+        if self.topk_group * group_size < self.num_experts_per_tok:
+            raise ValueError(f"topk_group ({self.topk_group}) groups have too few experts for a token")
+
+
+class KVCache:
+    """Rotated keys and latents of the tokens so far: what attention needs of the past to go on.
+
+    The model asks it for the new tokens' positions and mask, gives each layer's new keys and latents
+    to `update` and gets all of them back; how they are stored is the cache's business.
+    """
+
+    def __init__(self, config, n_layer, batch_size, max_length, device, dtype):
+        shape = (n_layer, batch_size, 1, max_length)
+        self.keys = torch.zeros(*shape, config.qk_rope_head_dim, device=device, dtype=dtype)
+        self.latents = torch.zeros(*shape, config.kv_lora_rank, device=device, dtype=dtype)
+        self.max_length = max_length
+        self.length = 0
+
+    @property
+    def nbytes(self):
+        return self.keys.nbytes + self.latents.nbytes
+
+    def positions(self, n_new):
+        """Positions of the next n_new tokens: (n_new,) int64."""
+        if self.length + n_new > self.max_length:
+            raise ValueError(f"the cache holds {self.max_length} tokens, not {self.length + n_new}")
+        return torch.arange(self.length, self.length + n_new, device=self.keys.device)
+
+    def mask(self, n_new):
+        """Additive mask of the next n_new queries against all keys; None: causal."""
+        return None
+
+    def update(self, layer_idx, k, latent):
+        """Stores k and latent (B, 1, n_new, their width); returns those of all tokens so far."""
+        end = self.length + k.size(2)
+        keys, latents = self.keys[layer_idx, :, :, :end], self.latents[layer_idx, :, :, :end]
+        keys[:, :, self.length :] = k
+        latents[:, :, self.length :] = latent
+        return keys, latents  # (B, 1, length + n_new, their width)
+
+    def advance(self, n_new):
+        """Counts the n_new tokens that every layer has stored."""
+        self.length += n_new
+
+
+def causal_mask(n_query, n_key, device):
+    """(n_query, n_key) to add to scores: 0 for keys up to the query's own, -inf for later ones.
+
+    The last query sees every key (lower-right alignment), also when the cache holds earlier tokens.
+    """
+    return torch.full((n_query, n_key), -torch.inf, device=device).triu(n_key - n_query + 1)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) * weight, over the last dimension."""
+
+    def __init__(self, n_embd, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(n_embd))
+        self.eps = eps
+
+    def forward(self, x):
+        x32 = x.float()  # squares overflow and lose digits in 16 bits
+        normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * normed.type_as(x)
+
+
+def yarn_frequencies(frequencies, config):
+    """Frequencies for a context `factor` times as long (arXiv 2309.00071): slow pairs turn more slowly."""
+    scaling, rope_dim = config.rope_scaling, config.qk_rope_head_dim
+
+    def pair(n_turns):  # the (fractional) pair that turns n_turns times within the original context
+        period = scaling["original_max_position_embeddings"] / (n_turns * 2 * math.pi)
+        return rope_dim * math.log(period) / (2 * math.log(config.rope_theta))
+
+    low = max(math.floor(pair(scaling.get("beta_fast") or 32)), 0)
+    high = min(math.ceil(pair(scaling.get("beta_slow") or 1)), rope_dim - 1)
+    ramp = torch.arange(len(frequencies), device=frequencies.device) - low
+    ramp = (ramp / max(high - low, 0.001)).clamp(0, 1)  # 0: unchanged, 1: slower by the factor
+    return frequencies * (1 - ramp) + frequencies / scaling["factor"] * ramp
+
+
+def yarn_mscale(scaling, weight):
+    """YaRN's factor of the attention scores' size, for a weight called mscale; 1 for a weight of 0."""
+    return 0.1 * weight * math.log(scaling["factor"]) + 1 if scaling["factor"] > 1 else 1.0
+
+
+def rotation(positions, config):
+    """cos and sin, in float32, at positions (T,) or (B, T): (1, T, head_dim/2) or (B, 1, T, head_dim/2)."""
+    head_dim, scaling, mscale = config.qk_rope_head_dim, config.rope_scaling, 1.0
+    pairs = torch.arange(0, head_dim, 2, device=positions.device)
+    frequencies = 1 / config.rope_theta ** (pairs.float() / head_dim)
+    if scaling:
+        frequencies = yarn_frequencies(frequencies, config)
+        if scaling.get("mscale") and scaling.get("mscale_all_dim"):
+            mscale = yarn_mscale(scaling, scaling["mscale"]) / yarn_mscale(scaling, scaling["mscale_all_dim"])
+        else:
+            mscale = yarn_mscale(scaling, 1)
+    angles = (positions[..., None] * frequencies).unsqueeze(-3)  # the same for all heads
+    return angles.cos() * mscale, angles.sin() * mscale
+
+
+def rotate(x, rope):
+    """Turns the pairs (i, i + head_dim/2) of x (B, heads, T, head_dim) by the angles of rope."""
+    cos, sin = rope
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).type_as(x)
+
+
+def attention(q, k, v, mask, dropout):
+    """q (B, n_head, T, head_dim), k and v (B, n_head, S, their width) -> (B, n_head, T, v_head_dim).
+
+    mask (T, S) is added to the scores (None: a causal one); dropout is the probability of dropping a weight.
+    """
+    T, S = q.size(2), k.size(2)
+    flash = flash_attn_func and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and mask is None
+    if flash and q.size(3) == v.size(3):
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # positions before heads
+        return flash_attn_func(q, k, v, dropout, causal=True).transpose(1, 2)
+    if q.device.type == "cpu" and torch.is_grad_enabled() and S <= 512:  # SDPA's backward is slower there
+        return explicit_attention(q, k, v, mask, dropout)
+    if mask is None and 1 < T < S:  # SDPA's is_causal would align the first query with the first key
+        mask = causal_mask(T, S, q.device)
+    if mask is not None:
+        return F.scaled_dot_product_attention(q, k, v, mask.to(q.dtype), dropout, enable_gqa=True)
+    return F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal=T > 1, enable_gqa=True)
+
+
+def explicit_attention(q, k, v, mask, dropout):
+    """The same by storing the score matrix, as in stage 4."""
+    if mask is None:
+        mask = causal_mask(q.size(2), k.size(2), q.device)
+    # Scaling q instead of the scores gives the same numbers for fewer multiplications.
+    scores = (q * q.size(3) ** -0.5) @ k.transpose(2, 3) + mask  # (B, n_head, T, S)
+    weights = F.dropout(F.softmax(scores, dim=-1), dropout)
+    return weights @ v
+
+
+class Attention(nn.Module):
+    """Multi-head latent attention (arXiv 2405.04434, section 2.1)."""
+
+    def __init__(self, config, layer_idx):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.config = config
+        self.head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
+        if config.q_lora_rank is None:
+            self.q_proj = nn.Linear(config.n_embd, config.n_head * self.head_dim, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(config.n_embd, config.q_lora_rank, bias=False)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, 1e-6)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, config.n_head * self.head_dim, bias=False)
+        width = config.kv_lora_rank + config.qk_rope_head_dim
+        self.kv_a_proj_with_mqa = nn.Linear(config.n_embd, width, bias=False)
+        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, 1e-6)  # whatever norm_eps is, as in DeepSeek
+        width = config.n_head * (config.qk_nope_head_dim + config.v_head_dim)
+        self.kv_b_proj = nn.Linear(config.kv_lora_rank, width, bias=False)
+        self.o_proj = nn.Linear(config.n_head * config.v_head_dim, config.n_embd, bias=False)
+        self.dropout = config.dropout
+        scaling = config.rope_scaling or {"factor": 1.0}
+        self.mscale = yarn_mscale(scaling, scaling.get("mscale_all_dim") or 0) ** 2  # of the scores
+
+    def forward(self, x, rope, mask, cache):
+        B, T, _ = x.shape
+        nope_dim, rope_dim = self.config.qk_nope_head_dim, self.config.qk_rope_head_dim
+        if self.config.q_lora_rank is None:
+            q = self.q_proj(x)
+        else:
+            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        q = q.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_head, T, head_dim)
+        q_nope, q_rope = q.split((nope_dim, rope_dim), dim=-1)
+        latent_and_key = self.kv_a_proj_with_mqa(x).unsqueeze(1)  # (B, 1, T, kv_lora_rank + rope_dim)
+        latent, k_rope = latent_and_key.split((self.config.kv_lora_rank, rope_dim), dim=-1)
+        latent = self.kv_a_layernorm(latent)
+        q_rope, k_rope = rotate(q_rope, rope), rotate(k_rope, rope)
+        q = torch.cat((q_nope, q_rope), dim=-1) * self.mscale
+        if cache is not None:
+            k_rope, latent = cache.update(
+                self.layer_idx, k_rope, latent
+            )  # (B, 1, S, …), S = T + tokens before
+            if self.absorbing_is_cheaper(T, latent.size(2)):
+                y = self.absorbed_attention(q, k_rope, latent, mask)
+                return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+        kv = self.kv_b_proj(latent).view(B, latent.size(2), -1, nope_dim + self.config.v_head_dim)
+        k_nope, v = kv.transpose(1, 2).split((nope_dim, self.config.v_head_dim), dim=-1)  # (B, n_head, S, …)
+        k = torch.cat((k_nope, k_rope.expand(-1, k_nope.size(1), -1, -1)), dim=-1)
+        y = attention(q, k, v, mask, self.dropout if self.training else 0.0)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, n_embd)
+
+    def absorbing_is_cheaper(self, T, S):
+        """Whether T queries against S latents need fewer multiplications than against keys and values."""
+        rank, expanded = self.config.kv_lora_rank, self.config.qk_nope_head_dim + self.config.v_head_dim
+        return T * (rank * expanded + S * (2 * rank - expanded)) < S * rank * expanded
+
+    def absorbed_attention(self, q, k_rope, latent, mask):
+        """Attention on k_rope and latent (B, 1, S, …) themselves: q · (W_k latent) = (q W_k) · latent."""
+        nope_dim, rank = self.config.qk_nope_head_dim, self.config.kv_lora_rank
+        by_head = self.kv_b_proj.weight.view(self.config.n_head, -1, rank)
+        w_k, w_v = by_head.split((nope_dim, self.config.v_head_dim), dim=1)  # (n_head, …, kv_lora_rank)
+        q = torch.cat((q[..., :nope_dim] @ w_k, q[..., nope_dim:]), dim=-1)  # (B, n_head, T, rank + rope_dim)
+        k = torch.cat((latent, k_rope), dim=-1).squeeze(1)  # (B, S, rank + rope_dim)
+        scores = torch.einsum("bhtr,bsr->bhts", q * self.head_dim**-0.5, k)
+        scores = scores + (causal_mask(*scores.shape[2:], q.device) if mask is None else mask)
+        y = torch.einsum("bhts,bsr->bhtr", F.softmax(scores, dim=-1).type_as(latent), latent.squeeze(1))
+        return y @ w_v.mT  # (B, n_head, T, v_head_dim): W_v after the weighted mean
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.n_embd, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.n_embd, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.n_embd, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Router(nn.Module):
+    """Scores the experts for each token and chooses the best few."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.n_embd))
+        if config.router == "sigmoid":  # saved with the model: other biases would choose other experts
+            self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
+        # Statistics since the last optimizer step.
+        self.register_buffer("tokens_per_expert", torch.zeros(config.n_routed_experts), persistent=False)
+        self.register_buffer("entropy", torch.zeros(()), persistent=False)  # sum over this process's tokens
+
+    def forward(self, x):
+        """x (N, n_embd) -> weights and indices of the chosen experts, both (N, num_experts_per_tok)."""
+        k = self.config.num_experts_per_tok
+        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):  # rounding could reroute
+            logits = F.linear(x.float(), self.weight.float())  # (N, n_routed_experts)
+        if self.config.router == "softmax":
+            probs = F.softmax(logits, dim=-1)
+            weights, indices = probs.topk(k, dim=-1)
+        else:
+            scores = logits.sigmoid()
+            probs = scores / scores.sum(-1, keepdim=True)
+            biased = scores + self.e_score_correction_bias
+            if self.config.n_group > 1:
+                biased = self.limit_to_groups(biased)
+            indices = biased.topk(k, dim=-1).indices
+            weights = scores.gather(1, indices)  # without the bias, which only takes part in the choice
+        if k > 1:  # a single weight would always be 1 and teach the router nothing
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        if self.training:
+            tokens = self.count(probs, indices)
+            if self.config.router == "softmax":
+                self.balance_loss = balance_loss(probs, tokens)
+        return weights * self.config.routed_scaling_factor, indices
+
+    def limit_to_groups(self, biased):
+        """-inf for experts outside the topk_group groups whose best two experts add up to most."""
+        groups = biased.unflatten(1, (self.config.n_group, -1))  # (N, n_group, experts of a group)
+        best = groups.topk(2, dim=-1).values.sum(-1).topk(self.config.topk_group, dim=-1).indices
+        excluded = torch.ones_like(groups[..., 0], dtype=torch.bool).scatter(1, best, False)  # (N, n_group)
+        return groups.masked_fill(excluded.unsqueeze(-1), -torch.inf).flatten(1)
+
+    @torch.no_grad()
+    def count(self, probs, indices):
+        """Adds to the statistics; returns how many tokens chose each expert: (n_routed_experts,)."""
+        tokens = torch.zeros_like(self.tokens_per_expert)
+        tokens.scatter_add_(0, indices.flatten(), torch.ones_like(indices.flatten(), dtype=tokens.dtype))
+        tokens = sum_over_processes(tokens)
+        self.tokens_per_expert += tokens
+        self.entropy -= (probs * probs.clamp_min(1e-20).log()).sum()
+        return tokens
+
+
+def sum_over_processes(x):
+    """The sum of x over the processes that train together."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(x)
+    return x
+
+
+def balance_loss(probs, tokens):
+    """1 if all experts are equally busy, more if not (Switch, arXiv 2101.03961, equations 4 to 6).
+
+    probs (N, n_routed_experts) carry the gradient; tokens (n_routed_experts,), the counts, carry none.
+    """
+    return len(tokens) * (tokens / tokens.sum() * probs.mean(0)).sum()
+
+
+class Experts(nn.Module):
+    """The routed experts, each a SwiGLU as in MLP. Their matrices are stacked."""
+
+    def __init__(self, config):
+        super().__init__()
+        E, d, width = config.n_routed_experts, config.n_embd, config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * width, d))
+        self.down_proj = nn.Parameter(torch.empty(E, d, width))
+
+    def forward(self, x, weights, indices):
+        """x (N, n_embd), weights and indices (N, k) -> (N, n_embd): the sum of the weighted outputs."""
+        if x.is_cuda and torch.is_autocast_enabled("cuda"):  # autocast does not know grouped_mm
+            x = x.to(torch.get_autocast_dtype("cuda"))
+        gate_up, down = self.gate_up_proj.mT.to(x.dtype), self.down_proj.mT.to(x.dtype)  # (E, in, out)
+        if grouped_mm_takes(x, down):
+            return grouped_experts(x, weights, indices, gate_up, down)
+        return dense_experts(x, weights, indices, gate_up, down)
+
+
+def grouped_mm_takes(x, weight):
+    """Whether F.grouped_mm, which PyTorch 2.9 does not have, can multiply x by weight (E, in, out)."""
+    aligned = hasattr(F, "grouped_mm") and all(n * x.element_size() % 16 == 0 for n in weight.shape[1:])
+    eager = x.device.type in ("cpu", "cuda") and not torch.compiler.is_compiling()
+    return aligned and x.device.type != "mps" and (x.dtype == torch.bfloat16 or eager)
+
+
+def grouped_experts(x, weights, indices, gate_up, down):
+    """Each expert computes its own tokens: one matrix product over all rows, grouped by expert."""
+    N, k = indices.shape
+    experts, order = indices.flatten().sort(stable=True)  # the N · k choices, expert by expert
+    x = x.repeat_interleave(k, dim=0).index_select(0, order)  # (N · k, n_embd)
+    all_experts = torch.arange(len(down), device=x.device)
+    ends = torch.searchsorted(experts, all_experts, right=True, out_int32=True)  # where each one's rows end
+    gate, up = F.grouped_mm(x, gate_up, offs=ends).chunk(2, dim=-1)
+    y = F.grouped_mm(F.silu(gate) * up, down, offs=ends)  # (N · k, n_embd)
+    y = y.index_select(0, order.argsort()).view(N, k, -1)  # back in the order of the tokens
+    return (y * weights.unsqueeze(-1)).sum(1).type_as(x)
+
+
+def dense_experts(x, weights, indices, gate_up, down):
+    """Every expert computes every token, with a weight of 0 where it was not chosen."""
+    all_weights = weights.new_zeros(len(x), len(down)).scatter(1, indices, weights)  # (N, E)
+    gate, up = (x @ gate_up).chunk(2, dim=-1)  # (E, N, width)
+    y = (F.silu(gate) * up) @ down  # (E, N, n_embd)
+    return (y * all_weights.T.unsqueeze(-1)).sum(0).type_as(x)
+
+
+class MoE(nn.Module):
+    """Mixture of experts in place of an MLP: the chosen experts, and the shared ones."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate = Router(config)
+        self.experts = Experts(config)
+        self.shared_experts = None
+        if config.n_shared_experts:  # together one wider MLP
+            width = config.n_shared_experts * config.moe_intermediate_size
+            self.shared_experts = MLP(replace(config, intermediate_size=width))
+
+    def forward(self, x):
+        tokens = x.flatten(0, 1)  # (N, n_embd), N = B · T
+        weights, indices = self.gate(tokens)
+        y = self.experts(tokens, weights, indices).view_as(x)
+        return y if self.shared_experts is None else y + self.shared_experts(x)
+
+
+class Block(nn.Module):
+    """Attention, then the MLP; each reads the normed residual stream and adds to it."""
+
+    def __init__(self, config, layer_idx):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.n_embd, config.norm_eps)
+        self.self_attn = Attention(config, layer_idx)
+        self.post_attention_layernorm = RMSNorm(config.n_embd, config.norm_eps)
+        self.mlp = MLP(config) if layer_idx < config.first_k_dense_replace else MoE(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, rope, mask, cache):
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), rope, mask, cache))
+        x = x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
+        return x
+
+
+class MTPBlock(Block):
+    """The block that predicts one token further (arXiv 2412.19437, equations 21 to 23)."""
+
+    def __init__(self, config, depth):
+        super().__init__(config, config.n_layer + depth)
+        self.self_attn.layer_idx = depth  # in the cache for drafting
+        self.enorm = RMSNorm(config.n_embd, config.norm_eps)
+        self.hnorm = RMSNorm(config.n_embd, config.norm_eps)
+        self.eh_proj = nn.Linear(2 * config.n_embd, config.n_embd, bias=False)
+        self.shared_head = nn.ModuleDict({"norm": RMSNorm(config.n_embd, config.norm_eps)})
+
+    def forward(self, hidden, embedding, rope, mask, cache):
+        """hidden states, and the embeddings of the tokens that follow them: both (B, T, n_embd)."""
+        x = self.eh_proj(torch.cat((self.enorm(embedding), self.hnorm(hidden)), dim=-1))
+        return self.shared_head.norm(super().forward(x, rope, mask, cache))
+
+
+class GPT(nn.Module):
+    """The language model: logits, losses = model(idx, targets, cache)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = nn.ModuleDict(
+            {
+                "embed_tokens": nn.Embedding(config.vocab_size, config.n_embd),
+                "dropout": nn.Dropout(config.dropout),
+                "layers": nn.ModuleList(
+                    [Block(config, i) for i in range(config.n_layer)]
+                    + [MTPBlock(config, i) for i in range(config.num_nextn_predict_layers)]
+                ),
+                "norm": RMSNorm(config.n_embd, config.norm_eps),
+            }
+        )
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self.init_weights()
+
+    def init_weights(self):
+        """GPT-2's: normal with std 0.02; what adds to the residual stream 1/sqrt(2 n_layer) of it."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding, Router)):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, Experts):
+                nn.init.normal_(module.gate_up_proj, std=0.02)
+        for name, weight in self.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj")):
+                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
+
+    def new_cache(self, batch_size, max_length, drafting=False):
+        """An empty KVCache for batch_size sequences of up to max_length tokens; or one for `draft`."""
+        weight, n_layer = self.lm_head.weight, 1 if drafting else self.config.n_layer
+        return KVCache(self.config, n_layer, batch_size, max_length, weight.device, weight.dtype)
+
+    def forward(self, idx, targets=None, cache=None, return_hidden=False):
+        """idx (B, T) int64 -> logits (B, T, vocab_size) and a dict of scalar losses.
+
+        targets (B, T) hold the token after each of idx, -1 where there is none to learn; without
+        them the dict is empty. With a cache, idx are the tokens that follow those it holds.
+        """
+        T = idx.size(1)
+        if cache is None:
+            positions, mask = torch.arange(T, device=idx.device), None
+        else:
+            positions, mask = cache.positions(T), cache.mask(T)
+        rope = rotation(positions, self.config)
+        x = self.model.embed_tokens(idx)  # (B, T, n_embd)
+        x = self.model.dropout(x)
+        for layer in self.model.layers[: self.config.n_layer]:
+            x = layer(x, rope, mask, cache)
+        if cache is not None:
+            cache.advance(T)
+        hidden = self.model.norm(x)
+        logits = self.lm_head(hidden)  # (B, T, vocab_size)
+        if return_hidden:  # where `draft` goes on
+            return logits, hidden
+        losses = {}
+        if targets is not None:
+            losses["next_token"] = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+            if self.config.num_nextn_predict_layers:
+                losses["mtp"] = self.config.mtp_loss_weight * self.mtp_loss(hidden, idx, targets, rope)
+            if self.training and self.config.router == "softmax":  # the mean over layers; Switch adds them up
+                balance = torch.stack([router.balance_loss for router in self.routers()]).mean()
+                losses["balance"] = self.config.router_aux_loss_coef * balance
+        for router in self.routers():
+            router.balance_loss = None  # or it would keep the step's graph
+        return logits, losses
+
+    def mtp_loss(self, hidden, idx, targets, rope):
+        """Mean over the MTP blocks of the cross-entropy of the tokens that each predicts."""
+        following = torch.cat(
+            (idx[:, 1:], targets[:, -1:].clamp_min(0)), dim=1
+        )  # the token after each of idx
+        loss = 0.0
+        for block in self.model.layers[self.config.n_layer :]:
+            embedding = self.model.dropout(self.model.embed_tokens(following))
+            hidden = block(hidden, embedding, rope, None, None)
+            following = F.pad(following[:, 1:], (0, 1))
+            targets = F.pad(targets[:, 1:], (0, 1), value=-1)  # none for the last position
+            logits = self.lm_head(hidden).flatten(0, 1)
+            total = F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction="sum")
+            loss = loss + total / (targets != -1).sum().clamp_min(1)
+        return loss / self.config.num_nextn_predict_layers
+
+    def draft(self, hidden, idx, cache):
+        """Predicts the token after idx: logits (B, T, vocab_size), and the block's hidden states.
+
+        hidden (B, T, n_embd) are the model's, or those of the last draft; idx (B, T) are the tokens that
+        follow them; cache = new_cache(…, drafting=True) holds the earlier positions.
+        """
+        T, block = idx.size(1), self.model.layers[self.config.n_layer]
+        rope = rotation(cache.positions(T), self.config)
+        hidden = block(hidden, self.model.embed_tokens(idx), rope, cache.mask(T), cache)
+        cache.advance(T)
+        return self.lm_head(hidden), hidden
+
+    def routers(self):
+        """The routers, in the order of the layers that have one."""
+        return [layer.mlp.gate for layer in self.model.layers if isinstance(layer.mlp, MoE)]
+
+    @torch.no_grad()
+    def after_step(self):
+        """Call it after each optimizer step: moves the biases of sigmoid routers towards balance.
+
+        Returns, for each router, the tokens of each expert since the last call and the mean entropy of its
+        probabilities.
+        """
+        tokens = torch.stack([router.tokens_per_expert for router in self.routers()])
+        entropy = sum_over_processes(torch.stack([router.entropy for router in self.routers()]))
+        for router, n in zip(self.routers(), tokens, strict=True):
+            if self.config.router == "sigmoid":
+                router.e_score_correction_bias += self.config.bias_update_speed * (n.mean() - n).sign()
+            router.tokens_per_expert.zero_()
+            router.entropy.zero_()
+        mean_entropy = entropy / tokens.sum(1) * self.config.num_experts_per_tok
+        return {"expert_tokens": tokens, "router_entropy": mean_entropy}
