@@ -169,7 +169,7 @@ def compare_runs(settings: Settings, console: Console) -> None:
 
 def default_folder(preset: str, chosen: list[str]) -> Path:
     """Where the figures of these stages go: some alone do not replace those of all of them."""
-    course = list(stages.names().values())
+    course = stages.course()
     names = "".join(f"-{stages.number(name) if name in course else name}" for name in chosen)
     return runs.RUNS / "compare" / preset / f"results{'' if chosen == course else names}"
 

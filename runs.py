@@ -29,7 +29,7 @@ class Settings:
     """Lists the runs there are, the newest first."""
 
     stage: str | None = None
-    """Only those of this stage: its number or its folder's name. None: all."""
+    """Only those of this stage: its number or name. None: all."""
 
 
 def main():

@@ -34,7 +34,7 @@ class Settings:
     """Continues a prompt with the text of a trained run."""
 
     stage: str | None = None
-    """Sample from the newest run of this stage: its number or its folder's name. None: the newest of all."""
+    """Sample from the newest run of this stage: its number or name. None: the newest of all."""
     run: str | None = None
     """Folder of the run, instead of the newest one of --stage."""
     checkpoint: Literal["best", "last"] = "best"

@@ -201,7 +201,7 @@ def pictures(report: dict, out: Path) -> None:
 
 def draw_training(eager: dict, compiled: dict, path: Path) -> None:
     figure, panels = new_figure(10, 4.2, columns=2)
-    names = list(stages.names().values())
+    names = stages.course()
     labels, height = [stages.label(name) for name in names], 0.38
     places = np.arange(len(names))
     titles = {

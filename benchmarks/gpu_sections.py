@@ -143,7 +143,7 @@ def warm_ups(smoke: bool) -> list[list[str]]:
     """The parts of warm_up for each process, those first that are needed first."""
     if smoke:
         return [["training: stage0_gpt", "attention: 16", "decoding: stage4_gqa 1"]]
-    parts = [f"training: {name}" for name in stages.names().values()]
+    parts = [f"training: {name}" for name in stages.course()]
     parts += [f"attention: {context}" for context in FULL.attention["contexts"]]
     parts += [f"decoding: {name} {batch}" for batch in FULL.batch_sizes for name in DECODING_STAGES]
     return [[part] for part in parts]

@@ -24,7 +24,7 @@ def seeded():
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=stages.names().values())
+@pytest.fixture(params=[*stages.course(), *stages.relatives()])
 def stage(request):
     """The module of a stage; a test that asks for it runs once for each stage there is."""
     return stages.load(request.param)

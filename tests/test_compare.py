@@ -328,7 +328,7 @@ def test_all_stages_are_compared_and_drawn(run_compare, capfd):
     for name in ("loss", "bars", "cost", "training_context", "decoding_context"):
         assert (folder / f"{name}.png").stat().st_size > 5000, name
     results = results_of()
-    assert list(results["stages"]) == list(stages.names().values())
+    assert list(results["stages"]) == stages.course()
     for row in results["stages"].values():
         assert row["training_tokens_per_second"]["median"] > 0 and row["peak_memory"] > 2**20
         assert len(row["decoding_tokens_per_second"]["values"]) == 1

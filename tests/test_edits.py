@@ -32,8 +32,8 @@ SHORT = ["--data", "words.txt", *TINY_RUN, "--steps", "2", "--eval-every", "1", 
 @pytest.fixture
 def copied(workshop, monkeypatch):
     """The stages' folders copied into the workshop, where a test may edit them and add others."""
-    for name in stages.COURSE:
-        shutil.copytree(ROOT / name, workshop / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for folder in {stages.path(name).parent for name in stages.COURSE}:
+        shutil.copytree(folder, workshop / folder.name, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(stages, "ROOT", workshop)
     loaded = {name: sys.modules.pop(name) for name in list(sys.modules) if name.endswith(".model")}
     yield workshop
@@ -85,10 +85,10 @@ def test_what_changes_the_function_is_an_edit(copied, old, new):
 
 
 def test_an_imported_file_of_ours_is_part_of_the_code(copied):
+    edit(copied / "stage4_gqa" / "model.py", "import math", "import math\n\nimport stage5_flash.tiled")
     before = {name: edits.code_hash(name) for name in stages.COURSE}
-    edit(copied / "stage5_flash" / "kernel.py", "import torch", "import torch\n\nEXTRA = 1")
-    changed = [name for name in stages.COURSE if edits.code_hash(name) != before[name]]
-    assert changed == ["stage5_flash", "stage6_moe", "stage7_mla_mtp"]
+    edit(copied / "stage5_flash" / "tiled.py", "import torch", "import torch\n\nEXTRA = 1")
+    assert [name for name in stages.COURSE if edits.code_hash(name) != before[name]] == ["stage4_gqa"]
 
 
 def test_all_versions_of_python_make_the_same_hash():
@@ -99,15 +99,16 @@ for name in ("lab", "lab.stages"):
     sys.modules[name] = types.ModuleType(name)
 sys.modules["lab"].__path__ = ["lab"]
 sys.modules["lab.stages"].ROOT = pathlib.Path.cwd()
+sys.modules["lab.stages"].path = lambda name: pathlib.Path(sys.argv[1], name)
 sys.modules["lab"].stages = sys.modules["lab.stages"]
 from lab.storage import edits
-print(*(edits.code_hash(name) for name in sys.argv[1:]))
+print(*(edits.code_hash(file) for file in sys.argv[2:]))
 """
     found = filter(None, (shutil.which(f"python3.{minor}") for minor in range(10, 16)))
     expected = " ".join(edits.code_hash(name) for name in stages.COURSE)
     for python in [sys.executable, *found]:
         made = subprocess.run(
-            [python, "-c", script, *stages.COURSE], cwd=ROOT, capture_output=True, text=True
+            [python, "-c", script, ROOT, *stages.COURSE.values()], cwd=ROOT, capture_output=True, text=True
         )
         if made.returncode == 0 or python == sys.executable:
             assert made.stdout.strip() == expected, (python, made.stderr)
@@ -223,7 +224,7 @@ def test_edited_code_is_not_exported_under_another_name(copied, monkeypatch, run
 def test_the_code_of_every_stage_is_the_tested_one():
     """If this fails and tests/test_deploy.py passes, append the new hash in deploy/architectures.py."""
     assert {name: hashes[-1] for name, hashes in architectures.TESTED.items()} == {
-        name: edits.code_hash(name) for name in stages.COURSE
+        name: edits.code_hash(name) for name in [*stages.COURSE, *stages.relatives()]
     }
 
 
@@ -299,10 +300,18 @@ def test_the_path_of_a_stage_is_understood():
 
 @pytest.mark.parametrize(
     "text, expected",
-    [("3, 4", [3, 4]), ("0 - 2", [0, 1, 2]), ("gqa,stage3_swiglu/", [3, 4]), ("2,,1,", [1, 2])],
+    [
+        ("3, 4", ["3", "4"]),
+        ("0 - 2", ["0", "1", "2"]),
+        ("gqa,stage3_swiglu/", ["3", "4"]),
+        ("2,,1,", ["1", "2"]),
+        ("6-7", ["6", "7a", "7"]),
+        ("5-7a", ["5", "6", "7a"]),
+        ("deepseek_v3, mla", ["7a", "deepseek_v3"]),
+    ],
 )
 def test_lists_of_stages_are_understood(text, expected):
-    assert wanted_runs.chosen_stages(text) == [stages.COURSE[number] for number in expected]
+    assert wanted_runs.chosen_stages(text) == [stages.find(stage) for stage in expected]
 
 
 @pytest.mark.parametrize(

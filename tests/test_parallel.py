@@ -175,8 +175,8 @@ def tiny(name, **sizes):
 
 # Equal results
 
-VARIANTS = [(name, []) for name in stages.names().values()]
-VARIANTS += [("stage6_moe", ["--model.router", "sigmoid"]), ("stage7_mla_mtp", ["--model.router", "softmax"])]
+VARIANTS = [(name, []) for name in stages.course()]
+VARIANTS += [(name, ["--model.router", "softmax"]) for name in ("stage6_moe", "stage7_mla_mtp")]
 
 
 @pytest.mark.parametrize(
@@ -302,8 +302,8 @@ def test_recomputed_activations_give_the_same_gradients(router, stage, make_mode
         torch.manual_seed(1)
         losses = optim.accumulate_gradients(model, idx, targets, 2, FLOAT32)
         assert calls["attention"] == (4 if recomputes else 2)
-        watched = model.after_step() if hasattr(model, "after_step") else {}
-        outcomes.append((losses, watched, {name: p.grad for name, p in model.named_parameters()}))
+        statistics = model.after_step() if hasattr(model, "after_step") else {}
+        outcomes.append((losses, statistics, {name: p.grad for name, p in model.named_parameters()}))
     torch.testing.assert_close(outcomes[1], outcomes[0], rtol=0, atol=0)
 
 
@@ -619,7 +619,7 @@ TWO_GPUS = [
 
 
 @pytest.mark.parametrize("how", [pytest.param(how, marks=TWO_GPUS) for how in ("ddp", "fsdp")])
-@pytest.mark.parametrize("number", [str(number) for number in stages.names()])
+@pytest.mark.parametrize("number", map(stages.number, stages.course()))
 def test_two_gpus_have_the_losses_of_one(number, how, torchrun):
     flags = ("--stage", number, "--device", "cuda", "--no-compile")
     assert run(*flags, "--out", "one")[0] == 0

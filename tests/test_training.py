@@ -228,7 +228,7 @@ def test_a_second_run_never_touches_the_first(run_train, workshop):
     ]
 
 
-@pytest.mark.parametrize("name", stages.names().values())
+@pytest.mark.parametrize("name", stages.course())
 def test_a_resumed_run_equals_one_never_stopped_bit_for_bit(name, run_train, workshop, monkeypatch, capsys):
     flags = (
         "--stage",

@@ -19,26 +19,31 @@ SIDE_BY_SIDE_WIDTH = 120  # characters: in a narrower console lines of code woul
 
 
 def diff(name: str) -> str:
-    """The diff of a stage's model.py from the stage before, as git prints it."""
-    return git_diff(f"{origin(name)}/model.py", f"{name}/model.py")
+    """The diff of a stage from the stage before, as git prints it."""
+    return git_diff(file(origin(name)), file(name))
 
 
 def origin(name: str) -> str | None:
     """The stage that a stage is read as a diff from: the one before it in the course, None for the first.
 
-    For a variant it is the stage of the course from which it differs in the fewest lines.
+    For a relative or a variant it is the stage of the course from which it differs in the fewest lines.
     """
-    course = list(stages.names().values())
+    course = stages.course()
     if name in course:
         return course[course.index(name) - 1] if name != course[0] else None
     return min(course, key=lambda stage: sum(changed_lines(stage, name)))
 
 
 def changed_lines(before: str, after: str) -> tuple[int, int]:
-    """Lines that the model.py of one stage adds to that of another, and lines that it removes."""
-    counted = git_diff("--numstat", f"{before}/model.py", f"{after}/model.py")
+    """Lines that one stage adds to another, and lines that it removes."""
+    counted = git_diff("--numstat", file(before), file(after))
     added, removed, _ = counted.split(maxsplit=2) if counted else (0, 0, "")
     return int(added), int(removed)
+
+
+def file(name: str) -> str:
+    """The file of a stage, from the top of the repository."""
+    return str(stages.path(name).relative_to(stages.ROOT))
 
 
 def git_diff(*arguments: str) -> str:
@@ -51,13 +56,13 @@ def git_diff(*arguments: str) -> str:
 
 
 def show(first: str, second: str, console: Console) -> None:
-    """Prints the diff of two stages' model.py, with the lines and names that changed counted.
+    """Prints the diff of two stages, with the lines and names that changed counted.
 
     It is side by side where the console is wide enough, and unified elsewhere.
     """
     before, after = (source(name) for name in (first, second))
     if console.width < SIDE_BY_SIDE_WIDTH:
-        unified = git_diff(f"{first}/model.py", f"{second}/model.py")
+        unified = git_diff(file(first), file(second))
         console.print(Syntax(unified, "diff", theme="ansi_dark", background_color="default", word_wrap=True))
         console.print(summary(before, after), highlight=False)
         return
@@ -76,8 +81,8 @@ def show(first: str, second: str, console: Console) -> None:
 
 
 def source(name: str) -> list[str]:
-    """The lines of a stage's model.py."""
-    return (stages.ROOT / name / "model.py").read_text(encoding="utf-8").splitlines()
+    """The lines of a stage's code."""
+    return stages.path(name).read_text(encoding="utf-8").splitlines()
 
 
 def add_rows(table: Table, kind: str, before: list[str], left: tuple, after: list[str], right: tuple) -> None:

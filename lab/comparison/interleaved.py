@@ -52,7 +52,7 @@ def read(out: Path, notes: list[str]) -> dict:
 def is_todays(name: str, code: str | None) -> bool:
     """Whether a stage's code has this hash."""
     try:
-        return name in stages.folders() and edits.code_hash(name) == code
+        return name in stages.names() and edits.code_hash(name) == code
     except UserError:  # it is not Python at the moment
         return False
 

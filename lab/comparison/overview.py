@@ -80,7 +80,7 @@ def row(folder: Path) -> list[str]:
     if "imported_from" in config:
         changed, step = f"imported from {Path(config['imported_from']).name}", "–"
     else:
-        there = config["stage"] in stages.folders()
+        there = config["stage"] in stages.names()
         changes = [flag_text(*change) for change in beside_preset(config).items()] if there else ["…"]
         changed = ", ".join([config["settings"]["preset"], *changes])
         step = f"{metrics[-1]['step'] if metrics else 0} of {config['settings']['steps']}"
@@ -99,7 +99,7 @@ def row(folder: Path) -> list[str]:
 
 def code(config: dict) -> str:
     """Whether the code that a run was trained with is today's, in a word."""
-    if config["stage"] not in stages.folders():
+    if config["stage"] not in stages.names():
         return "missing"
     if None in edits.trained_with(config):
         return "unknown"

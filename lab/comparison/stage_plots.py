@@ -8,8 +8,8 @@ from lab import stages
 from lab.comparison import wanted_runs
 from lab.training.run_plots import new_figure, stage_color
 
-MARKERS = "osD^vPX*"
-DASHES = ["-", "--", "-.", ":", "-", "--", "-.", "-"]
+MARKERS = "osD^vPX*h"
+DASHES = ["-", "--", "-.", ":", "-", "--", "-.", ":", "-"]
 
 
 @contextlib.contextmanager
@@ -29,7 +29,7 @@ def theme(dark: bool):
 
 def style(name: str) -> dict:
     """How a stage's line looks, in every picture."""
-    place = stages.folders().index(name)
+    place = stages.names().index(name)
     look = {"color": stage_color(name), "marker": MARKERS[place % len(MARKERS)]}
     look["linestyle"] = DASHES[place] if place < len(DASHES) else (0, (3, 1, 1, 1, 1, 1))  # of variants
     return look | {"markersize": 4, "linewidth": 1.6, "label": stages.label(name)}

@@ -106,18 +106,19 @@ def read_metrics(folder: Path) -> list[dict]:
 def chosen_stages(text: str | None) -> list[str]:
     """The stages that --stages names, as in "0-7", "0, 3, 4" or "3,my_relu"; None: those of the course."""
     if text is None:
-        return list(stages.names().values())
+        return stages.course()
     chosen = []
     for part in filter(None, map(str.strip, text.split(","))):
-        numbers = re.fullmatch(r"(\d+)\s*-\s*(\d+)", part)
-        if numbers:
-            first, last = map(int, numbers.groups())
-            chosen += [stages.find(str(number)) for number in range(first, last + 1)]
+        ends = re.fullmatch(r"(\d+[a-z]?)\s*-\s*(\d+[a-z]?)", part)
+        if ends:
+            numbered = [name for name in stages.names() if stages.number(name)]
+            first, last = (numbered.index(stages.find(end)) for end in ends.groups())
+            chosen += numbered[first : last + 1]
         else:
             chosen.append(stages.find(part))
     if not chosen:
         raise UserError(f"--stages {text!r} names no stage; write it as 0-7 or 0,3,4")
-    return sorted(set(chosen), key=stages.folders().index)
+    return sorted(set(chosen), key=stages.names().index)
 
 
 def check_flags(flags: list[str], ours: list[str]) -> None:
@@ -159,7 +160,7 @@ def at_hand(notes: list[str]) -> tuple[list[tuple[Path, dict]], list[tuple[Path,
             continue
         if "imported_from" in config:  # its weights came from elsewhere, it has no history
             continue
-        if config["stage"] not in stages.folders():
+        if config["stage"] not in stages.names():
             notes.append(f"left out: {shown(folder)} is of {config['stage']!r}, a stage that is not here")
             continue
         try:

@@ -23,21 +23,20 @@ def read_results() -> dict:
     return results
 
 
-def ladder(numbers: list[int], results: dict) -> str:
+def ladder(names: list[str], results: dict) -> str:
     """The table of these stages, a column each measurement."""
-    names = [stages.names()[number] for number in numbers]
     return report.ladder({name: results["stages"].get(name, {}) for name in names})
 
 
 def short_ladder(results: dict) -> str:
     """The table of all stages for the front page: what changes, lines, loss and speed, with links."""
     rows = ["| stage | what changes | lines | validation loss | training tokens/s |", "|---|---|---|---|---|"]
-    for name in stages.names().values():
+    for name in stages.course():
         row = results["stages"][name]
         loss = report.noise(row, "val_loss") + report.with_std(row["val_loss"], 3)
         speed = "training_tokens_per_second"
         speed = report.noise(row, speed) + f"{row[speed]['median']:,.0f}"
-        link = f"[{stages.label(name)}]({name}/README.md)"
+        link = f"[{stages.label(name)}]({stages.path(name).parent.name}/README.md)"
         rows.append(f"| {link} | {report.IDEAS[name]} | {row['lines_changed'] or '–'} | {loss} | {speed} |")
     return "\n".join(rows)
 
@@ -64,13 +63,13 @@ def nanogpt(measured: dict) -> str:
                 )
             ),
             *(
-                f"| training tokens/s, our stage {int(name[5])} | | | {ratio:.2f} |"
+                f"| training tokens/s, our stage {stages.number(name)} | | | {ratio:.2f} |"
                 for name, ratio in measured.get("training_ratio_by_stage", {}).items()
                 if name != measured["stage"]
             ),
             *raced(measured["seconds_to_nanogpts_loss"]),
-            f"| ms of our stage {step['stage'][5]}'s step, with AdamW and with Muon | {step['adamw']:.0f} "
-            f"| {step['muon']:.0f} | {step['ratio']:.2f} |",
+            f"| ms of our stage {stages.number(step['stage'])}'s step, with AdamW and with Muon "
+            f"| {step['adamw']:.0f} | {step['muon']:.0f} | {step['ratio']:.2f} |",
             f"| validation loss, 2000 steps, all of val | {loss['nanogpt']:.3f} | {loss['ours']:.3f} | |",
             f"| peak memory of the training process, MiB | {memory['nanogpt']:,.0f} | {memory['ours']:,.0f} "
             f"| {memory['ours'] / memory['nanogpt']:.2f} |",
@@ -83,7 +82,7 @@ def raced(measured: dict) -> list[str]:
     rows = []
     for way, row in measured["ours"].items():
         ours = "not reached | |" if row["seconds"] is None else f"{row['seconds']:.0f} | {row['ratio']:.2f} |"
-        what = f"seconds to nanoGPT's final loss, our stage {measured['stage'][5]}, {way}"
+        what = f"seconds to nanoGPT's final loss, our stage {stages.number(measured['stage'])}, {way}"
         rows.append(f"| {what} | {measured['nanogpt']:.0f} | {ours}")
     return rows
 
@@ -145,18 +144,12 @@ def speeds(measured: dict) -> str:
     return "\n".join(rows)
 
 
-def losses(measured: dict) -> str:
-    """The table of final losses of variants."""
-    rows = ["| | val loss |", "|---|---|"]
-    return "\n".join(rows + [f"| {name} | {report.with_std(loss, 3)} |" for name, loss in measured.items()])
-
-
 def caches(results: dict) -> str:
     """The table of the cache of a token, of the stages that change it."""
     rows = ["| stage | bytes | relative |", "|---|---|---|"]
     sizes = {
         name: results["stages"][name]["cache_bytes_per_token"]
-        for name in ("stage3_swiglu", "stage4_gqa", "stage7_mla_mtp")
+        for name in ("stage3_swiglu", "stage4_gqa", "stage7a_mla")
     }
     for name, size in sizes.items():
         rows.append(f"| {stages.label(name)} | {size:,.0f} | {size / max(sizes.values()):.3f} |")
@@ -204,56 +197,67 @@ def transformers(measured: dict) -> str:
     return "\n".join(rows)
 
 
-def filled(page: str, number: int | str | None, results: dict) -> str:
-    """The page with its generated parts made anew.
-
-    number is the stage of a lesson, None for the front page, "scale" and "benchmarks" for those in docs/.
-    """
-    if number == "scale":
-        parts = scale.tables(results)
-    elif number is None:
-        parts = {"ladder": short_ladder(results), "rates": rates(results)}
-    elif number == "benchmarks":
-        parts = {
-            "table": ladder(list(stages.names()), results),
-            "nanogpt": nanogpt(results["against_nanogpt"]),
-        }
-    else:
-        parts = {"table": ladder([n for n in (number - 1, number) if n >= 0], results)}
-    if number in stages.names() and number:
-        parts["diff"] = f"```diff\n{diffs.diff(stages.names()[number])}```"
-    if number == 5 and "attention" in results:
-        parts["crossover"] = crossover(results["attention"]["crossover"])
-        parts["context"] = by_context(results["attention"]["by_context"])
-    if number == 6 and "moe" in results:
-        parts["balancing"] = balancing(results["moe"]["balancing"])
-        parts["speeds"] = speeds(results["moe"]["speeds"])
-    if number == 7 and "mla" in results:
-        parts["losses"] = losses(results["mla"]["losses"])
-        parts["caches"] = caches(results)
-        parts["decoding"] = decoding(results["mla"]["decoding"])
-        parts["training"] = mla_training(results["mla"]["training"])
-        parts["drafts"] = drafts(results["mla"]["drafts"])
-    if number == "benchmarks" and "against_transformers" in results:
-        parts["transformers"] = transformers(results["against_transformers"]["stages"])
-    for name, content in parts.items():
+def filled(page: str, name: str, results: dict) -> str:
+    """The page with its generated parts made anew; name as in `pages`."""
+    parts = generated_parts(name, results)
+    for part, content in parts.items():
         page = re.sub(
-            rf"<!-- {name} -->\n.*?<!-- end -->",
-            lambda match, name=name, content=content: f"<!-- {name} -->\n{content}\n<!-- end -->",
+            rf"<!-- {part} -->\n.*?<!-- end -->",
+            lambda match, part=part, content=content: f"<!-- {part} -->\n{content}\n<!-- end -->",
             page,
             flags=re.DOTALL,
         )
     return page
 
 
-def pages() -> dict[Path, int | str | None]:
-    """Every page with generated parts, and what `filled` calls it."""
-    lessons = {stages.ROOT / name / "README.md": number for number, name in stages.names().items()}
-    documents = {stages.ROOT / "docs" / f"{name}.md": name for name in ("scale", "benchmarks")}
-    return {stages.ROOT / "README.md": None} | documents | lessons
+def generated_parts(name: str, results: dict) -> dict[str, str]:
+    """By marker: the generated parts of a page."""
+    if name == "front":
+        return {"ladder": short_ladder(results), "rates": rates(results)}
+    if name == "scale":
+        return scale.tables(results)
+    if name == "benchmarks":
+        return {
+            "table": ladder(stages.course(), results),
+            "nanogpt": nanogpt(results["against_nanogpt"]),
+            "transformers": transformers(results["against_transformers"]["stages"]),
+        }
+    parts = of_stage(name, results)
+    if name == "stage5_flash":
+        parts["crossover"] = crossover(results["attention"]["crossover"])
+        parts["context"] = by_context(results["attention"]["by_context"])
+    if name == "stage6_moe":
+        parts["balancing"] = balancing(results["moe"]["balancing"])
+        parts["speeds"] = speeds(results["moe"]["speeds"])
+    if name == "stage7_mla_mtp":  # its lesson has two stages
+        parts |= {f"{part}7a": content for part, content in of_stage("stage7a_mla", results).items()}
+        parts["caches"] = caches(results)
+        parts["decoding"] = decoding(results["mla"]["decoding"])
+        parts["training"] = mla_training(results["mla"]["training"])
+        parts["drafts"] = drafts(results["mla"]["drafts"])
+    return parts
+
+
+def of_stage(name: str, results: dict) -> dict[str, str]:
+    """The diff of a stage from the stage before, and both in the ladder."""
+    before = diffs.origin(name)
+    if before is None:
+        return {"table": ladder([name], results)}
+    return {"table": ladder([before, name], results), "diff": f"```diff\n{diffs.diff(name)}```"}
+
+
+def pages() -> dict[Path, str]:
+    """Every page with generated parts, and what `filled` calls it: a lesson by its stage."""
+    found = {stages.ROOT / "README.md": "front"}
+    found |= {stages.ROOT / "docs" / f"{name}.md": name for name in ("scale", "benchmarks")}
+    for name in stages.names():
+        file = stages.path(name)
+        if file.name == "model.py" and (file.parent / "README.md").exists():
+            found[file.parent / "README.md"] = name
+    return found
 
 
 if __name__ == "__main__":
     results = read_results()
-    for path, number in pages().items():
-        path.write_text(filled(path.read_text(), number, results))
+    for path, name in pages().items():
+        path.write_text(filled(path.read_text(), name, results))

@@ -34,20 +34,20 @@ LATENT = {"kv_lora_rank": 512}
 B1 = {"n_layer": 20, "n_head": 16, "n_embd": 2048, "block_size": 2048}
 B8 = {"n_layer": 36, "n_head": 32, "n_embd": 4096, "block_size": 4096, "intermediate_size": 14336}
 SIZES = {
-    "124 M": dict.fromkeys((0, 4, 5, 6, 7), GPT2),
+    "124 M": dict.fromkeys(("0", "4", "5", "6", "7"), GPT2),
     "1 B": {
-        0: {"n_layer": 18, "n_head": 16, "n_embd": 2048, "block_size": 2048},
-        4: B1 | {"n_kv_head": 4},
-        5: B1 | {"n_kv_head": 4},
-        6: B1 | MIXTURE | {"n_kv_head": 4},
-        7: B1 | MIXTURE | LATENT,
+        "0": {"n_layer": 18, "n_head": 16, "n_embd": 2048, "block_size": 2048},
+        "4": B1 | {"n_kv_head": 4},
+        "5": B1 | {"n_kv_head": 4},
+        "6": B1 | MIXTURE | {"n_kv_head": 4},
+        "7": B1 | MIXTURE | LATENT,
     },
     "8 B": {
-        0: {"n_layer": 38, "n_head": 32, "n_embd": 4096, "block_size": 4096},
-        4: B8 | {"n_kv_head": 8},
-        5: B8 | {"n_kv_head": 8},
-        6: B8 | MIXTURE | {"n_kv_head": 8},
-        7: B8 | MIXTURE | LATENT,
+        "0": {"n_layer": 38, "n_head": 32, "n_embd": 4096, "block_size": 4096},
+        "4": B8 | {"n_kv_head": 8},
+        "5": B8 | {"n_kv_head": 8},
+        "6": B8 | MIXTURE | {"n_kv_head": 8},
+        "7": B8 | MIXTURE | LATENT,
     },
 }
 
@@ -58,12 +58,12 @@ SHOWN = ("n_kv_head", "n_routed_experts", "num_experts_per_tok", "n_shared_exper
 def all_plans() -> dict[str, dict[str, dict]]:
     """By size and stage: what `plan` says."""
     return {
-        size: {str(number): plan(number, sizes) for number, sizes in by_stage.items()}
+        size: {number: plan(number, sizes) for number, sizes in by_stage.items()}
         for size, by_stage in SIZES.items()
     }
 
 
-def plan(number: int, sizes: dict) -> dict:
+def plan(number: str, sizes: dict) -> dict:
     """What a model of the stage with these sizes needs; memory in bytes, speeds in tokens a second."""
     model = bare(number, sizes)
     flops = cost.flops_per_token(model)
@@ -93,9 +93,9 @@ def plan(number: int, sizes: dict) -> dict:
     }
 
 
-def bare(number: int, sizes: dict) -> torch.nn.Module:
+def bare(number: str, sizes: dict) -> torch.nn.Module:
     """The stage's model without memory, in training mode."""
-    stage = stages.load(stages.names()[number])
+    stage = stages.load(stages.find(number))
     with torch.device("meta"):
         model = stage.GPT(stage.GPTConfig(**sizes))
     cost.group_experts(model)

@@ -9,7 +9,7 @@ HOW = {"1": "one GPU", "ddp": "DDP", "fsdp 8": "FSDP, 8", "fsdp 64": "FSDP, 64"}
 def tables(results: dict) -> dict[str, str]:
     """By marker: the generated parts of the page."""
     every = [
-        (f"{size} | {stages.label(stages.names()[int(number)])}", plan)
+        (f"{size} | {stages.label(stages.find(number))}", plan)
         for size, by_stage in results["scale"].items()
         for number, plan in by_stage.items()
     ]

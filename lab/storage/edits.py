@@ -1,6 +1,6 @@
 """Whether the code that a run was trained with is still the code that is here.
 
-A run's config.json holds a hash of what defines the model: the stage's model.py and the files of ours that it
+A run's config.json holds a hash of what defines the model: the stage's file and the files of ours that it
 imports. Comments, docstrings and formatting do not count.
 """
 
@@ -14,8 +14,8 @@ from lab.errors import UserError, shown
 
 
 def code_hash(stage: str) -> str:
-    """The sha256 of the code of a stage (its folder's name), 16 hexadecimal digits of it."""
-    digest, files = hashlib.sha256(), [stages.ROOT / stage / "model.py"]
+    """The sha256 of the code of a stage, 16 hexadecimal digits of it."""
+    digest, files = hashlib.sha256(), [stages.path(stage)]
     for path in files:  # which grows while it is read
         code, imported = read(path, modified(path))
         digest.update(code.encode() + b"\n")
@@ -92,7 +92,7 @@ def trained_with(config: dict) -> set[str | None]:
 def difference(config: dict) -> str | None:
     """What differs between a run's code and today's, in words; None where they are the same."""
     name, hashes = config["stage"], trained_with(config)
-    if name not in stages.folders():
+    if name not in stages.names():
         return f"its stage, {name}, is not here"
     if None in hashes:
         return "it was made before runs recorded their code"
@@ -100,5 +100,5 @@ def difference(config: dict) -> str | None:
     if hashes == {today}:
         return None
     if today in hashes:
-        return f"{name}/model.py changed while it was trained"
-    return f"{name}/model.py has changed since it was trained"
+        return f"{shown(stages.path(name))} changed while it was trained"
+    return f"{shown(stages.path(name))} has changed since it was trained"

@@ -106,7 +106,7 @@ def note_resumed(folder: Path, config: dict, step: int) -> None:
         *before.get("resumed", []),
         {"step": step, "changed": changed, "code": config["code"], "machine": config["machine"]},
     ]
-    now = {key: config[key] for key in ("format", "settings", "model", "dtype", "attention")}
+    now = {key: config[key] for key in ("format", "settings", "model", "dtype")}
     write_json(folder / "config.json", before | now | {"resumed": resumed})
 
 
@@ -215,16 +215,23 @@ def load(run: Path, name: str, device: torch.device) -> tuple[torch.nn.Module, d
 
 def model_config(run: Path, config: dict):
     """The GPTConfig of a run; a UserError where its stage is not here or has no such sizes any more."""
-    if config["stage"] not in stages.folders():
+    if config["stage"] not in stages.names():
         raise UserError(f"{shown(run)} is a run of {config['stage']}, and no folder of that name is here")
     known = stages.load(config["stage"]).GPTConfig
-    unknown = config["model"].keys() - {field.name for field in fields(known)}
+    sizes = {name: value for name, value in config["model"].items() if not is_former(name, value)}
+    unknown = sizes.keys() - {field.name for field in fields(known)}
     if unknown:
         raise UserError(
-            f"{shown(run)} has {', '.join(sorted(unknown))}, which GPTConfig in {config['stage']}/model.py "
-            "does not have\nundo that edit, or train a new run"
+            f"{shown(run)} has {', '.join(sorted(unknown))}, which GPTConfig in "
+            f"{shown(stages.path(config['stage']))} does not have\nundo that edit, or train a new run"
         )
-    return known(**config["model"])
+    return known(**sizes)
+
+
+def is_former(name: str, value) -> bool:
+    """Whether a size of an older run is one that stages no longer have, with a value that changes nothing."""
+    switched_off = {"n_group": 1, "topk_group": 1, "q_lora_rank": None, "rope_scaling": None}  # of stage 7
+    return name == "attention" or (name in switched_off and value == switched_off[name])
 
 
 def warn_of_edits(run: Path, config: dict) -> None:

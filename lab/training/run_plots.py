@@ -8,7 +8,17 @@ from lab import stages
 
 # One colour a stage, in every picture, that shows on white and on black: most are Okabe and Ito's, which the
 # colour-blind can tell apart.
-STAGE_COLORS = ["#888888", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#7B61C9"]
+STAGE_COLORS = [
+    "#888888",
+    "#E69F00",
+    "#56B4E9",
+    "#009E73",
+    "#D55E00",
+    "#0072B2",
+    "#CC79A7",
+    "#8C510A",
+    "#7B61C9",
+]
 RUN_COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#888888"]
 VARIANT_COLORS = ["#C0392B", "#17A2A2", "#8C6D1F", "#2ECC71"]
 
@@ -168,5 +178,5 @@ def against_context(measured: dict[str, dict], contexts: list[int], path: Path) 
 
 def stage_color(name: str) -> str:
     """The colour of a stage, by its folder's name; those of variants are others, in turn."""
-    place, course = stages.folders().index(name), len(stages.names())
+    place, course = stages.names().index(name), len(stages.course())
     return STAGE_COLORS[place] if place < course else VARIANT_COLORS[(place - course) % len(VARIANT_COLORS)]
