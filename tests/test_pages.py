@@ -12,7 +12,8 @@ from lab.training import settings
 
 PAGES = {str(path.relative_to(stages.ROOT)): (path, number) for path, number in lessons.pages().items()}
 TEXTS = [path for path, _ in PAGES.values()]
-TEXTS += [stages.ROOT / "CONTRIBUTING.md", stages.ROOT / "docs" / "many-devices.md"]
+TEXTS += [stages.ROOT / "CONTRIBUTING.md", stages.ROOT / "family" / "deepseek_v3" / "README.md"]
+TEXTS += [stages.ROOT / "docs" / f"{name}.md" for name in ("many-devices", "learning-path", "glossary")]
 
 
 # By page and part of results.json: the tables made of it.
