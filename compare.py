@@ -101,7 +101,8 @@ def main():
                 needed += wanted_runs.plan(chosen, 1, tuning, known, dataset, needed)
         train(needed, console)
         failed = [run for run in needed if run.failure]
-        known, outdated = wanted_runs.at_hand(notes := [])
+        notes = []
+        known, outdated = wanted_runs.at_hand(notes)  # again, with the runs just trained
     notes += wanted_runs.outdated_notes(chosen, outdated)
     wanted, _ = wanted_runs.wanted_settings(chosen[0], 0, flags)
     out = Path(settings.out) if settings.out else default_folder(wanted.preset, chosen)
@@ -248,7 +249,12 @@ def progress_table(needed: list[wanted_runs.Run], current: wanted_runs.Run, spen
         last = wanted_runs.last_record(run.folder)
         step, steps = last.get("step", 0), run.settings.steps
         done = run.finished()
-        state = "failed" if run.failure else "running" if run is current else "done" if done else "left"
+        if run.failure:
+            state = "failed"
+        elif run is current:
+            state = "running"
+        else:
+            state = "done" if done else "left"
         if not done and not run.failure and known:
             to_go += (steps - step) * spent.get(run.settings.stage, known)
         losses = [r["val_loss"] for r in wanted_runs.read_metrics(run.folder) if "val_loss" in r]

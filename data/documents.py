@@ -264,7 +264,8 @@ class _Writer:
                 f"{source.where} has {state['parts']:,} documents: too few for training and held-out ones\n"
                 f"one of each {state['plan']['every']:,} is held out: use more"
             )
-        if failure := without_text(source.where, state["bytes"]):
+        failure = without_text(source.where, state["bytes"])
+        if failure:
             raise BadDocument(failure)
         for split in SPLITS:
             if state["tokens"][split] % self.shard_tokens:
@@ -340,11 +341,11 @@ class _Report:
         self.progress.update(self.task, completed=done, report=report)
         if not self.live and now - self.printed_at > SECONDS_BETWEEN_STATES:
             self.printed_at = now
-            share = (done - self.done_before) / self.total
-            left = (
-                f", {(self.total - done) / self.total / share * seconds / 60:,.0f} min left" if share else ""
-            )
-            self.console.print(f"{done / self.total:.1%}  {report}{left}", soft_wrap=True)
+            line = f"{done / self.total:.1%}  {report}"
+            if done > self.done_before:
+                bytes_per_second = (done - self.done_before) / seconds
+                line += f", {(self.total - done) / bytes_per_second / 60:,.0f} min left"
+            self.console.print(line, soft_wrap=True)
 
 
 def open_prepared(folder: Path) -> Dataset:

@@ -77,9 +77,10 @@ def pip_download(requirement: str, sha256: str) -> bytes:
         except subprocess.TimeoutExpired:
             raise UserError(f"cannot get {requirement} through pip: not done after {PIP_TIMEOUT} s") from None
         if result.returncode:
-            lines = [line for line in result.stderr.splitlines() if line.strip()]
-            said = next((line for line in reversed(lines) if "ERROR" in line), (lines or ["no message"])[-1])
-            raise UserError(f"cannot get {requirement} through pip: {said.strip()}")
+            lines = [line.strip() for line in result.stderr.splitlines() if line.strip()]
+            errors = [line for line in lines if "ERROR" in line]
+            said = ["no message", *lines, *errors][-1]  # the last error, or else the last line
+            raise UserError(f"cannot get {requirement} through pip: {said}")
         (archive,) = archives.iterdir()
         content = archive.read_bytes()
     if hashlib.sha256(content).hexdigest() != sha256:

@@ -102,11 +102,13 @@ def speeches(play: str) -> str:
         lines = [line for line in lines if line not in ("", ".", "SONG")]
         if not lines:
             continue
+        speaker = SPEAKER.fullmatch(lines[0])
         if HEADING.match(lines[0]):
             spoken = False
-        elif match := SPEAKER.fullmatch(lines[0]):
-            same_line = match[2]
-            found.append([_speaker(match[1] or match[3].rstrip(".")), *([same_line] if same_line else [])])
+        elif speaker:
+            found.append([_speaker(speaker[1] or speaker[3].rstrip("."))])
+            if speaker[2]:  # what is spoken on the same line
+                found[-1].append(speaker[2])
             found[-1] += lines[1:]
             spoken = True
         elif spoken:  # a stage direction stood between

@@ -37,8 +37,10 @@ def load(path: Path, tokenizer: str) -> Dataset:
     elif suffix in REMEDY_OF:
         raise UserError(f"{path} cannot be trained on: {suffix} files are not read\n{REMEDY_OF[suffix]}")
     else:
-        kind, paths = suffix if suffix in (".jsonl", ".parquet") else ".txt", [path]
-    if kind != ".txt" or (path.is_dir() and tokenizer == "gpt2" and size_of(paths) > IN_MEMORY):
+        kind = suffix if suffix in (".jsonl", ".parquet") else ".txt"
+        paths = [path]
+    is_large = path.is_dir() and tokenizer == "gpt2" and size_of(paths) > IN_MEMORY
+    if kind != ".txt" or is_large:
         return at_size(path, kind, paths, tokenizer)
     name = path.name if path.is_dir() else path.stem
     text = "\n".join(files.read_text(part) for part in paths)

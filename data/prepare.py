@@ -55,11 +55,10 @@ def prepare(name: str, text: str, source: str, tokenizer: str, folder: Path) -> 
             f"{source} has {len(text):,} characters: too few for a training and a validation split\n"
             f"use a longer text"
         )
-    meta = {
-        "format": formats.DATA,
-        "name": name,
-        "tokenizer": tokenizer,
-        **({"characters": encoder.characters} if tokenizer == "char" else {}),
+    meta = {"format": formats.DATA, "name": name, "tokenizer": tokenizer}
+    if tokenizer == "char":
+        meta["characters"] = encoder.characters
+    meta |= {
         "vocab_size": encoder.vocab_size,
         "dtype": "uint16",
         "tokens": {split: len(ids[split]) for split in SPLITS},

@@ -38,7 +38,9 @@ class Shards:
             found.append(self.maps[number][start - before : stop - before])
             start = int(self.ends[number])
             number += 1
-        return found[0] if len(found) == 1 else np.concatenate(found or [np.empty(0, np.uint16)])
+        if not found:
+            return np.empty(0, self.dtype)
+        return found[0] if len(found) == 1 else np.concatenate(found)
 
 
 def check(folder: Path, shards: dict[str, dict]) -> None:

@@ -149,7 +149,8 @@ def _walk(folder: Path) -> tuple[list[Path], dict[str, list[Path]]]:
             if path.name.startswith("."):
                 left_out["hidden"].append(path)
             elif stat.S_ISDIR(about.st_mode):
-                (linked if path.is_symlink() else folders).append(path)
+                later = linked if path.is_symlink() else folders
+                later.append(path)
             elif not stat.S_ISREG(about.st_mode):
                 left_out["neither file nor folder"].append(path)
             elif path.suffix.lower() not in KINDS:
@@ -159,9 +160,11 @@ def _walk(folder: Path) -> tuple[list[Path], dict[str, list[Path]]]:
             else:
                 found.append((path, path.resolve() if path.is_symlink() else real / path.name))
     kept = {}
-    for path, real in sorted(found, key=lambda pair: (pair[0] != pair[1], pair[0])):
-        if kept.setdefault(real, path) != path:
+    for path, real in sorted(found, key=lambda pair: (pair[0] != pair[1], pair[0])):  # links come last
+        if real in kept:
             left_out[again].append(path)
+        else:
+            kept[real] = path
     return sorted(kept.values()), left_out
 
 
@@ -249,7 +252,8 @@ def json_lines(file: BinaryIO, offset: int, size: int) -> Iterator[tuple[str, bo
     """Lines of a JSONL file; offsets are bytes."""
     file.seek(offset)
     for line in file:
-        place, offset = f"the line at byte {offset:,}", offset + len(line)
+        place = f"the line at byte {offset:,}"
+        offset += len(line)
         if not line.strip():
             continue
         try:

@@ -354,9 +354,13 @@ def _code_points(text: str) -> np.ndarray:
 
 def _stream_of_bytes(tokenizer: CharTokenizer | GPT2Tokenizer) -> Callable[[int | None], str]:
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may span tokens
-    return lambda token: decoder.decode(
-        b"" if token is None else tokenizer.decode_bytes([token]), final=token is None
-    )
+
+    def text_of(token: int | None) -> str:
+        if token is None:
+            return decoder.decode(b"", final=True)
+        return decoder.decode(tokenizer.decode_bytes([token]))
+
+    return text_of
 
 
 def _integers(ids: Iterable[int]) -> np.ndarray:
@@ -373,10 +377,10 @@ def gpt2_files() -> list[Path]:
     if all(_is_intact(path) for path in paths):
         return paths
     cache = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
-    cached = [
-        Path(cache or Path(tempfile.gettempdir(), "data-gym-cache"), hashlib.sha1(url.encode()).hexdigest())
-        for url in (GPT2_URL + name for name in GPT2_FILES)
-    ]
+    if not cache:
+        cache = Path(tempfile.gettempdir(), "data-gym-cache")
+    # tiktoken names a file in it after the hash of its address.
+    cached = [Path(cache, hashlib.sha1((GPT2_URL + name).encode()).hexdigest()) for name in GPT2_FILES]
     if all(_is_intact(path, name) for path, name in zip(cached, GPT2_FILES, strict=True)):
         for source, path in zip(cached, paths, strict=True):
             files.write(path, source.read_bytes())

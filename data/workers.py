@@ -82,7 +82,8 @@ class Workers:
         said = next((line.strip() for line in reversed(lines) if line.strip()), "")
         if status == -signal.SIGKILL or "memory allocation" in said:  # Rust's words, before it aborts
             return too_little_memory(f"ended, with status {status}")
-        said = said or (signal.strsignal(-status) if status < 0 else "no message")
+        if not said:
+            said = signal.strsignal(-status) if status < 0 else "no message"
         return UserError(
             f"a tokenizing process ended, with status {status}: {said}\n"
             f"mend that and run again: it goes on where it was"
@@ -145,7 +146,7 @@ def encode(tokenizer: GPT2Tokenizer, texts: list[tuple[str, bool]]) -> tuple[np.
     The end-of-text token follows each text that ends its document.
     """
     end = np.array([tokenizer.end_of_text], dtype=np.uint16)
-    tokens, n_bytes = [end[:0]], 0
+    tokens, n_bytes = [np.empty(0, np.uint16)], 0  # so that there is something to concatenate
     for text, ends in texts:
         try:
             tokens.append(tokenizer.encode(text))

@@ -121,4 +121,7 @@ def full_names(theirs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Their tensors under the names of GPT2LMHeadModel, also where GPT2Model was saved (as OpenAI's was)."""
     if any(name.startswith("transformer.") for name in theirs):
         return theirs
-    return {name if name == "lm_head.weight" else f"transformer.{name}": t for name, t in theirs.items()}
+    renamed = {f"transformer.{name}": t for name, t in theirs.items() if name != "lm_head.weight"}
+    if "lm_head.weight" in theirs:
+        renamed["lm_head.weight"] = theirs["lm_head.weight"]
+    return renamed

@@ -120,7 +120,8 @@ def read_weights(
     expected = counterpart.to_tensors(checkpoint.weights(model), sizes)
     if "lm_head.weight" in theirs.keys() - expected.keys():  # a tied matrix, saved as the head or twice
         head = theirs.pop("lm_head.weight")
-        if not torch.equal(head, theirs.setdefault(counterpart.EMBEDDING, head)):
+        theirs.setdefault(counterpart.EMBEDDING, head)
+        if not torch.equal(head, theirs[counterpart.EMBEDDING]):
             raise UserError(
                 f"{shown(folder)}: lm_head.weight differs from {counterpart.EMBEDDING}, but config.json has "
                 "tie_word_embeddings = true: set it to false if the head is one of its own"

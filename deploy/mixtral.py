@@ -134,12 +134,12 @@ def stack_experts(
             stacked[name] = tensor
             continue
         prefix = match.group(1)
+        if prefix + "mlp.experts.down_proj" in stacked:
+            continue  # stacked when the first matrix of this layer came
         gates, ups, downs = (
-            [tensors[prefix + kind.format(expert)] for expert in range(n_experts)] for kind in names
+            torch.stack([tensors[prefix + kind.format(expert)] for expert in range(n_experts)])
+            for kind in names
         )
-        if prefix + "mlp.experts.down_proj" not in stacked:
-            stacked[prefix + "mlp.experts.gate_up_proj"] = torch.cat(
-                (torch.stack(gates), torch.stack(ups)), 1
-            )
-            stacked[prefix + "mlp.experts.down_proj"] = torch.stack(downs)
+        stacked[prefix + "mlp.experts.gate_up_proj"] = torch.cat((gates, ups), 1)
+        stacked[prefix + "mlp.experts.down_proj"] = downs
     return stacked

@@ -79,11 +79,10 @@ def read(folder: Path) -> dict:
             "AutoTokenizer.from_pretrained(…).save_pretrained(FOLDER)"
         )
     described = json.loads(library_tokenizer(folder).to_str())  # every field, also those left to defaults
-    vocab = described["model"]["vocab"]
-    if described["model"]["type"] == "WordLevel" and described == json.loads(
-        of_characters("".join(vocab)).to_str()
-    ):
-        return {"tokenizer": "char", "characters": "".join(vocab)}
+    if described["model"]["type"] == "WordLevel":
+        characters = "".join(described["model"]["vocab"])
+        if described == json.loads(of_characters(characters).to_str()):
+            return {"tokenizer": "char", "characters": characters}
     return {"tokenizer": "gpt2" if is_gpt2(described) else "hf"}
 
 
@@ -93,13 +92,16 @@ def is_gpt2(described: dict) -> bool:
     It may know <|endoftext|> as a special token: sample.py then takes it for one in a prompt, train.py takes
     it for text in data, as always.
     """
-    model, splitter = described["model"], described["pre_tokenizer"] or {}
+    model = described["model"]
+    splitter, processor, decoder = (  # null where there is none
+        described[field] or {} for field in ("pre_tokenizer", "post_processor", "decoder")
+    )
     splits_alike = (
         splitter.get("type") == "ByteLevel"
         and splitter["use_regex"]
         and not splitter["add_prefix_space"]
-        and (described["post_processor"] or {"type": "ByteLevel"})["type"] == "ByteLevel"  # adds no token
-        and (described["decoder"] or {}).get("type") == "ByteLevel"
+        and processor.get("type") in (None, "ByteLevel")  # neither adds a token
+        and decoder.get("type") == "ByteLevel"
         and not any(described[field] for field in ("normalizer", "truncation", "padding"))
         and {token["content"] for token in described["added_tokens"]} <= {"<|endoftext|>"}
     )
@@ -112,9 +114,9 @@ def is_gpt2(described: dict) -> bool:
     merges = [" ".join(pair) for pair in model["merges"]]
     vocab_bpe = "\n".join(["#version: 0.2", *merges, ""])
     pieces = [*GPT2_BYTES, *("".join(pair) for pair in model["merges"]), "<|endoftext|>"]
-    return hashlib.sha256(vocab_bpe.encode()).hexdigest() == GPT2_FILES["vocab.bpe"] and model["vocab"] == {
-        piece: i for i, piece in enumerate(pieces)
-    }
+    if model["vocab"] != {piece: i for i, piece in enumerate(pieces)}:
+        return False
+    return hashlib.sha256(vocab_bpe.encode()).hexdigest() == GPT2_FILES["vocab.bpe"]
 
 
 def say_what_is_ignored(folder: Path) -> None:

@@ -86,7 +86,9 @@ def prepare(device: torch.device) -> None:
         # versions take no more than 32 MiB for the first.
         libc = ctypes.CDLL(None)
         if hasattr(libc, "mallopt"):
-            libc.mallopt(-3, 1 << 30) or libc.mallopt(-3, 32 << 20)
+            accepted = libc.mallopt(-3, 1 << 30)
+            if not accepted:
+                libc.mallopt(-3, 32 << 20)
             libc.mallopt(-1, 1 << 30)
 
 

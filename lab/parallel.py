@@ -84,7 +84,12 @@ def in_turn(function: Callable[[], Result]) -> Result:
     """
     if WORLD_SIZE == 1:
         return function()
-    mine = 0 if RANK == 0 else 1 if LOCAL_RANK == 0 else 2
+    if RANK == 0:
+        mine = 0
+    elif LOCAL_RANK == 0:
+        mine = 1
+    else:
+        mine = 2
     for turn in range(3):
         if turn == mine:
             result = function()
@@ -102,12 +107,12 @@ def from_first(function: Callable[[], Result]) -> Result:
 
 
 def largest(number: int | None) -> int | None:
-    """The largest of the processes' numbers, None where none has one. Waits for no GPU."""
+    """The largest of the processes' numbers above 0, None where none has one. Waits for no GPU."""
     if WORLD_SIZE == 1:
         return number
-    found = torch.tensor(number or 0)
+    found = torch.tensor(0 if number is None else number)  # a tensor holds no None
     dist.all_reduce(found, dist.ReduceOp.MAX, patient_group())
-    return found.item() or None
+    return found.item() if found > 0 else None
 
 
 def total(tensor: torch.Tensor) -> torch.Tensor:
@@ -136,12 +141,15 @@ def command() -> str:
 
 def micro_batch(batch_size: int, micro_batch_size: int | None) -> int:
     """Sequences that a process computes at once. UserError where the batch cannot be divided so."""
-    size = micro_batch_size or batch_size // WORLD_SIZE
-    if not size or batch_size % (size * WORLD_SIZE):
+    if micro_batch_size is None:
+        size, smallest, given = batch_size // WORLD_SIZE, WORLD_SIZE, ""
+    else:
+        size, smallest = micro_batch_size, micro_batch_size * WORLD_SIZE
+        given = f" with --micro-batch-size {micro_batch_size}"
+    if batch_size < smallest or batch_size % (size * WORLD_SIZE):
         raise UserError(
-            f"--batch-size {batch_size} cannot be divided among {WORLD_SIZE} processes"
-            + (f" with --micro-batch-size {micro_batch_size}" if micro_batch_size else "")
-            + f"\nuse a multiple of {WORLD_SIZE * (micro_batch_size or 1)}"
+            f"--batch-size {batch_size} cannot be divided among {WORLD_SIZE} processes{given}\n"
+            f"use a multiple of {smallest}"
         )
     return size
 

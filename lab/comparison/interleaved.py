@@ -125,7 +125,8 @@ def by_context(
                     steps = 5 if what == "training" else 30
                     one = isolated.measure(**of_run(config, where), what=what, context=context, steps=steps)
                 made[name][str(context)].append(one)
-    memory, measured = "peak_memory" if what == "training" else "cache_bytes", {}
+    memory = "peak_memory" if what == "training" else "cache_bytes"
+    measured = {}
     for name, by_length in made.items():
         for context, several in by_length.items():
             failed = [one["error"] for one in several if "error" in one]

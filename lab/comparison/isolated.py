@@ -85,12 +85,13 @@ def main():
         optimizer = optim.make(settings.optimizer, model, 1e-3, 0.1, (0.9, 0.99))
         seconds, tokens = training(model, optimizer, idx, settings.steps, autocast, where)
     else:
+        dtype = model.lm_head.weight.dtype  # as sample.py, which does not use autocast
         seconds, tokens = decoding(model, idx, settings.steps, where)
     made = {
         "tokens_per_second": tokens / statistics.median(seconds),
         "peak_memory": device.peak_memory(where),
         "memory_before": before,
-        "dtype": str(dtype if settings.what == "training" else model.lm_head.weight.dtype)[6:],
+        "dtype": str(dtype).removeprefix("torch."),
     }
     if settings.what == "decoding":
         cache = model.new_cache(settings.batch_size, settings.context)

@@ -84,7 +84,8 @@ def row(folder: Path) -> list[str]:
         changes = [flag_text(*change) for change in beside_preset(config).items()] if there else ["…"]
         changed = ", ".join([config["settings"]["preset"], *changes])
         step = f"{metrics[-1]['step'] if metrics else 0} of {config['settings']['steps']}"
-        step += "" if checkpoint.exists(folder) else ", no checkpoint"
+        if not checkpoint.exists(folder):
+            step += ", no checkpoint"
     return [
         shown(folder),
         stages.label(config["stage"]),
@@ -129,7 +130,7 @@ def table(found: list[tuple[Path, dict, list[dict]]]) -> list[list[str]]:
         rows.append(
             [
                 shown(folder),
-                *("–" if v is None else f"{v:g}" if isinstance(v, float) else str(v) for v in values),
+                *map(value_text, values),
                 str(last["step"]),
                 f"{min(losses(metrics)):.4f}",
                 f"{last['val_loss']:.4f}",
@@ -140,6 +141,13 @@ def table(found: list[tuple[Path, dict, list[dict]]]) -> list[list[str]]:
             ]
         )
     return rows
+
+
+def value_text(value: object) -> str:
+    """A setting in a cell of the table; a dash where the run has none."""
+    if value is None:
+        return "–"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def markdown(rows: list[list[str]]) -> str:

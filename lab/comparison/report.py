@@ -33,6 +33,9 @@ def figures(found: wanted_runs.StageRuns, speeds: dict | None) -> dict:
     origin = diffs.origin(config["stage"])
     finals = [metrics[-1] for metrics in found.history.values()]
     reached = [seconds_to(metrics, LOSS_TO_REACH) for metrics in found.history.values()]
+    seconds_to_loss = {"loss": LOSS_TO_REACH, "values": reached}
+    if None not in reached:
+        seconds_to_loss["mean"] = statistics.mean(reached)
     return {
         "stage": config["stage"],
         "from": origin,
@@ -45,8 +48,7 @@ def figures(found: wanted_runs.StageRuns, speeds: dict | None) -> dict:
         "val_loss": spread.summary([record["val_loss"] for record in finals]),
         "bits_per_byte": spread.summary([record["bits_per_byte"] for record in finals]),
         "seconds": spread.summary([record["seconds"] for record in finals]),
-        "seconds_to_loss": {"loss": LOSS_TO_REACH, "values": reached}
-        | ({} if None in reached else {"mean": statistics.mean(reached)}),
+        "seconds_to_loss": seconds_to_loss,
         "trained_on": found.machines,
         **(speeds or {}),
     }
@@ -107,7 +109,11 @@ def ladder(rows: dict[str, dict]) -> str:
 
 def cells(name: str, row: dict, tuned: bool) -> list[str]:
     """One row of the ladder; name: the stage's folder."""
-    idea = IDEAS.get(name) or (f"variant of {stages.label(row['from'])}" if row else "variant")
+    idea = "variant"
+    if name in IDEAS:
+        idea = IDEAS[name]
+    elif row:
+        idea = f"variant of {stages.label(row['from'])}"
     if not row:
         return [stages.label(name), idea, *[""] * (11 if tuned else 10)]
     millions = f"{row['parameters'] / 1e6:.2f} M"

@@ -128,16 +128,17 @@ def by_context(measured: dict[str, dict], what: str):
     """Tokens/s and memory against the context; measured: by stage and context, the two."""
     from matplotlib.ticker import LogLocator, NullLocator
 
-    memory_title = "peak memory (MiB)" if what == "training" else "cache (KiB)"
-    unit = 2**20 if what == "training" else 2**10
+    if what == "training":
+        memory_title, memory_unit = "peak memory (MiB)", 2**20
+    else:
+        memory_title, memory_unit = "cache (KiB)", 2**10
     figure, panels = new_figure(11, 4.4, columns=2)
     contexts = sorted({int(context) for points in measured.values() for context in points})
-    for panel, key, title in zip(
-        panels, ("tokens_per_second", "memory"), (f"{what} tokens/s", memory_title), strict=True
-    ):
+    drawn = (("tokens_per_second", f"{what} tokens/s", 1), ("memory", memory_title, memory_unit))
+    for panel, (key, title, unit) in zip(panels, drawn, strict=True):
         for name, points in measured.items():
             x = sorted(int(context) for context in points)
-            y = [points[str(context)][key] / (unit if key == "memory" else 1) for context in x]
+            y = [points[str(context)][key] / unit for context in x]
             panel.plot(x, y, **style(name))
         panel.set_xscale("log", base=2)
         panel.set_yscale("log")

@@ -133,8 +133,7 @@ def check_flags(flags: list[str], ours: list[str]) -> None:
             raise UserError(f"{name} is for train.py alone: a comparison sets it for each of its runs")
         plain = name.removeprefix("--").removeprefix("no-").replace("-", "_")
         if name.startswith("--") and "." not in name and plain not in theirs:
-            alike = (get_close_matches(plain, names, n=1) for names in (ours, theirs))
-            close = next(filter(None, alike), None)
+            close = get_close_matches(plain, ours, n=1) or get_close_matches(plain, theirs, n=1)
             guess = f" Did you mean --{close[0].replace('_', '-')}?" if close else ""
             raise UserError(f"unknown flag {name}.{guess} See python compare.py --help and train.py --help")
 
@@ -164,9 +163,14 @@ def at_hand(notes: list[str]) -> tuple[list[tuple[Path, dict]], list[tuple[Path,
             notes.append(f"left out: {shown(folder)} is of {config['stage']!r}, a stage that is not here")
             continue
         try:
-            (outdated if edits.difference(config) else usable).append((folder, config))
+            difference = edits.difference(config)
         except UserError as error:  # code that is not Python at the moment
             notes.append(f"left out: {shown(folder)}: {error}")
+            continue
+        if difference:
+            outdated.append((folder, config))
+        else:
+            usable.append((folder, config))
     return usable, outdated
 
 
@@ -223,11 +227,13 @@ def plan(
     planned again.
     """
     home = runs.RUNS / "compare"
-    needed, taken = [], {run.folder for run in planned or ()}
+    if planned is None:
+        planned = []
+    needed, taken = [], {run.folder for run in planned}
     for seed in range(n_seeds):
         for stage in chosen:
             wanted, all_flags = wanted_settings(stage, seed, flags)
-            if any(equal(run.settings, wanted) and run.settings.seed == seed for run in planned or ()):
+            if any(equal(run.settings, wanted) and run.settings.seed == seed for run in planned):
                 continue
             fitting = [
                 folder
@@ -235,11 +241,12 @@ def plan(
                 if (config["dataset"], config["settings"]["seed"]) == (dataset, seed) and same(config, wanted)
             ]
             finished = [folder for folder in fitting if is_finished(folder, wanted.steps)]
-            begun = sorted(
-                (f for f in fitting if home in f.parents), key=lambda f: last_record(f).get("step", 0)
-            )
-            if finished or begun:
-                folder = finished[0] if finished else begun[-1]
+            begun = [folder for folder in fitting if home in folder.parents]
+            begun.sort(key=lambda folder: last_record(folder).get("step", 0))
+            if finished:
+                folder = finished[0]
+            elif begun:
+                folder = begun[-1]  # the one that has come furthest
             else:
                 folder = free_folder(home / wanted.preset, stage, dataset, seed, taken)
             taken.add(folder)

@@ -93,9 +93,11 @@ def rates(results: dict) -> str:
     tried = sorted({rate for row in tuned.values() for rate in row}, key=float)
     lines = ["| stage | " + " | ".join(tried) + " |", "|---" * (len(tried) + 1) + "|"]
     for name, row in tuned.items():
+        losses = {rate: f"{loss:.3f}" for rate, loss in row.items()}
         best = min(row, key=row.get)
-        losses = (f"**{row[r]:.3f}**" if r == best else f"{row[r]:.3f}" if r in row else "" for r in tried)
-        lines.append(f"| {stages.label(name)} | " + " | ".join(losses) + " |")
+        losses[best] = f"**{losses[best]}**"
+        cells = [losses.get(rate, "") for rate in tried]
+        lines.append(f"| {stages.label(name)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

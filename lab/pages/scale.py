@@ -22,7 +22,9 @@ def tables(results: dict) -> dict[str, str]:
         "speed": speed(plans),
         "command": command("8 B", 5, results["scale"]["8 B"]["5"]),
     }
-    return parts | ({"measured": measured(results["gpt2_preset"])} if "gpt2_preset" in results else {})
+    if "gpt2_preset" in results:
+        parts["measured"] = measured(results["gpt2_preset"])
+    return parts
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -38,8 +40,9 @@ def count(number: float) -> str:
 
 def gigabytes(nbytes: float) -> str:
     """Bytes in GB, as GPUs' memory is sold."""
-    decimals = 0 if nbytes >= 1e11 else 1 if nbytes >= 1e8 else 2
-    return f"{nbytes / 1e9:,.{decimals}f}"
+    if nbytes >= 1e11:
+        return f"{nbytes / 1e9:,.0f}"
+    return f"{nbytes / 1e9:.1f}" if nbytes >= 1e8 else f"{nbytes / 1e9:.2f}"
 
 
 def rounded(number: float) -> str:

@@ -41,7 +41,7 @@ def save(
     Every process calls it, and the first one writes. Of a sharded model and its optimizer each process writes
     its part; otherwise the optimizer's state goes into state.pt. Raises UserError where the disk is full.
     """
-    folder, unfinished, old = (run / f"{name}{suffix}" for suffix in ("", ".tmp", ".old"))
+    folder, unfinished, old = run / name, run / f"{name}.tmp", run / f"{name}.old"
     in_parts = optimizer is not None and parallel.is_sharded(model)
     tensors = {} if in_parts else whole_weights(model)
     if optimizer is not None and not in_parts:
@@ -52,7 +52,7 @@ def save(
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir()
         if in_parts:
-            parallel.from_first(lambda: None)  # the folder is there
+            parallel.from_first(lambda: None)  # waits until the first process has made the folder
             sharded.save(unfinished, weights(model), model, optimizer)
         if parallel.RANK:
             return
@@ -210,14 +210,15 @@ def load_parts(run: Path, model: torch.nn.Module, optimizer: torch.optim.Optimiz
     parts, n_parts = sorted(folder.glob("*.safetensors")), metadata(folder)["parts"]
     if len(parts) != int(n_parts):
         raise damaged(folder, f"{len(parts)} of {n_parts} parts (*.safetensors) are there")
-    path = folder
-    try:
-        for path in parts:
+    for path in parts:
+        try:
             safetensors.safe_open(path, "pt")  # compares the length with what the header says
-        path = folder
+        except (OSError, SafetensorError) as error:
+            raise damaged(path, error) from None
+    try:
         sharded.load(folder, weights(model), model, optimizer)
     except Exception as error:  # another shape, say: torch raises a different kind for each
-        raise damaged(path, error) from None
+        raise damaged(folder, error) from None
 
 
 def shape(tensors: dict[str, torch.Tensor], key: str) -> str:

@@ -52,7 +52,10 @@ def imports(tree: ast.Module, path: Path) -> list[Path]:
             names += [alias.name for alias in node.names]
         if isinstance(node, ast.ImportFrom):
             parent = path.parents[node.level - 1] if node.level else stages.ROOT
-            module = ".".join((*parent.relative_to(stages.ROOT).parts, *filter(None, [node.module])))
+            parts = list(parent.relative_to(stages.ROOT).parts)
+            if node.module:  # None in `from . import name`
+                parts.append(node.module)
+            module = ".".join(parts)
             names += [module, *(f"{module}.{alias.name}" for alias in node.names)]
     places = [stages.ROOT.joinpath(*name.split(".")) for name in names if name]
     files = [file for place in places for file in (place.with_suffix(".py"), place / "__init__.py")]

@@ -1,5 +1,6 @@
 """Token files to batches: random windows to train on, the same windows every time to evaluate on."""
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -47,6 +48,6 @@ def eval_batches(
         targets = np.full(span, -1, dtype=np.int64)
         idx[: end - start] = tokens[start:end]
         targets[: end - start] = tokens[start + 1 : end + 1]
-        rows = -(-(end - start) // block_size)  # without the rows that hold nothing but filling
+        rows = math.ceil((end - start) / block_size)  # without the rows that hold nothing but filling
         shape = (batch_size, block_size)
         yield torch.from_numpy(idx).view(shape)[:rows], torch.from_numpy(targets).view(shape)[:rows]

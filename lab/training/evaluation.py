@@ -27,8 +27,9 @@ def next_token_loss(
         idx, targets = everything[min(mine, len(everything) - 1)]
         with autocast:
             _, losses = model(idx.to(device), targets.to(device))
-        sizes.append((targets != -1).sum().item() if mine < len(everything) else 0)
-        sums.append(losses["next_token"] * sizes[-1])
+        size = (targets != -1).sum().item() if mine < len(everything) else 0
+        sizes.append(size)
+        sums.append(losses["next_token"] * size)
     model.train(was_training)
     found = torch.stack([torch.stack(sums).cpu().double().sum(), torch.tensor(sum(sizes)).double()])
     loss, n_targets = parallel.total(found)

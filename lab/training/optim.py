@@ -11,7 +11,9 @@ from lab import parallel
 
 def make(name: str, model: torch.nn.Module, lr: float, weight_decay: float, betas: tuple[float, float]):
     """The optimizer called name, adamw or muon, for all parameters of the model."""
-    return (MuonAndAdamW if name == "muon" else adamw)(model, lr, weight_decay, betas)
+    if name == "muon":
+        return MuonAndAdamW(model, lr, weight_decay, betas)
+    return adamw(model, lr, weight_decay, betas)
 
 
 def adamw(

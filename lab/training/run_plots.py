@@ -1,5 +1,6 @@
 """Pictures of runs."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -103,7 +104,7 @@ def expert_load(metrics: list[dict], path: Path) -> None:
     steps = [record["step"] for record in metrics]
     n_layers = len(loads[0])
     columns = min(n_layers, 4)
-    rows = -(-n_layers // columns)
+    rows = math.ceil(n_layers / columns)
     figure, axes = new_figure(2.6 * columns + 0.8, 2.4 * rows + 0.6, columns, rows)
     for layer, panel in enumerate(np.atleast_1d(axes).flat):
         if layer >= n_layers:
