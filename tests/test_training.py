@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from lab import device, stages
 from lab.errors import UserError
 from lab.storage import checkpoint
-from lab.training import batches, cost, evaluation, log, optim
+from lab.training import batches, cost, evaluation, log, optim, presets, settings
 
 ROOT = Path(__file__).parent.parent
 
@@ -572,3 +572,22 @@ def test_the_gpt2_preset_is_gpt2():
         model = stage.GPT(stage.GPTConfig())
     padding = 50304 - 50257
     assert cost.parameters(model) == 124_439_808 + padding * 768
+
+
+@pytest.mark.parametrize("number", stages.names())
+def test_what_a_model_derives_follows_from_the_sizes_on_the_command_line(number):
+    """And not from the preset's width, nor from the class's."""
+    config_class = stages.load(stages.find(str(number))).GPTConfig
+    flags = ["--stage", str(number), "--device", "cpu", "--preset", "laptop", "--model.n-embd", "256"]
+    model = settings.parse(flags).model
+    assert type(model) is config_class
+    assert model == config_class(**presets.PRESETS["laptop"]["model"] | {"n_embd": 256})
+    assert model != config_class(**presets.PRESETS["laptop"]["model"])
+
+
+def test_help_shows_the_sizes_of_the_preset(capsys):
+    with pytest.raises(SystemExit):
+        settings.parse(["--stage", "4", "--preset", "baby", "--help"])
+    shown = " ".join(word for word in capsys.readouterr().out.split() if word not in "│─")
+    assert "Width of the residual stream. (default: 384)" in shown
+    assert "rounded up to a multiple of 8. (default: None)" in shown  # derived, but not yet
