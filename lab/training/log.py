@@ -11,7 +11,7 @@ from types import ModuleType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lab import parallel
+from lab import optional, parallel
 from lab.errors import UserError
 
 SECONDS_BETWEEN_LINES = 10
@@ -115,10 +115,7 @@ def log_in_to_wandb() -> None:
 @contextmanager
 def wandb_errors() -> Iterator[ModuleType]:
     """The module wandb; what it raises becomes a UserError."""
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("--wandb needs the package wandb: pip install -e '.[wandb]'") from None
+    wandb = optional.load("wandb", extra="wandb", needed_for="--wandb")
     try:
         yield wandb
     except wandb.errors.Error as error:
