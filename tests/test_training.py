@@ -352,17 +352,6 @@ def test_without_a_compiler_for_cpp_a_compiled_run_is_refused_before_it_begins(w
     assert len(child.stderr.splitlines()) == 1 and not Path("runs").exists()
 
 
-@pytest.mark.parametrize("flags", ["--stage 0", "--stage 7 --optimizer muon"])
-def test_a_plain_run_does_not_import_the_compiler(workshop, flags):
-    """It would take over a second and 70 MiB, for nothing; resuming reads an optimizer's state, too."""
-    main = "import sys, train; train.main(); sys.exit('torch._dynamo' in sys.modules)"
-    flags = [*flags.split(), *TINY_RUN, "--data", "words.txt", "--steps", "2", "--out", "run"]
-    for more in ([], ["--resume", "--steps", "3"]):
-        command = [sys.executable, "-c", main, *flags, *more]
-        done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
-        assert done.returncode == 0, done.stderr
-
-
 def test_wandb_mirrors_every_line(run_train, workshop, monkeypatch):
     class Wandb:
         def __init__(self):

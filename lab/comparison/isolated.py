@@ -82,9 +82,10 @@ def main():
     model = stage.GPT(stage.GPTConfig(**sizes)).to(where)
     idx = torch.randint(model.config.vocab_size, (settings.batch_size, settings.context + 1), device=where)
     autocast = device.autocast(where, dtype)
+    if settings.what == "training":  # torch's optimizers import torch.compile: that is no memory of the step
+        optimizer = optim.make(settings.optimizer, model, 1e-3, 0.1, (0.9, 0.99))
     before = device.peak_memory(where)
     if settings.what == "training":
-        optimizer = optim.make(settings.optimizer, model, 1e-3, 0.1, (0.9, 0.99))
         seconds, tokens = training(model, optimizer, idx, settings.steps, autocast, where)
     else:
         seconds, tokens = decoding(model, idx, settings.steps, where)
