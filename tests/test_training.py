@@ -15,7 +15,7 @@ import torch
 from conftest import TINY_RUN
 from safetensors.torch import load_file
 
-from lab import device, stages
+from lab import atomic, device, stages
 from lab.errors import UserError
 from lab.storage import checkpoint
 from lab.training import batches, cost, evaluation, log, optim, presets, settings
@@ -442,7 +442,7 @@ def test_a_save_killed_at_any_moment_leaves_a_checkpoint_whole(make_model, tmp_p
                 (Path, "rename"),
                 (os, "fsync"),
                 (checkpoint.shutil, "rmtree"),
-                (checkpoint, "write"),
+                (atomic, "write_synced"),
             ):
                 patch.setattr(owner, name, limited(getattr(owner, name)))
             try:
@@ -461,9 +461,9 @@ def test_a_save_killed_at_any_moment_leaves_a_checkpoint_whole(make_model, tmp_p
 def test_a_full_disk_keeps_the_checkpoint_before(make_model, tmp_path, monkeypatch):
     model = make_model()
     save(tmp_path, model, 1)
-    real = checkpoint.write
+    real = atomic.write_synced
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "write", lambda path, content: real(Path("/dev/full"), content))
+        patch.setattr(atomic, "write_synced", lambda path, content: real(Path("/dev/full"), content))
         with pytest.raises(UserError, match="No space left"):
             save(tmp_path, model, 2)
     assert loaded(tmp_path, model) == 1
