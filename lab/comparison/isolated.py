@@ -14,13 +14,13 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from lab import cli, device, stages
+from lab.comparison import timing
 from lab.storage import runs
 from lab.training import optim, presets
 
@@ -104,14 +104,12 @@ def main():
 def training(model, optimizer, idx, steps, autocast, where) -> tuple[list[float], int]:
     """Seconds of each optimizer step, and the tokens in one."""
     model.train()
-    seconds = []
-    for _ in range(steps + 1):
-        started = time.perf_counter()
+
+    def step():
         optim.accumulate_gradients(model, idx[:, :-1], idx[:, 1:], len(idx), autocast)
         optim.update(model, optimizer, 1e-3, 1.0)
-        device.synchronize(where)
-        seconds.append(time.perf_counter() - started)
-    return seconds[1:], idx[:, 1:].numel()
+
+    return timing.seconds_of(step, steps, where, warm_ups=1), idx[:, 1:].numel()
 
 
 @torch.no_grad()
@@ -119,16 +117,14 @@ def decoding(model, idx, steps, where) -> tuple[list[float], int]:
     """Seconds of each new token (of every sequence) with a nearly full cache, and the tokens in one."""
     model.eval()
     context = idx.size(1) - 1
-    seconds = []
     cache = model.new_cache(len(idx), context)
     model(idx[:, : max(1, context - steps - 1)], cache=cache)
-    for _ in range(min(steps + 1, context - cache.length)):
-        started = time.perf_counter()
+
+    def step():
         logits, _ = model(idx[:, cache.length : cache.length + 1], cache=cache)
         logits.argmax(-1)
-        device.synchronize(where)
-        seconds.append(time.perf_counter() - started)
-    return seconds[1:], len(idx)
+
+    return timing.seconds_of(step, min(steps, context - cache.length - 1), where, warm_ups=1), len(idx)
 
 
 def use_tiled(stage) -> None:
