@@ -14,13 +14,13 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from lab import attention, cli, device, stages
+from lab.comparison import timing
 from lab.storage import runs
 from lab.training import optim, presets
 
@@ -80,9 +80,10 @@ def main():
     model = stage.GPT(config).to(where)
     idx = torch.randint(model.config.vocab_size, (settings.batch_size, settings.context + 1), device=where)
     autocast = device.autocast(where, dtype)
+    if settings.what == "training":  # torch's optimizers import torch.compile: that is no memory of the step
+        optimizer = optim.make(settings.optimizer, model, 1e-3, 0.1, (0.9, 0.99))
     before = device.peak_memory(where)
     if settings.what == "training":
-        optimizer = optim.make(settings.optimizer, model, 1e-3, 0.1, (0.9, 0.99))
         seconds, tokens = training(model, optimizer, idx, settings.steps, autocast, where)
     else:
         dtype = model.lm_head.weight.dtype  # as sample.py, which does not use autocast
@@ -102,14 +103,12 @@ def main():
 def training(model, optimizer, idx, steps, autocast, where) -> tuple[list[float], int]:
     """Seconds of each optimizer step, and the tokens in one."""
     model.train()
-    seconds = []
-    for _ in range(steps + 1):
-        started = time.perf_counter()
+
+    def step():
         optim.accumulate_gradients(model, idx[:, :-1], idx[:, 1:], len(idx), autocast)
         optim.update(model, optimizer, 1e-3, 1.0)
-        device.synchronize(where)
-        seconds.append(time.perf_counter() - started)
-    return seconds[1:], idx[:, 1:].numel()
+
+    return timing.seconds_of(step, steps, where, warm_ups=1), idx[:, 1:].numel()
 
 
 @torch.no_grad()
@@ -117,16 +116,14 @@ def decoding(model, idx, steps, where) -> tuple[list[float], int]:
     """Seconds of each new token (of every sequence) with a nearly full cache, and the tokens in one."""
     model.eval()
     context = idx.size(1) - 1
-    seconds = []
     cache = model.new_cache(len(idx), context)
     model(idx[:, : max(1, context - steps - 1)], cache=cache)
-    for _ in range(min(steps + 1, context - cache.length)):
-        started = time.perf_counter()
+
+    def step():
         logits, _ = model(idx[:, cache.length : cache.length + 1], cache=cache)
         logits.argmax(-1)
-        device.synchronize(where)
-        seconds.append(time.perf_counter() - started)
-    return seconds[1:], len(idx)
+
+    return timing.seconds_of(step, min(steps, context - cache.length - 1), where, warm_ups=1), len(idx)
 
 
 if __name__ == "__main__":

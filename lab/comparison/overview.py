@@ -148,9 +148,3 @@ def value_text(value: object) -> str:
     if value is None:
         return "–"
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def markdown(rows: list[list[str]]) -> str:
-    """Rows of text, the heads first, as a Markdown table."""
-    head, *others = (f"| {' | '.join(row)} |" for row in rows)
-    return "\n".join([head, "|---" * len(rows[0]) + "|", *others]) + "\n"

@@ -1,6 +1,5 @@
 """What a training step does: gradients, the learning rate, the optimizer."""
 
-import inspect
 import math
 from collections import defaultdict
 
@@ -34,28 +33,10 @@ def adamw_of(
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return AdamW(groups, lr=lr, betas=betas, fused=True)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
 
-class WithoutCompiler:
-    """An optimizer's methods without their wrappers for torch.compile.
-
-    Those import the compiler, also where nothing is compiled, which takes over a second and 70 MiB.
-    """
-
-    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
-    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
-    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
-    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
-
-
-class AdamW(WithoutCompiler, torch.optim.AdamW):
-    """torch's AdamW."""
-
-    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
-
-
-class BatchedMuon(WithoutCompiler, torch.optim.Muon):
+class BatchedMuon(torch.optim.Muon):
     """torch's Muon, but matrices of equal shape are orthogonalized as one batch, stacks of them too.
 
     A model has many small matrices of few shapes; one after the other they would leave the processor idle.
