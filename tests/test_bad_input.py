@@ -51,7 +51,7 @@ def explained(capsys, message):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_an_absent_device_is_explained(run_train, capsys):
     assert run_train("--stage", "0", "--device", "cuda") == 2
-    explained(capsys, "device 'cuda' is not present here (there is: ")
+    explained(capsys, "device 'cuda' is not available (available: ")
 
 
 OUT_OF_MEMORY = {
