@@ -1080,9 +1080,8 @@ def test_a_table_of_positions_does_not_change_its_length(fine_tune, capsys):
     make_run("run", "0", words())
     capsys.readouterr()
     assert fine_tune("--init-from", "run", "--out", "out", "--model.block-size", "13") == 2
-    explained(
-        capsys, "does not fit this model: model.embed_positions.weight is (24, 32) there and (13, 32) here"
-    )
+    place = "model.embed_positions.weight is (24, 32) in the file and (13, 32) in the model"
+    explained(capsys, f"does not fit this model: {place}")
 
 
 def test_another_stage_starts_from_weights_that_fit_it_alone(fine_tune, capsys):

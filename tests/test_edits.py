@@ -454,7 +454,7 @@ def test_training_holds_the_lock_until_its_end(run_train, monkeypatch):
 
     monkeypatch.setattr(train.evaluation, "next_token_loss", evaluate)
     assert run_train("--stage", "0", "--steps", "1", "--out", "run") == 0
-    assert seen == [f"lab.storage.locks.Taken: process {os.getpid()} has it"]
+    assert seen == [f"lab.storage.locks.Taken: process {os.getpid()} holds the lock"]
 
 
 def planned(workshop, *flags):

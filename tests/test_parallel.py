@@ -427,7 +427,7 @@ def full_disk(*flags):
 def test_a_full_disk_keeps_the_parts_before(group):
     run_all(group, "--stage", "4", "--steps", "2", "--parallel", "fsdp", "--out", "run")
     for status, _, said in group(full_disk, "--resume", "--out", "run", "--steps", "4"):
-        assert status == 2 and "No space left" in said and "the checkpoint before it is intact" in said
+        assert status == 2 and "No space left" in said and "the previous checkpoint is intact" in said
     assert checkpoint.step(Path("run")) == 2
     run_all(group, "--resume", "--out", "run", "--steps", "4")
     assert checkpoint.step(Path("run")) == 4
