@@ -13,7 +13,7 @@ from lab.training import optim
 ROOT = Path(__file__).parent.parent
 
 BAD_TRAINING = {
-    "no stage": ([], "which stage?"),
+    "no stage": ([], "--stage is missing"),
     "unknown stage": (["--stage", "99"], "0 (stage0_gpt)"),
     "unknown stage by name": (["--stage", "gtp"], "did you mean gpt?"),
     "unknown flag": (["--stage", "0", "--stepz", "5"], "--stepz"),

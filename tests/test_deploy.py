@@ -1112,4 +1112,4 @@ def test_what_cannot_be_started_from_is_explained(run_import, fine_tune, spoilt,
     assert run_import("theirs", "--out", "runs/other") == 0
     capsys.readouterr()
     assert fine_tune("--init-from", "runs/other", "--out", "out") == 2
-    explained(capsys, "runs/other has a tokenizer.json that only sample.py can use")
+    explained(capsys, "runs/other has a tokenizer.json, which sample.py can use")

@@ -1,10 +1,10 @@
-"""Sizes and schedules to start from, one a machine; every number is also a flag of train.py."""
+"""Default sizes and schedules for different machines; every number is also a flag of train.py."""
 
 from dataclasses import fields
 
 # model: fields of GPTConfig; the rest: fields of lab.training.settings.Settings.
 PRESETS = {
-    # nanoGPT's setting for a CPU, to compare number with number: minutes on a laptop.
+    # nanoGPT's settings for a CPU, so that results can be compared directly; takes minutes on a laptop.
     "laptop": {
         "model": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64},
         "batch_size": 12,
@@ -14,7 +14,7 @@ PRESETS = {
         "warmup_steps": 100,
         "beta2": 0.99,
     },
-    # nanoGPT's setting for one GPU and TinyShakespeare.
+    # nanoGPT's settings for one GPU and TinyShakespeare.
     "baby": {
         "model": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "dropout": 0.2},
         "batch_size": 64,
@@ -40,7 +40,7 @@ PRESETS = {
 
 
 def choose(data: str, device_type: str) -> str:
-    """The preset's name where --preset says auto."""
+    """The name of the preset that --preset auto selects."""
     if data == "openwebtext":
         return "gpt2"
     return "baby" if device_type == "cuda" else "laptop"
