@@ -1,4 +1,4 @@
-"""Speed and memory of the stages side by side: warmed up, repeated, in turn, so that noise is fair to all."""
+"""Speed and memory of several stages, measured in turn after a warm-up, so that noise affects all alike."""
 
 import json
 import statistics
@@ -16,24 +16,24 @@ from lab.sampling import generation
 from lab.storage import edits, runs
 from lab.training import optim
 
-DECODED = 200  # tokens of one measurement of decoding
+DECODED = 200  # tokens per measurement of decoding speed
 
 
 def parse_contexts(text: str) -> list[int]:
-    """The lengths in "64,256,1024"; a UserError for anything else."""
+    """The lengths in a list such as "64,256,1024". Raises UserError for anything else."""
     try:
         contexts = [int(part) for part in text.split(",") if part]
         if any(context < 3 for context in contexts):
             raise ValueError
     except ValueError:
         raise UserError(
-            f"--contexts {text}: write lengths of 3 or more with commas, as in 64,256,1024"
+            f"--contexts {text}: give lengths of 3 or more, separated by commas, as in 64,256,1024"
         ) from None
     return contexts
 
 
 def read(out: Path, notes: list[str]) -> dict:
-    """What was measured before, of today's code; notes gets a line for what is left out."""
+    """Earlier measurements of today's code. A line is added to notes for those of other code."""
     path = out / "speeds.json"
     try:
         speeds = json.loads(path.read_text()) if path.exists() else {}
@@ -53,7 +53,7 @@ def is_todays(name: str, code: str | None) -> bool:
     """Whether a stage's code has this hash."""
     try:
         return name in stages.folders() and edits.code_hash(name) == code
-    except UserError:  # it is not Python at the moment
+    except UserError:  # it cannot be parsed at the moment
         return False
 
 
@@ -67,7 +67,7 @@ def without(value, outdated: list[str]):
 def everything(
     configs: dict[str, dict], where: torch.device, rounds: int, contexts: list[int], console: Console
 ) -> dict:
-    """All speeds of these stages; configs: by stage, config.json of a run of it."""
+    """Measures all speeds of these stages. configs: by stage, the config.json of one of its runs."""
     with console.status("measuring training and decoding speed", spinner="line"):
         trainers = {name: trainer(config, where) for name, config in configs.items()}
         training = in_turn(trainers, where, rounds, 15)
@@ -99,7 +99,7 @@ def everything(
 
 
 def of_run(config: dict, where: torch.device) -> dict:
-    """The settings of lab.comparison.isolated that measure what a run trained."""
+    """The settings of lab.comparison.isolated that measure a run's model."""
     made = {"stage": config["stage"], "model": json.dumps(config["model"]), "dtype": config["dtype"]}
     return made | {"device": where, "optimizer": config["settings"]["optimizer"]}
 
@@ -112,35 +112,35 @@ def by_context(
     contexts: list[int],
     console: Console,
 ) -> dict[str, dict]:
-    """By stage and context: tokens/s of training or decoding, and the memory of the process or the cache.
+    """Tokens/s of training or decoding, and the memory of the process or the cache, by stage and context.
 
-    Each in a process of its own, the stages in turn, several rounds; medians.
+    Each measurement has a process of its own. The stages take turns for several rounds; the medians count.
     """
-    made = {name: {str(context): [] for context in contexts} for name in configs}
+    results = {name: {str(context): [] for context in contexts} for name in configs}
     for _ in range(rounds):
         for context in contexts:
             for name, config in configs.items():
-                doing = f"measuring {what} of {name} at a context of {context}"
-                with console.status(doing, spinner="line"):
+                status = f"measuring {what} of {name} at a context of {context}"
+                with console.status(status, spinner="line"):
                     steps = 5 if what == "training" else 30
                     one = isolated.measure(**of_run(config, where), what=what, context=context, steps=steps)
-                made[name][str(context)].append(one)
+                results[name][str(context)].append(one)
     memory, measured = "peak_memory" if what == "training" else "cache_bytes", {}
-    for name, by_length in made.items():
-        for context, several in by_length.items():
-            failed = [one["error"] for one in several if "error" in one]
-            if failed:
-                said = f"not measured: {what} of {name} at a context of {context}: {failed[0]}"
-                console.print(said, highlight=False)
-            elif several:
-                point = {"tokens_per_second": statistics.median(one["tokens_per_second"] for one in several)}
-                point["memory"] = statistics.median(one[memory] for one in several)
+    for name, by_length in results.items():
+        for context, repeats in by_length.items():
+            errors = [one["error"] for one in repeats if "error" in one]
+            if errors:
+                message = f"not measured: {what} of {name} at a context of {context}: {errors[0]}"
+                console.print(message, highlight=False)
+            elif repeats:
+                point = {"tokens_per_second": statistics.median(one["tokens_per_second"] for one in repeats)}
+                point["memory"] = statistics.median(one[memory] for one in repeats)
                 measured.setdefault(name, {})[context] = point
     return measured
 
 
 def of_stage(speeds: dict, name: str) -> dict:
-    """The figures of one stage, for results.json; empty where nothing was measured."""
+    """The figures of one stage, for results.json; empty if nothing was measured."""
     figures = {}
     for what in ("training", "decoding"):
         values = speeds.get(what, {}).get(name)
@@ -154,7 +154,7 @@ def of_stage(speeds: dict, name: str) -> dict:
 def in_turn(
     measured: dict[str, Callable], where: torch.device, rounds: int, amount: int
 ) -> dict[str, list[float]]:
-    """Calls each function with `amount` once a round, after a warm-up: what it returns, tokens a second."""
+    """Calls each function with `amount` once per round, after a warm-up; returns tokens/s of every call."""
     speeds = {name: [] for name in measured}
     for function in measured.values():
         function(max(2, amount // 5))
@@ -168,7 +168,7 @@ def in_turn(
 
 
 def make_model(config: dict, where: torch.device) -> torch.nn.Module:
-    """A fresh model of a run's sizes."""
+    """A newly initialized model with a run's sizes."""
     torch.manual_seed(0)
     device.prepare(where)
     stage = stages.load(config["stage"])
@@ -176,7 +176,7 @@ def make_model(config: dict, where: torch.device) -> torch.nn.Module:
 
 
 def trainer(config: dict, where: torch.device) -> Callable[[int], int]:
-    """A function that trains so many steps, as train.py would without compiling, and returns the tokens."""
+    """A function that trains for a number of steps as train.py does, uncompiled, and returns the tokens."""
     model, settings = make_model(config, where), config["settings"]
     optimizer = optim.make(settings["optimizer"], model, 1e-3, 0.1, (0.9, 0.99))
     autocast = device.autocast(where, getattr(torch, config["dtype"]))
@@ -196,7 +196,7 @@ def trainer(config: dict, where: torch.device) -> Callable[[int], int]:
 
 
 def decoder(config: dict, where: torch.device) -> Callable[[int], int]:
-    """A function that samples so many tokens one by one, as sample.py would, and returns their number."""
+    """A function that samples a number of tokens one by one, as sample.py does, and returns their number."""
     model = make_model(config, where).eval()
 
     def run(tokens: int) -> int:

@@ -1,14 +1,14 @@
-"""Speed and memory of one stage at one context, in a process of its own.
+"""Measures the speed and memory of one stage at one context, in a process of its own.
 
 python -m lab.comparison.isolated --help lists the settings.
 
-A process's peak of memory can't be taken back, so every measurement gets a fresh one; `measure` starts it.
+A process cannot reset its peak memory, so `measure` starts a new process for every measurement.
 """
 
 from lab import terminal
 
 if __name__ == "__main__":
-    terminal.prepare()  # before the seconds that importing torch takes
+    terminal.prepare()  # first, since importing torch takes seconds
 
 import json
 import statistics
@@ -29,39 +29,39 @@ LAPTOP = presets.PRESETS["laptop"]["model"] | {"vocab_size": 65}
 
 @dataclass
 class Settings:
-    """Measures one stage at one context and prints a line of JSON."""
+    """Measures one stage at one context and prints the result as a line of JSON."""
 
     stage: str
     """Stage: its number or its folder's name."""
     what: Literal["training", "decoding"] = "training"
-    """training: optimizer steps. decoding: tokens one by one, until the context is full."""
+    """training: optimizer steps; decoding: tokens one by one, until the context is full."""
     context: int = 64
-    """Tokens in a sequence."""
+    """Tokens per sequence."""
     batch_size: int = 1
-    """Sequences."""
+    """Sequences per batch."""
     model: str | None = None
     """Sizes of the model as JSON, as in a run's config.json. None: the laptop preset's."""
     attention: str | None = None
-    """Stage 5 on: what computes attention; "tiled" is stage5_flash/tiled.py. None: auto."""
+    """From stage 5 on: what computes attention; "tiled" is stage5_flash/tiled.py. None: auto."""
     device: str = "auto"
-    """cuda, mps or cpu; auto: the first of these that is present."""
+    """cuda, mps or cpu; auto: the first of these that is available."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of training's matrix products, as in train.py."""
+    """Precision of matrix products in training, as in train.py."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """As in train.py."""
     steps: int = 5
-    """Steps (or tokens) to time, after a first one that is not; the median counts."""
+    """Steps (or tokens) to time, after one that is not timed; the median counts."""
 
 
 def measure(**settings) -> dict:
-    """Runs this module with these settings in a process of its own; what it measured, or {"error": …}."""
+    """Runs this module with these settings in a process of its own. Returns its result, or {"error": …}."""
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items() if value is not None]
     command = [sys.executable, "-m", "lab.comparison.isolated", *flags]
     child = subprocess.run(command, cwd=stages.ROOT, capture_output=True, text=True)
     if child.returncode:
-        said = child.stderr.strip().splitlines() or [f"exit status {child.returncode}"]
-        errors = [line.removeprefix("error: ") for line in said if line.startswith("error: ")]
-        return {"error": (errors or said)[-1]}
+        lines = child.stderr.strip().splitlines() or [f"exit status {child.returncode}"]
+        errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+        return {"error": (errors or lines)[-1]}
     return json.loads(child.stdout.splitlines()[-1])
 
 
@@ -88,7 +88,7 @@ def main():
         seconds, tokens = training(model, optimizer, idx, settings.steps, autocast, where)
     else:
         seconds, tokens = decoding(model, idx, settings.steps, where)
-    made = {
+    result = {
         "tokens_per_second": tokens / statistics.median(seconds),
         "peak_memory": device.peak_memory(where),
         "memory_before": before,
@@ -96,12 +96,12 @@ def main():
     }
     if settings.what == "decoding":
         cache = model.new_cache(settings.batch_size, settings.context)
-        made["cache_bytes"] = cache.nbytes
-    print(json.dumps(made | {"machine": runs.machine(where)}))
+        result["cache_bytes"] = cache.nbytes
+    print(json.dumps(result | {"machine": runs.machine(where)}))
 
 
 def training(model, optimizer, idx, steps, autocast, where) -> tuple[list[float], int]:
-    """Seconds of each optimizer step, and the tokens in one."""
+    """Seconds of each optimizer step, and the number of tokens per step."""
     model.train()
     seconds = []
     for _ in range(steps + 1):
@@ -115,7 +115,7 @@ def training(model, optimizer, idx, steps, autocast, where) -> tuple[list[float]
 
 @torch.no_grad()
 def decoding(model, idx, steps, where) -> tuple[list[float], int]:
-    """Seconds of each new token (of every sequence) with a nearly full cache, and the tokens in one."""
+    """Seconds of each decoding step with a nearly full cache, and the tokens per step (one per sequence)."""
     model.eval()
     context = idx.size(1) - 1
     seconds = []
@@ -131,7 +131,7 @@ def decoding(model, idx, steps, where) -> tuple[list[float], int]:
 
 
 def use_tiled(stage) -> None:
-    """Replaces the stage's attention call by the algorithm written out in PyTorch."""
+    """Replaces the stage's attention with the tiled algorithm in PyTorch."""
     from stage5_flash.tiled import tiled_attention
 
     def attend(self, q, k, v, mask):
