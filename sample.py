@@ -164,11 +164,15 @@ def read_prompt(settings: Settings) -> str:
     if settings.prompt is not None and settings.prompt_file is not None:
         raise UserError("give --prompt or --prompt-file, not both")
     if settings.prompt is not None:
-        # Python has made surrogates of bytes that are not UTF-8; this gives those bytes again.
-        escapes = all(not "\ud800" <= c <= "\udfff" or "\udc80" <= c <= "\udcff" for c in settings.prompt)
-        errors = "surrogateescape" if escapes else "surrogatepass"
-        return files.decoded(settings.prompt.encode("utf-8", errors), "the prompt")
-    source = "standard input" if settings.prompt_file is None else settings.prompt_file or "''"
+        try:
+            # Python has made surrogates of bytes that are not UTF-8; this gives those bytes again.
+            content = settings.prompt.encode("utf-8", "surrogateescape")
+        except UnicodeEncodeError:  # other surrogates
+            content = settings.prompt.encode("utf-8", "surrogatepass")
+        return files.decoded(content, "the prompt")
+    source = "standard input"
+    if settings.prompt_file is not None:
+        source = settings.prompt_file or "''"  # '' shows that the name is empty
     try:
         if settings.prompt_file is not None:
             return files.decoded(Path(settings.prompt_file).expanduser().read_bytes(), source)

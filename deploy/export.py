@@ -7,7 +7,8 @@ stage 6 without shared experts MixtralForCausalLM, and stage 7 DeepseekV3ForCaus
 A run that was imported, or fine-tuned from one, gets back the files of its tokenizer, generation_config.json
 and the ids of its special tokens. Transformers follows them: it may sample, and stop at an end-of-text token.
 
---to llama2c: model.bin and tokenizer.bin for the C program `run` of karpathy/llama2.c; see deploy/llama2c.py.
+--to llama2c: model.bin and tokenizer.bin for the C program `run` of karpathy/llama2.c. That program puts a
+newline and a space before every prompt; see deploy/llama2c.py.
 """
 
 import sys
@@ -50,7 +51,8 @@ class Settings:
     run: str
     """Folder of the run."""
     to: Literal["hf", "llama2c"]
-    """hf: a folder for transformers. llama2c: model.bin and tokenizer.bin for llama2.c's `run`."""
+    """hf: a folder for transformers. llama2c: model.bin and tokenizer.bin for llama2.c's `run`.
+    That program puts a newline and a space before every prompt."""
     out: str
     """Folder to make."""
     checkpoint: Literal["best", "last"] = "best"
@@ -84,6 +86,9 @@ def main():
     print(f"{stage} from {shown(run)} is in {shown(out)}: {', '.join(names)}")
     if settings.to == "hf" and COUNTERPARTS[stage] is deepseek:
         print("rotated dimensions are paired as DeepSeek's: neighbours (rope_interleave = true), not halves")
+    if settings.to == "llama2c":
+        before = llama2c.before_prompt(runs.tokenizer(run))
+        print(f"llama2.c's run puts {before!r} before every prompt and continues both together")
     print(f"use it: {use}")
 
 

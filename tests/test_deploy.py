@@ -820,29 +820,23 @@ def read_tokenizer_bin(path, vocab_size):
 
 
 def run_c_encode(pieces, text):
-    """encode() of run.c, with BOS, for scores that are all alike."""
-    ids = {piece: i for i, piece in enumerate(pieces)}
-    assert len(ids) == len(pieces)
+    """encode() of run.c, with BOS. No two pieces together are a third, so that nothing is merged."""
+    ids = {piece: i for i, piece in enumerate(pieces)}  # of equal pieces any may be found; here the last
+    assert not any(a + b in ids for a, b in itertools.product(ids, ids))
     tokens = [1]
     if text:
         tokens.append(ids[b" "])
     for character in text:
         piece = character.encode()
         tokens += [ids[piece]] if piece in ids else [byte + 3 for byte in piece]
-    while True:
-        pairs = [pieces[a] + pieces[b] for a, b in itertools.pairwise(tokens)]
-        merged = next((i for i, pair in enumerate(pairs) if pair in ids), None)
-        if merged is None:
-            return tokens
-        tokens[merged : merged + 2] = [ids[pairs[merged]]]
+    assert max(tokens) < len(pieces)  # run.c does not check it
+    return tokens
 
 
 def run_c_decode(pieces, previous, token):
     """decode() of run.c."""
     piece = pieces[token]
-    if previous == 1 and piece.startswith(b" "):
-        piece = piece[1:]
-    return bytes([int(piece[3:5], 16)]) if piece.startswith(b"<0x") else piece
+    return piece[1:] if previous == 1 and piece.startswith(b" ") else piece
 
 
 def run_c_forward(config, w, tokens):
@@ -900,7 +894,18 @@ LLAMA2C = [
     ("4", {"n_kv_head": 2, "tie_word_embeddings": False, "vocab_size": len(CHARACTERS) + 3}),
     ("4", {"n_kv_head": 4, "n_layer": 1}),
 ]
+CHARACTERS_SORTED = CharTokenizer(CHARACTERS).characters
 LLAMA2C_PROMPTS = ["", "a", " B,\n\n  c: ", "é😀\t!", "\n"]
+
+
+def before_prompt(prompt, characters=CHARACTERS):
+    """What the model sees before a prompt: the newline that BOS stands for, and a space if there is a prompt.
+
+    Where a character is not known, its place is taken as llama2c.before_prompt says.
+    """
+    start = "\n" if "\n" in characters else min(characters)
+    space = " " if " " in characters else start
+    return start + space if prompt else start
 
 
 @pytest.mark.parametrize("stage, sizes", LLAMA2C)
@@ -908,29 +913,39 @@ def test_llama2c_computes_our_logits_from_its_file(run_export, stage, sizes):
     ours = make_run("run", stage, **sizes)
     assert run_export("--run", "run", "--to", "llama2c", "--out", "out") == 0
     config, w = read_model_bin("out/model.bin")
+    assert w["norm"].shape == ours.model.norm.weight.shape  # the model at its own width
     pieces = read_tokenizer_bin("out/tokenizer.bin", len(w["embedding"]))
-    known = len(CHARACTERS)
-    characters = slice(len(pieces) - 1 - known, len(pieces) - 1)
+    tokenizer = CharTokenizer(CHARACTERS)
+    of_ours = torch.tensor([CHARACTERS_SORTED.index(piece.decode()) for piece in pieces if piece != b"<s>"])
+    characters = torch.arange(len(pieces)) != 1
     for prompt in LLAMA2C_PROMPTS:
-        idx = torch.from_numpy(CharTokenizer(CHARACTERS).encode(prompt or "\n").astype(np.int64))[None]
-        tokens = run_c_encode(pieces, prompt)
-        assert len(tokens) == 1 + len(prompt)  # BOS and space are one token, or BOS is the newline
+        idx = torch.from_numpy(tokenizer.encode(before_prompt(prompt) + prompt).astype(np.int64))[None]
         with torch.no_grad():
-            expected = ours(idx)[0][0, :, :known]
-            logits = run_c_forward(config, w, tokens)[-len(idx[0]) :]
-        torch.testing.assert_close(logits[:, characters], expected, atol=1e-4, rtol=0)
-        others = logits.softmax(-1)
-        others[:, characters] = 0
-        assert (others == 0).all()  # sampling, too, never makes what is not ours
+            expected = ours(idx)[0][0, :, : tokenizer.vocab_size]
+            logits = run_c_forward(config, w, run_c_encode(pieces, prompt))
+        torch.testing.assert_close(logits[:, characters], expected[:, of_ours], atol=1e-4, rtol=0)
+        # BOS, which ends the text, is never the most likely, and as likely as the average token at most.
+        assert (logits[:, 1] < logits[:, characters].amax(1)).all()
+        probs = logits.softmax(-1)
+        assert (probs[:, 1] <= 1 / len(pieces)).all()
+        # Otherwise sampling follows the model's own distribution.
+        sampled = torch.zeros_like(expected).index_add(1, of_ours, probs[:, characters])
+        wanted = expected.softmax(-1) * (1 - probs[:, 1:2])
+        torch.testing.assert_close(sampled, wanted, atol=1e-4, rtol=0)
 
 
 def sample_greedily(folder, prompt):
-    """What sample.py --temperature 0 writes for the prompt, as much of it as run.c does."""
+    """What sample.py --temperature 0 writes from the text that run.c starts from, as far as run.c prints it.
+
+    That is what comes after the newline, without a space that is first.
+    """
     model, _ = runs.load(Path(folder), "best", CPU)
     tokenizer = runs.tokenizer(Path(folder))
-    tokens = tokenizer.encode(prompt).tolist() or generation.default_prompt(tokenizer)
-    n = model.config.block_size - len(prompt)
-    return prompt + tokenizer.decode(list(generation.generate(model, tokens, n, tokenizer.vocab_size, 0)))
+    start = before_prompt(prompt, tokenizer.characters)
+    tokens = tokenizer.encode(start + prompt).tolist()
+    n = model.config.block_size + 1 - len(tokens)
+    made = tokenizer.decode(list(generation.generate(model, tokens, n, tokenizer.vocab_size, 0)))
+    return prompt + made if prompt else made.removeprefix(" ")
 
 
 @pytest.mark.parametrize("stage, sizes", LLAMA2C)
@@ -941,10 +956,17 @@ def test_llama2c_writes_the_text_of_sample(run_export, stage, sizes):
         assert run_c("out", prompt) == sample_greedily("run", prompt)
 
 
-def test_llama2c_survives_characters_that_the_model_does_not_know(run_export):
-    make_run("run", "3", characters="abc")  # neither a space nor a newline
+@pytest.mark.parametrize("characters", ["abc", "a", "ab\n", "a bc", "".join(map(chr, range(0x4E00, 0x4F10)))])
+def test_llama2c_takes_any_characters_and_survives_unknown_ones(run_export, capsys, characters):
+    """With and without a newline or a space, from 1 character to more than bytes have values."""
+    make_run("run", "3", characters=characters)
     assert run_export("--run", "run", "--to", "llama2c", "--out", "out") == 0
-    assert run_c("out", "a b\nZ€").startswith("a b\nZ€")
+    before = before_prompt("…", characters)
+    assert f"puts {before!r} before every prompt" in capsys.readouterr().out
+    prompt = characters.strip()[:2]
+    assert run_c("out", prompt) == sample_greedily("run", prompt)
+    assert run_c("out", "") == sample_greedily("run", "")
+    assert len(run_c("out", "é")) > 2  # ends well
 
 
 @pytest.fixture(scope="session")
@@ -976,7 +998,6 @@ def test_the_c_program_writes_the_text_of_sample(llama2c_run, run_export, stage,
         ("2", {}, "llama2.c has no counterpart of stage2_rope"),
         ("3", {"rope_theta": 500_000.0}, "the run has rope_theta 500000.0"),
         ("4", {"norm_eps": 1e-6}, "the run has norm_eps 1e-06"),
-        ("3", {"n_embd": 8, "block_size": 151}, "block_size 151; llama2.c's run can have 150"),
     ],
 )
 def test_what_llama2c_does_not_compute_is_refused_by_name(run_export, capsys, stage, sizes, message):
@@ -988,7 +1009,7 @@ def test_what_llama2c_does_not_compute_is_refused_by_name(run_export, capsys, st
 def test_a_model_too_large_for_the_counters_of_llama2c_is_refused(tmp_path):
     sizes = {"n_layer": 100, "n_head": 8, "n_embd": 8192, "block_size": 8192}
     sizes |= {"rope_theta": 10_000.0, "norm_eps": 1e-5}
-    with pytest.raises(UserError, match="width of k is 13,421,772,800"):
+    with pytest.raises(UserError, match="width of k is 6,710,886,400"):
         llama2c.write(tmp_path, "stage3_swiglu", {}, sizes, {"tokenizer": "char", "characters": "ab"})
     assert not list(tmp_path.iterdir())
 

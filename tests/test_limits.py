@@ -237,7 +237,8 @@ def test_a_draft_that_differs_by_rounding_alone_is_drawn_again_from_the_model():
     for seed in itertools.count():  # the first seed that rejects the draft
         if float(torch.rand(1, generator=generator.manual_seed(seed))) * q[2] >= p[2]:
             break
-    made = generation.verified([p, p], [2], [q], 1.0, generator.manual_seed(seed))
+    sampler = generation.Sampler(3, 1.0, None, 1.0, generator.manual_seed(seed))
+    made = generation.verified([p, p], [2], [q], sampler)
     assert len(made) == 1 and made[0] in (0, 1, 2)
 
 

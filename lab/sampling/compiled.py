@@ -55,7 +55,7 @@ class CompiledStep:
     @torch.inference_mode()  # as generate does: code is compiled for one mode of autograd
     def __init__(self, model, length=None):
         started = time.perf_counter()
-        self.cache = model.new_cache(1, length or model.config.block_size)
+        self.cache = model.new_cache(1, model.config.block_size if length is None else length)
         static = StaticCache(self.cache)
         where = static.position.device
         for tensor in (*itertools.chain(*static.layers), static.position):
@@ -72,8 +72,8 @@ class CompiledStep:
                 self(torch.zeros(1, 1, dtype=torch.int64, device=where))
         except Exception as error:
             # inductor has an exception of its own for each way to fail, most of them wrapped in another
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-            raise UserError(f"--compile failed ({reason}); leave it out") from error
+            message = str(error).strip() or type(error).__name__
+            raise UserError(f"--compile failed ({message.splitlines()[0][:200]}); leave it out") from error
         self.cache.length = 0
         self.seconds = time.perf_counter() - started
 

@@ -36,10 +36,41 @@ def next_token_probs(
         probs = torch.zeros_like(probs).scatter(0, tokens, kept / kept.sum())
     if top_p < 1:
         kept, tokens = probs.sort(descending=True)
-        # A token stays if those before it do not reach top_p yet: the first always does.
-        kept[1:][(kept.cumsum(0) - kept)[1:] >= top_p] = 0
+        more_likely = kept.cumsum(0) - kept  # the probability of all tokens before this one
+        dropped = more_likely >= top_p
+        dropped[0] = False
+        kept[dropped] = 0
         probs = torch.zeros_like(probs).scatter(0, tokens, kept / kept.sum())
     return probs
+
+
+def is_greedy(temperature: float) -> bool:
+    """Whether the temperature leaves the most likely token alone: 0, or too small to divide by in float32."""
+    return temperature < SMALLEST
+
+
+@dataclass
+class Sampler:
+    """How tokens are chosen from logits; `next_token_probs` says what the options mean."""
+
+    vocab_size: int
+    """Only the first vocab_size logits count (the rest pads the vocabulary)."""
+    temperature: float
+    top_k: int | None
+    top_p: float
+    generator: torch.Generator | None
+    """Random numbers are drawn on the CPU, so that a seed gives the same text on every device."""
+
+    def distributions(self, logits: torch.Tensor) -> list[torch.Tensor]:
+        """(1, T, vocab_size or more) logits -> T distributions (vocab_size,) to draw from, on the CPU."""
+        rows = logits[0, :, : self.vocab_size].cpu()
+        return [next_token_probs(row, self.temperature, self.top_k, self.top_p) for row in rows]
+
+    def draw(self, probs: torch.Tensor) -> int:
+        """A token by its probability; the most likely one at temperature 0."""
+        if is_greedy(self.temperature):
+            return int(probs.argmax())
+        return int(torch.multinomial(probs, 1, generator=self.generator))
 
 
 @torch.inference_mode()
@@ -57,27 +88,28 @@ def generate(
 ) -> Iterator[int]:
     """Yields up to max_new_tokens tokens that continue the prompt (at least one token).
 
-    Once the context (None: block_size) is full, its last half starts a new window: positions that were never
-    trained are never used, and the cost of going on is one short prefill per half window. Only the
-    first vocab_size logits count (the rest pads the vocabulary). Random numbers are drawn on the CPU,
-    so that a seed gives the same text on every device. step, made of the model, makes the tokens that
-    follow a prefill faster; its cache must have room for cache_length of these tokens.
+    The model sees at most `context` tokens (None: block_size); `last_half` says what happens past them.
+    `Sampler` describes the options from vocab_size to generator. step, made of the model, makes the tokens
+    that follow a prefill faster; its cache must have room for cache_length of these tokens.
     """
-    context = context or model.config.block_size
+    if context is None:
+        context = model.config.block_size
     device = next(model.parameters()).device
-    window = prompt[-context:]
+    sampler = Sampler(vocab_size, temperature, top_k, top_p, generator)
     cache = step.cache if step else model.new_cache(1, cache_length(context, prompt, max_new_tokens))
-    cache.length, new = 0, window
+    window = prompt[-context:]
+    new = window  # what the model has not seen yet
+    cache.length = 0
     for _ in range(max_new_tokens):
         idx = torch.tensor([new], device=device)
         logits = step(idx) if step and len(new) == 1 else model(idx, cache=cache)[0]
-        probs = next_token_probs(logits[0, -1, :vocab_size].cpu(), temperature, top_k, top_p)
-        token = draw(probs, temperature, generator)
+        (probs,) = sampler.distributions(logits[:, -1:])
+        token = sampler.draw(probs)
         yield token
         window, new = [*window, token], [token]
         if len(window) > context:
-            window = window[-(context // 2) or -1 :]
-            cache.length, new = 0, window
+            window = new = last_half(window, context)
+            cache.length = 0
 
 
 def cache_length(context: int, prompt: list[int], max_new_tokens: int) -> int:
@@ -85,14 +117,12 @@ def cache_length(context: int, prompt: list[int], max_new_tokens: int) -> int:
     return min(context, len(prompt) + max_new_tokens)
 
 
-def is_greedy(temperature: float) -> bool:
-    """Whether the temperature leaves the most likely token alone: 0, or too small to divide by in float32."""
-    return temperature < SMALLEST
+def last_half(window: list[int], context: int) -> list[int]:
+    """Where to go on, with an empty cache, when the window is longer than the context: its last half context.
 
-
-def draw(probs: torch.Tensor, temperature: float, generator: torch.Generator | None) -> int:
-    """A token by its probability; the most likely one at temperature 0."""
-    return int(probs.argmax() if is_greedy(temperature) else torch.multinomial(probs, 1, generator=generator))
+    So positions that were never trained are never used, and the cost is one short prefill per half context.
+    """
+    return window[-max(1, context // 2) :]  # at least one token, from which the next one is predicted
 
 
 @dataclass
@@ -123,57 +153,67 @@ def generate_with_drafts(
     sampling (arXiv 2211.17192, algorithm 1). So tokens follow the model's own distribution, and at
     temperature 0 they are those of generate. counts is kept up to date. For stage 7.
     """
-    context = context or model.config.block_size
+    if context is None:
+        context = model.config.block_size
+    if counts is None:
+        counts = DraftCounts()
     device = next(model.parameters()).device
-    counts = counts or DraftCounts()
-    options = (temperature, top_k, top_p)
-
-    def distributions(logits: torch.Tensor) -> list[torch.Tensor]:
-        return [next_token_probs(row, *options) for row in logits[0, :, :vocab_size].cpu()]
-
-    window, n_made = prompt[-context:], 0
+    sampler = Sampler(vocab_size, temperature, top_k, top_p, generator)
     length = cache_length(context, prompt, max_new_tokens + n_drafts)
     cache, draft_cache = model.new_cache(1, length), model.new_cache(1, length, drafting=True)
+    window = prompt[-context:]
     drafts, guessed = [], []  # tokens, and the distribution that each was drawn from
+    n_made = 0
     while n_made < max_new_tokens:
         # The model sees what it has not seen of the window, and the drafts behind it.
-        known = cache.length
-        new = [*window[known:], *drafts]
-        logits, hidden = model(torch.tensor([new], device=device), cache=cache, return_hidden=True)
-        probs = distributions(logits[:, -1 - len(drafts) :])
-        made = verified(probs, drafts, guessed, temperature, generator)
+        n_seen = cache.length
+        new = torch.tensor([[*window[n_seen:], *drafts]], device=device)
+        logits, hidden = model(new, cache=cache, return_hidden=True)
+        probs = sampler.distributions(logits[:, -1 - len(drafts) :])
+        made = verified(probs, drafts, guessed, sampler)
         counts.drafted += len(drafts)
         counts.accepted += len(made) - 1
         made = made[: max_new_tokens - n_made]
         yield from made
         n_made += len(made)
         window = [*window, *made]
-        if len(window) > context:  # a new window, as in generate
-            window = window[-(context // 2) or -1 :]
-            cache.length = draft_cache.length = 0
+        if len(window) > context:
+            window = last_half(window, context)
             drafts, guessed = [], []
+            cache.length = draft_cache.length = 0
             continue
-        # What was computed for rejected drafts is forgotten, and overwritten later.
-        cache.length = len(window) - 1
         # The block gets the hidden states of the tokens that are certain, each with the token after it.
-        hidden = hidden[:, : len(window) - 1 - known]
-        following = window[known + 1 :]
-        drafts, guessed = [], []
-        for _ in range(min(n_drafts, context - len(window))):
-            logits, hidden = model.draft(hidden, torch.tensor([following], device=device), draft_cache)
-            (guess,) = distributions(logits[:, -1:])
-            drafts.append(draw(guess, temperature, generator))
-            guessed.append(guess)
-            hidden, following = hidden[:, -1:], drafts[-1:]  # a further draft goes on from the block's own
-        draft_cache.length = len(window) - 1
+        n_certain = len(window) - 1
+        following = torch.tensor([window[n_seen + 1 :]], device=device)
+        room = context - len(window)
+        drafts, guessed = draft_tokens(
+            model, hidden[:, : n_certain - n_seen], following, draft_cache, min(n_drafts, room), sampler
+        )
+        # Forget what was computed for tokens that are not certain; it is overwritten later.
+        cache.length = draft_cache.length = n_certain
+
+
+def draft_tokens(
+    model: torch.nn.Module, hidden: torch.Tensor, idx: torch.Tensor, cache, n_drafts: int, sampler: Sampler
+) -> tuple[list[int], list[torch.Tensor]]:
+    """n_drafts tokens that the block of multi-token prediction draws, and the distribution of each.
+
+    hidden (1, T, n_embd) are the hidden states that are new to the block; idx (1, T) are the tokens that
+    follow each of them.
+    """
+    drafts, guessed = [], []
+    for _ in range(n_drafts):
+        logits, hidden = model.draft(hidden, idx, cache)
+        (probs,) = sampler.distributions(logits[:, -1:])
+        drafts.append(sampler.draw(probs))
+        guessed.append(probs)
+        # A further draft goes on from the block's own hidden state and token.
+        hidden, idx = hidden[:, -1:], idx.new_tensor([drafts[-1:]])
+    return drafts, guessed
 
 
 def verified(
-    probs: list[torch.Tensor],
-    drafts: list[int],
-    guessed: list[torch.Tensor],
-    temperature: float,
-    generator: torch.Generator | None,
+    probs: list[torch.Tensor], drafts: list[int], guessed: list[torch.Tensor], sampler: Sampler
 ) -> list[int]:
     """The drafts up to the first that is rejected, and one token more that the model draws.
 
@@ -182,16 +222,14 @@ def verified(
     """
     made = []
     for draft, p, q in zip(drafts, probs, guessed, strict=False):
-        if is_greedy(temperature):
-            kept = draft == int(p.argmax())
-        else:
-            kept = float(torch.rand(1, generator=generator)) * q[draft] < p[draft]
-        if not kept:
-            left = (p - q).clamp_min(0)
-            by_chance = not is_greedy(temperature) and left.any()  # it is 0 where p and q differ by rounding
-            return [*made, draw(left if by_chance else p, temperature, generator)]
-        made.append(draft)
-    return [*made, draw(probs[-1], temperature, generator)]
+        if float(torch.rand(1, generator=sampler.generator)) * q[draft] < p[draft]:
+            made.append(draft)
+            continue
+        left = (p - q).clamp_min(0)
+        if not left.any():  # p and q differ only by rounding
+            left = p
+        return [*made, sampler.draw(left)]
+    return [*made, sampler.draw(probs[-1])]
 
 
 def default_prompt(tokenizer) -> list[int]:
