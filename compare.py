@@ -25,7 +25,7 @@ from rich.live import Live
 from rich.table import Table
 
 from lab import cli, device, formats, interrupt, stages
-from lab.comparison import diffs, interleaved, overview, report, spread, wanted_runs
+from lab.comparison import diffs, interleaved, markdown, overview, report, spread, wanted_runs
 from lab.errors import UserError, shown
 from lab.interrupt import StopRequest
 from lab.storage import locks, runs
@@ -159,7 +159,7 @@ def compare_runs(settings: Settings, console: Console) -> None:
         loss = "bits_per_byte"
     out = Path(settings.out) if settings.out else runs.RUNS / "compare" / "runs"
     out.mkdir(parents=True, exist_ok=True)
-    (out / "runs.md").write_text(overview.markdown(rows), encoding="utf-8")
+    (out / "runs.md").write_text(markdown.table(rows[0], rows[1:]) + "\n", encoding="utf-8")
     histories = {shown(folder): metrics for folder, _, metrics in found}
     run_plots.several_runs(histories, loss, out / "runs.png")
     print(f"{shown(out)}: runs.md, runs.png")

@@ -31,7 +31,7 @@ import torch
 
 import data
 from lab import cli, device, stages
-from lab.comparison import report
+from lab.comparison import report, timing
 from lab.errors import UserError
 from lab.pages import lessons
 from lab.sampling import generation
@@ -236,21 +236,21 @@ def muon_step(name: str, dataset: data.Dataset, rounds: int = 11, steps: int = 3
     autocast = device.autocast(CPU, device.choose_dtype("auto", CPU))
     models = {kind: stage.GPT(config) for kind in ("adamw", "muon")}
     optimizers = {kind: optim.make(kind, model, 1e-3, 0.1, (0.9, 0.99)) for kind, model in models.items()}
-    milliseconds = {kind: [] for kind in models}
-    for number in range(rounds + 1):  # the first warms up
-        for kind, model in models.items():
-            started = time.perf_counter()
-            for step in range(number * steps, (number + 1) * steps):
-                idx, targets = batches.train_batch(
-                    dataset.train, 0, step, preset["batch_size"], config.block_size
-                )
-                optim.accumulate_gradients(model, idx, targets, preset["batch_size"], autocast)
-                optim.update(model, optimizers[kind], 1e-3, 1.0)
-            if number:
-                milliseconds[kind].append(1e3 * (time.perf_counter() - started) / steps)
-    ratios = [b / a for a, b in zip(*milliseconds.values(), strict=True)]
-    medians = {kind: statistics.median(values) for kind, values in milliseconds.items()}
-    return {"stage": name} | medians | {"ratio": statistics.median(ratios), "rounds": rounds}
+    done = dict.fromkeys(models, 0)
+
+    def train(kind):
+        for _ in range(steps):
+            idx, targets = batches.train_batch(
+                dataset.train, 0, done[kind], preset["batch_size"], config.block_size
+            )
+            optim.accumulate_gradients(models[kind], idx, targets, preset["batch_size"], autocast)
+            optim.update(models[kind], optimizers[kind], 1e-3, 1.0)
+            done[kind] += 1
+
+    seconds = timing.in_turn({kind: partial(train, kind) for kind in models}, rounds, CPU, warm_ups=1)
+    milliseconds = {kind: 1e3 * statistics.median(of) / steps for kind, of in seconds.items()}
+    ratio = timing.median_ratio(seconds["muon"], seconds["adamw"])
+    return {"stage": name} | milliseconds | {"ratio": ratio, "rounds": rounds}
 
 
 def compare(theirs: list[float], ours: list[float]) -> dict:
@@ -258,7 +258,7 @@ def compare(theirs: list[float], ours: list[float]) -> dict:
     return {
         "nanogpt": statistics.median(theirs),
         "ours": statistics.median(ours),
-        "ratio": statistics.median(b / a for a, b in zip(theirs, ours, strict=True)),
+        "ratio": timing.median_ratio(ours, theirs),
         "ratios": [round(b / a, 3) for a, b in zip(theirs, ours, strict=True)],
     }
 
@@ -355,12 +355,8 @@ def sampling_speed(nanogpt: Path, name: str, rounds: int, n_tokens: int = 500) -
         list(generation.generate(ours, [0], n_tokens, 65, temperature=0.8, top_k=200, step=step))
 
     ways = {"nanogpt": their_way, "ours": our_way, "compiled": lambda: our_way(step)}
-    speed = {name: [] for name in ways}
-    for _ in range(rounds):
-        for name, way in ways.items():
-            started = time.perf_counter()
-            way()
-            speed[name].append(n_tokens / (time.perf_counter() - started))
+    seconds = timing.in_turn(ways, rounds, CPU)
+    speed = {name: [n_tokens / one for one in of] for name, of in seconds.items()}
     compiled = compare(speed["nanogpt"], speed["compiled"]) | {"compile_seconds": step.seconds}
     return compare(speed["nanogpt"], speed["ours"]) | {"compiled": compiled, "machine": runs.machine(CPU)}
 

@@ -7,13 +7,13 @@ the part "against_transformers" of results/results.json; then python -m lab.page
 import json
 import statistics
 import sys
-import time
 from dataclasses import asdict, dataclass
 
 import torch
 
 from deploy import deepseek, gpt2, llama, mixtral
 from lab import cli, device, stages
+from lab.comparison import timing
 from lab.pages import lessons
 from lab.sampling import generation
 from lab.sampling.compiled import CompiledStep
@@ -60,12 +60,8 @@ def compare(name: str, settings: Settings) -> dict:
     }
     texts = {key: function() for key, function in sample.items()}  # the warm-up
     same = sum(a == b for a, b in zip(texts["ours"], texts["theirs"], strict=True)) / settings.tokens
-    speeds = {key: [] for key in sample}
-    for _ in range(settings.rounds):
-        for key, function in sample.items():
-            started = time.perf_counter()
-            function()
-            speeds[key].append(settings.tokens / (time.perf_counter() - started))
+    seconds = timing.in_turn(sample, settings.rounds, CPU)
+    speeds = {key: [settings.tokens / one for one in of] for key, of in seconds.items()}
     measured = {f"{key}_tokens_per_second": statistics.median(values) for key, values in speeds.items()}
     for key, prefix in (("ours", ""), ("compiled", "compiled_")):
         ratios = [a / b for a, b in zip(speeds[key], speeds["theirs"], strict=True)]

@@ -6,13 +6,13 @@ Writes the part "attention" of results/results.json and the picture of stage 5's
 
 import statistics
 import sys
-import time
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from lab import cli, device, stages
-from lab.comparison import isolated
+from lab.comparison import isolated, timing
 from lab.pages import lessons
 from lab.storage import runs
 from lab.training import optim, presets, run_plots
@@ -58,19 +58,19 @@ def crossover(dtype: torch.dtype) -> dict[int, float]:
     """
     stage, ratios = stages.load("stage5_flash"), {}
     autocast = device.autocast(CPU, dtype)
+
+    def step(model, idx):
+        optim.accumulate_gradients(model, idx, idx, len(idx), autocast)
+        model.zero_grad()
+
     for context in (64, 128, 256, 512, 1024, 2048):
         sizes = presets.PRESETS["laptop"]["model"] | {"block_size": context, "n_layer": 2}
-        configs = [stage.GPTConfig(vocab_size=65, **sizes, attention=name) for name in ("sdpa", "explicit")]
-        models = [stage.GPT(config) for config in configs]
-        idx = torch.randint(65, (max(1, 1024 // context), context))
-        seconds = [[], []]
-        for _ in range(25):
-            for model, clock in zip(models, seconds, strict=True):
-                started = time.perf_counter()
-                optim.accumulate_gradients(model, idx, idx, len(idx), autocast)
-                clock.append(time.perf_counter() - started)
-                model.zero_grad()
-        ratios[context] = statistics.median(a / b for a, b in list(zip(*seconds, strict=True))[3:])
+        idx, steps = torch.randint(65, (max(1, 1024 // context), context)), {}
+        for name in ("sdpa", "explicit"):
+            model = stage.GPT(stage.GPTConfig(vocab_size=65, **sizes, attention=name))
+            steps[name] = partial(step, model, idx)
+        seconds = timing.in_turn(steps, 22, CPU, warm_ups=3)
+        ratios[context] = timing.median_ratio(seconds["sdpa"], seconds["explicit"])
     return ratios
 
 

@@ -18,7 +18,7 @@ import torch
 
 import data
 from data import files, tokenizers
-from lab import cli, stages
+from lab import cli, optional, stages
 from lab.errors import UserError
 from lab.pages import lessons
 from lab.storage import runs
@@ -76,16 +76,13 @@ def record(name: str, measured: dict, steps: int) -> None:
 
 def write_parquet(folder: Path, text: str) -> None:
     """The text as two parquet files of documents of OpenWebText's mean length."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError("the sample is written by pyarrow, not installed: pip install -e '.[owt]'") from None
+    pyarrow = optional.load("pyarrow", extra="owt", needed_for="writing the sample")
+    parquet = optional.load("pyarrow.parquet", extra="owt", needed_for="writing the sample")
     folder.mkdir()
     documents = [text[start : start + DOCUMENT] for start in range(0, len(text), DOCUMENT)]
     for number in range(2):
         table = pyarrow.table({"text": documents[number::2]})
-        pyarrow.parquet.write_table(table, folder / f"sample-{number}.parquet")
+        parquet.write_table(table, folder / f"sample-{number}.parquet")
 
 
 def train(name: str, sample: Path, out: Path, steps: int) -> dict:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from lab import stages
+from lab.comparison import markdown
 from lab.training.run_plots import new_figure, stage_color
 
 WAY_COLORS = {"explicit": "#888888", "sdpa": "#0072B2", "triton": "#D55E00", "flash_attn": "#009E73"}
@@ -43,7 +44,7 @@ def summary(report: dict) -> str:
         why = f": {state['why']}" if "why" in state else ""
         lines += ["", f"## {state['number']} {name} – {state['status']}{seconds}{why}", ""]
         if state["figures"]:
-            lines += tables[name](state["figures"])
+            lines.append(tables[name](state["figures"]))
         apart = {
             why: [part for part, of in state["skipped"].items() if of == why]
             for why in state["skipped"].values()
@@ -69,23 +70,17 @@ def machine(report: dict) -> list[str]:
     return [found + "."]
 
 
-def table(head: list[str], rows: list[list]) -> list[str]:
-    """A Markdown table; None is shown as a dash."""
-    shown = [["–" if cell is None else str(cell) for cell in row] for row in rows]
-    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *shown)]
-
-
 def number(value: float | None, form: str = ",.0f", unit: float = 1) -> str | None:
     return None if value is None else format(value / unit, form)
 
 
-def tests_table(figures: dict) -> list[str]:
+def tests_table(figures: dict) -> str:
     slowest = sorted(figures.items(), key=lambda item: -item[1]["seconds"])[:3]
     said = ", ".join(f"{name.split('::')[-1]} {of['seconds']:.0f} s" for name, of in slowest)
-    return [f"{len(figures)} tests have run; the slowest: {said}", ""]
+    return f"{len(figures)} tests have run; the slowest: {said}\n"
 
 
-def training_table(figures: dict) -> list[str]:
+def training_table(figures: dict) -> str:
     head = ["stage", "tokens/s", "ms a step", "MFU", "peak memory, MiB", "loss"]
     compiled = any("speed_up" in of for of in figures.values())
     rows = []
@@ -96,10 +91,10 @@ def training_table(figures: dict) -> list[str]:
         if compiled:
             row += [number(of["speed_up"], ".2f"), number(of["compile_seconds"], ".1f"), of["graph_breaks"]]
         rows.append(row)
-    return table(head + ["times eager", "s to compile", "graph breaks"] * compiled, rows)
+    return markdown.table(head + ["times eager", "s to compile", "graph breaks"] * compiled, rows)
 
 
-def float32_table(figures: dict) -> list[str]:
+def float32_table(figures: dict) -> str:
     head = ["stage", "steps", "last loss, CPU", "last loss, device", "largest difference"]
     rows = [
         [
@@ -111,10 +106,10 @@ def float32_table(figures: dict) -> list[str]:
         ]
         for name, of in figures.items()
     ]
-    return table(head, rows)
+    return markdown.table(head, rows)
 
 
-def attention_table(figures: dict) -> list[str]:
+def attention_table(figures: dict) -> str:
     head = ["context", "way", "forward, ms", "backward, ms", "TFLOP/s", "memory, MiB", "relative difference"]
     rows = []
     for context, by_way in figures.items():
@@ -129,7 +124,7 @@ def attention_table(figures: dict) -> list[str]:
             ]
             row += [number(of.get("flops_per_second"), ",.1f", 1e12), number(of["peak_memory"], unit=2**20)]
             rows.append([*row, f"{max(one['relative'] for one in of['differences'].values()):.1e}"])
-    return table(head, rows)
+    return markdown.table(head, rows)
 
 
 def ways(figures: dict) -> dict[str, dict]:
@@ -137,7 +132,7 @@ def ways(figures: dict) -> dict[str, dict]:
     return {name: of for name, of in figures.items() if name in WAY_COLORS}
 
 
-def mixture_table(figures: dict) -> list[str]:
+def mixture_table(figures: dict) -> str:
     head = ["mixture", "way", "ms", "tokens/s", "memory, MiB", "relative difference"]
     rows = []
     for part, by_way in figures.items():
@@ -145,10 +140,10 @@ def mixture_table(figures: dict) -> list[str]:
             row = [part, way, number(of.get("median_ms"), ".3f"), number(of.get("tokens_per_second"))]
             row += [number(of["peak_memory"], unit=2**20)]
             rows.append([*row, f"{max(one['relative'] for one in of['differences'].values()):.1e}"])
-    return table(head, rows)
+    return markdown.table(head, rows)
 
 
-def decoding_table(figures: dict) -> list[str]:
+def decoding_table(figures: dict) -> str:
     head = ["what", "way", "tokens/s", "ms a token", "times eager", "s to compile"]
     rows = []
     for part, by_way in figures.items():
@@ -157,22 +152,22 @@ def decoding_table(figures: dict) -> list[str]:
                 row = [part, way.replace("_", " "), number(of["tokens_per_second"])]
                 row += [number(of.get("median_ms"), ".3f"), number(of.get("speed_up"), ".2f")]
                 rows.append([*row, number(of.get("compile_seconds"), ".1f")])
-    return table(head, rows)
+    return markdown.table(head, rows)
 
 
-def run_table(figures: dict) -> list[str]:
+def run_table(figures: dict) -> str:
     head = ["run", "data", "steps", "best val loss", "last val loss", "tokens/s", "s of training", "s in all"]
     rows = []
     for name, of in figures.items():
         row = [name, of["dataset"], f"{of['step']} of {of['steps']}", number(of["best_val_loss"], ".4f")]
         row += [number(of["last_val_loss"], ".4f"), number(of["tokens_per_second"])]
         rows.append([*row, number(of["training_seconds"]), number(of["whole_seconds"])])
-    return table(head, rows)
+    return markdown.table(head, rows)
 
 
-def nanogpt_table(figures: dict) -> list[str]:
+def nanogpt_table(figures: dict) -> str:
     head = ["training", "nanoGPT, tokens/s", "our stage 0, tokens/s", "ratio"]
-    return table(
+    return markdown.table(
         head,
         [
             [name, number(of["nanogpt"]), number(of["ours"]), f"{of['ratio']:.2f}"]

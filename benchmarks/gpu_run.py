@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from lab import device
+from lab.comparison import timing
 from lab.training import presets
 
 BROKEN = 75  # exit status of a process whose device answers no more
@@ -168,16 +169,9 @@ def seconds_of(
     queued: the device is kept busy for a millisecond first, while Python starts the kernels to be timed, so
     that only the device's own time counts.
     """
-    started = time.monotonic()
     if where.type != "cuda":
-        seconds = []
-        for _ in range(times):
-            before = time.perf_counter()
-            call()
-            seconds.append(time.perf_counter() - before)
-            if time.monotonic() - started > limit:
-                break
-        return seconds
+        return timing.seconds_of(call, times, where, limit=limit)
+    started = time.monotonic()
     if queued:
         torch.cuda._sleep(2_000_000)  # cycles
     marks = [torch.cuda.Event(enable_timing=True)]

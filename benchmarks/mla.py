@@ -9,7 +9,6 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import torch
 import train
 from benchmarks import moe
 from lab import cli, device, stages
-from lab.comparison import spread
+from lab.comparison import spread, timing
 from lab.pages import lessons
 from lab.sampling import generation
 from lab.storage import runs
@@ -141,15 +140,8 @@ def decoding(rounds: int) -> dict:
             "absorbed": stepper("stage7_mla_mtp", context, True),
             "expanded": stepper("stage7_mla_mtp", context, False),
         }
-        speeds = {name: [] for name in steppers}
-        for step in steppers.values():
-            step()
-        for _ in range(rounds):
-            for name, step in steppers.items():
-                started = time.perf_counter()
-                step()
-                speeds[name].append(20 / (time.perf_counter() - started))
-        by_context[context] = {name: statistics.median(values) for name, values in speeds.items()}
+        seconds = timing.in_turn(steppers, rounds, CPU, warm_ups=1)
+        by_context[context] = {name: 20 / statistics.median(of) for name, of in seconds.items()}
     return by_context
 
 
@@ -202,21 +194,16 @@ def drafts(trained: Path, rounds: int) -> list[dict]:
                         )
                     )
 
-            seconds = [], []
-            for _ in range(rounds):
-                for function, clock in zip((plain, drafted), seconds, strict=True):
-                    started = time.perf_counter()
-                    function()
-                    clock.append(time.perf_counter() - started)
+            seconds = timing.in_turn({"plain": plain, "drafted": drafted}, rounds, CPU)
             tokens = DRAFTED * len(prompts)
             rows.append(
                 {
                     "temperature": temperature,
                     "drafts": n_drafts,
                     "accepted": counts.accepted / counts.drafted,
-                    "plain_tokens_per_second": tokens / statistics.median(seconds[0]),
-                    "drafted_tokens_per_second": tokens / statistics.median(seconds[1]),
-                    "speed_up": statistics.median(a / b for a, b in zip(*seconds, strict=True)),
+                    "plain_tokens_per_second": tokens / statistics.median(seconds["plain"]),
+                    "drafted_tokens_per_second": tokens / statistics.median(seconds["drafted"]),
+                    "speed_up": timing.median_ratio(seconds["plain"], seconds["drafted"]),
                 }
             )
     return rows

@@ -8,14 +8,13 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from lab import cli, device, stages
-from lab.comparison import spread
+from lab.comparison import spread, timing
 from lab.pages import lessons
 from lab.storage import runs
 from lab.training import log, optim, presets, run_plots
@@ -109,15 +108,8 @@ def compare_speeds(rounds: int, dtype: torch.dtype) -> dict:
 
 def ratio(rounds: int, ours, theirs) -> float:
     """The median over rounds of their time by ours, neighbours in time."""
-    ratios = []
-    for _ in range(rounds + 2):
-        seconds = []
-        for function in (ours, theirs):
-            started = time.perf_counter()
-            function()
-            seconds.append(time.perf_counter() - started)
-        ratios.append(seconds[1] / seconds[0])
-    return statistics.median(ratios[2:])
+    seconds = timing.in_turn({"ours": ours, "theirs": theirs}, rounds, CPU, warm_ups=2)
+    return timing.median_ratio(seconds["theirs"], seconds["ours"])
 
 
 def training_step(name: str, dtype: torch.dtype, **fields):

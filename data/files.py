@@ -2,11 +2,11 @@
 
 import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lab import atomic
 from lab.errors import UserError
 
 
@@ -17,31 +17,26 @@ def root() -> Path:
 
 @contextmanager
 def scratch(parent: Path) -> Iterator[Path]:
-    """A temporary folder inside `parent`: write in it, then rename the finished thing to its place.
-
-    It is gone afterwards, also when the block fails. If the process is killed, a `.partial-*` folder stays
-    behind, which nothing reads. UserError if `parent` cannot be written.
-    """
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            dir=parent, prefix=".partial-", ignore_cleanup_errors=True
-        ) as folder:
-            yield Path(folder)
-    except OSError as error:
-        raise UserError(
-            f"cannot write in {parent} ({error})\nset DATA_DIR to a folder that can be written"
-        ) from error
+    """lab.atomic.scratch; a UserError if `parent` cannot be written."""
+    with writing_in(parent), atomic.scratch(parent) as folder:
+        yield folder
 
 
 def write(path: Path, content: bytes) -> None:
-    """Writes the whole file, on the disk, or nothing."""
-    with scratch(path.parent) as folder:
-        with open(folder / path.name, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(folder / path.name, path)
+    """lab.atomic.write; a UserError if the folder cannot be written."""
+    with writing_in(path.parent):
+        atomic.write(path, content)
+
+
+@contextmanager
+def writing_in(folder: Path) -> Iterator[None]:
+    """Turns an OSError of the block into a UserError that names DATA_DIR."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write in {folder} ({error})\nset DATA_DIR to a folder that can be written"
+        ) from error
 
 
 def read(path: Path) -> bytes:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from data import cuts, files
+from lab import optional
 from lab.errors import UserError
 
 COLUMN = "text"
@@ -207,11 +208,7 @@ def on_hub(repository: str, revision: str | None) -> Source:
 
 def import_datasets():
     """The package datasets; a UserError where it is not installed."""
-    try:
-        import datasets
-    except ImportError:
-        raise UserError("parquet files need the package datasets: pip install -e '.[owt]'") from None
-    return datasets
+    return optional.load("datasets", extra="owt", needed_for="reading parquet files")
 
 
 # Each reader yields, from an offset on: a text, whether its document ends, the offset after it, and the share

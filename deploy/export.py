@@ -28,7 +28,7 @@ from safetensors.torch import save as safetensors_bytes
 from data.tokenizers import HF_CONFIG, read_object
 from deploy import architectures, deepseek, gpt2, llama, llama2c, mixtral, tokenizer_json
 from deploy.output import new_folder
-from lab import cli, device
+from lab import atomic, cli, device
 from lab.errors import UserError, shown
 from lab.storage import checkpoint, runs
 
@@ -102,7 +102,7 @@ def write_hf(folder: Path, counterpart, tensors: dict, sizes: dict, meta: dict, 
             config.pop(key, None)  # a missing field has a meaning too: the default of its class
         config |= {key: imported[key] for key in TOKEN_IDS if key in imported}
     theirs = {name: t.contiguous() for name, t in counterpart.to_tensors(tensors, sizes).items()}
-    checkpoint.write(folder / "model.safetensors", safetensors_bytes(theirs, {"format": "pt"}))
+    atomic.write_synced(folder / "model.safetensors", safetensors_bytes(theirs, {"format": "pt"}))
     tokenizer_json.write(meta, run, folder, sizes["block_size"])
     if imported and imported["model_type"] != config["model_type"]:
         tokenizer_json.unbind(folder)

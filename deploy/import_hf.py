@@ -31,7 +31,7 @@ from data import from_meta
 from data.tokenizers import HF_CONFIG, copy_side_files
 from deploy import architectures, deepseek, gpt2, llama, mixtral, tokenizer_json
 from deploy.output import new_folder
-from lab import cli, device, formats, stages
+from lab import atomic, cli, device, formats, stages
 from lab.errors import UserError, shown
 from lab.storage import checkpoint, edits, runs
 from lab.training import cost
@@ -220,7 +220,7 @@ def write_run(run: Path, source: Path, stage: str, model, tensors: dict, meta: d
     """Writes the folder of a run that was trained for no step."""
     (run / "last").mkdir()
     metadata = {"stage": stage, "step": "0"}
-    checkpoint.write(run / "last" / checkpoint.WEIGHTS, safetensors_bytes(tensors, metadata))
+    atomic.write_synced(run / "last" / checkpoint.WEIGHTS, safetensors_bytes(tensors, metadata))
     copy_side_files(source, run)
     shutil.copyfile(source / "config.json", run / HF_CONFIG)
     runs.write_json(run / "meta.json", meta)

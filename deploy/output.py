@@ -2,11 +2,11 @@
 
 import errno
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lab import atomic
 from lab.errors import UserError, shown
 
 
@@ -20,11 +20,8 @@ def new_folder(out: Path, source: Path) -> Iterator[Path]:
     if reason:
         raise UserError(f"{shown(out)} {reason}\nname another folder with --out")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            dir=out.parent, prefix=".partial-", ignore_cleanup_errors=True
-        ) as scratch:
-            unfinished = Path(scratch, out.name)
+        with atomic.scratch(out.parent) as scratch:
+            unfinished = scratch / out.name
             unfinished.mkdir()
             yield unfinished
             if out.exists():

@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import gpt2_preset
+from data import sources, tokenizers
+from lab.comparison import spread
+from lab.errors import UserError
 from lab.training import optim
 
 ROOT = Path(__file__).parent.parent
@@ -104,6 +108,24 @@ def test_a_package_that_is_not_installed_is_named(run_train, workshop, monkeypat
     assert run_train("--stage", "0", "--steps", "1", "--wandb") == 2
     explained(capsys, "pip install -e '.[wandb]'")
     assert not (workshop / "runs").exists()
+
+
+OPTIONAL = {  # who needs the package, and the extra that has it
+    "scipy": (spread.scipy_stats, "compare"),
+    "datasets": (sources.import_datasets, "owt"),
+    "tokenizers": (tokenizers.import_tokenizers, "deploy"),
+    "pyarrow": (lambda: gpt2_preset.write_parquet(Path(), ""), "owt"),
+}
+
+
+@pytest.mark.parametrize("package", OPTIONAL)
+def test_a_missing_package_is_named_with_the_command_that_installs_it(package, monkeypatch):
+    call, extra = OPTIONAL[package]
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=rf"package {package}: pip install -e '\.\[{extra}\]'"):
+        call()
 
 
 @pytest.fixture

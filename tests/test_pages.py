@@ -7,6 +7,7 @@ import shlex
 import pytest
 
 from lab import parallel, stages
+from lab.comparison import markdown
 from lab.pages import lessons, scale
 from lab.training import settings
 
@@ -75,3 +76,8 @@ def test_the_machine_stands_beside_the_numbers():
     for measured in (results, results["against_nanogpt"]):
         assert measured["machine"]["processor"] and measured["machine"]["versions"]["torch"]
     assert results["dataset"] == results["against_nanogpt"]["dataset"] == "tinyshakespeare"
+
+
+def test_every_cell_of_a_table_stays_one_cell():
+    """An empty one, one without a value, one with a bar, one that is a number."""
+    assert markdown.table(["", "b"], [["", None], ["x|y", 1]]) == "| | b |\n|---|---|\n| | – |\n| x\\|y | 1 |"

@@ -15,10 +15,10 @@ import torch
 from conftest import TINY_RUN
 from safetensors.torch import load_file
 
-from lab import device, stages
+from lab import atomic, device, stages
 from lab.errors import UserError
 from lab.storage import checkpoint
-from lab.training import batches, cost, evaluation, log, optim
+from lab.training import batches, cost, evaluation, log, optim, presets, settings
 
 ROOT = Path(__file__).parent.parent
 
@@ -352,17 +352,6 @@ def test_without_a_compiler_for_cpp_a_compiled_run_is_refused_before_it_begins(w
     assert len(child.stderr.splitlines()) == 1 and not Path("runs").exists()
 
 
-@pytest.mark.parametrize("flags", ["--stage 0", "--stage 7 --optimizer muon"])
-def test_a_plain_run_does_not_import_the_compiler(workshop, flags):
-    """It would take over a second and 70 MiB, for nothing; resuming reads an optimizer's state, too."""
-    main = "import sys, train; train.main(); sys.exit('torch._dynamo' in sys.modules)"
-    flags = [*flags.split(), *TINY_RUN, "--data", "words.txt", "--steps", "2", "--out", "run"]
-    for more in ([], ["--resume", "--steps", "3"]):
-        command = [sys.executable, "-c", main, *flags, *more]
-        done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
-        assert done.returncode == 0, done.stderr
-
-
 def test_wandb_mirrors_every_line(run_train, workshop, monkeypatch):
     class Wandb:
         def __init__(self):
@@ -453,7 +442,7 @@ def test_a_save_killed_at_any_moment_leaves_a_checkpoint_whole(make_model, tmp_p
                 (Path, "rename"),
                 (os, "fsync"),
                 (checkpoint.shutil, "rmtree"),
-                (checkpoint, "write"),
+                (atomic, "write_synced"),
             ):
                 patch.setattr(owner, name, limited(getattr(owner, name)))
             try:
@@ -472,9 +461,9 @@ def test_a_save_killed_at_any_moment_leaves_a_checkpoint_whole(make_model, tmp_p
 def test_a_full_disk_keeps_the_checkpoint_before(make_model, tmp_path, monkeypatch):
     model = make_model()
     save(tmp_path, model, 1)
-    real = checkpoint.write
+    real = atomic.write_synced
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "write", lambda path, content: real(Path("/dev/full"), content))
+        patch.setattr(atomic, "write_synced", lambda path, content: real(Path("/dev/full"), content))
         with pytest.raises(UserError, match="No space left"):
             save(tmp_path, model, 2)
     assert loaded(tmp_path, model) == 1
@@ -572,3 +561,22 @@ def test_the_gpt2_preset_is_gpt2():
         model = stage.GPT(stage.GPTConfig())
     padding = 50304 - 50257
     assert cost.parameters(model) == 124_439_808 + padding * 768
+
+
+@pytest.mark.parametrize("number", stages.names())
+def test_what_a_model_derives_follows_from_the_sizes_on_the_command_line(number):
+    """And not from the preset's width, nor from the class's."""
+    config_class = stages.load(stages.find(str(number))).GPTConfig
+    flags = ["--stage", str(number), "--device", "cpu", "--preset", "laptop", "--model.n-embd", "256"]
+    model = settings.parse(flags).model
+    assert type(model) is config_class
+    assert model == config_class(**presets.PRESETS["laptop"]["model"] | {"n_embd": 256})
+    assert model != config_class(**presets.PRESETS["laptop"]["model"])
+
+
+def test_help_shows_the_sizes_of_the_preset(capsys):
+    with pytest.raises(SystemExit):
+        settings.parse(["--stage", "4", "--preset", "baby", "--help"])
+    shown = " ".join(word for word in capsys.readouterr().out.split() if word not in "│─")
+    assert "Width of the residual stream. (default: 384)" in shown
+    assert "rounded up to a multiple of 8. (default: None)" in shown  # derived, but not yet

@@ -2,15 +2,15 @@
 
 import json
 import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
 from lab import device, formats, stages
-from lab.comparison import isolated
+from lab.comparison import isolated, timing
 from lab.errors import UserError, shown
 from lab.sampling import generation
 from lab.storage import edits, runs
@@ -70,9 +70,9 @@ def everything(
     """Measures all speeds of these stages. configs: by stage, the config.json of one of its runs."""
     with console.status("measuring training and decoding speed", spinner="line"):
         trainers = {name: trainer(config, where) for name, config in configs.items()}
-        training = in_turn(trainers, where, rounds, 15)
+        training = speeds_in_turn(trainers, where, rounds, 15)
         decoders = {name: decoder(config, where) for name, config in configs.items()}
-        decoding = in_turn(decoders, where, rounds, DECODED)
+        decoding = speeds_in_turn(decoders, where, rounds, DECODED)
     speeds = {
         "format": formats.RESULTS,
         "rounds": rounds,
@@ -151,20 +151,22 @@ def of_stage(speeds: dict, name: str) -> dict:
     return figures
 
 
-def in_turn(
-    measured: dict[str, Callable], where: torch.device, rounds: int, amount: int
+def speeds_in_turn(
+    measured: dict[str, Callable[[int], int]], where: torch.device, rounds: int, amount: int
 ) -> dict[str, list[float]]:
-    """Calls each function with `amount` once per round, after a warm-up; returns tokens/s of every call."""
-    speeds = {name: [] for name in measured}
+    """The tokens/s of each function in each round, after a shorter warm-up call.
+
+    A function is called with `amount` and returns the number of tokens that it processed.
+    """
     for function in measured.values():
         function(max(2, amount // 5))
-    for _ in range(rounds):
-        for name, function in measured.items():
-            started = time.perf_counter()
-            tokens = function(amount)
-            device.synchronize(where)
-            speeds[name].append(tokens / (time.perf_counter() - started))
-    return speeds
+    tokens = {}
+
+    def run(name: str) -> None:
+        tokens[name] = measured[name](amount)
+
+    seconds = timing.in_turn({name: partial(run, name) for name in measured}, rounds, where)
+    return {name: [tokens[name] / one for one in of] for name, of in seconds.items()}
 
 
 def make_model(config: dict, where: torch.device) -> torch.nn.Module:

@@ -14,13 +14,13 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from lab import cli, device, stages
+from lab.comparison import timing
 from lab.storage import runs
 from lab.training import optim, presets
 
@@ -82,9 +82,10 @@ def main():
     model = stage.GPT(stage.GPTConfig(**sizes)).to(where)
     idx = torch.randint(model.config.vocab_size, (settings.batch_size, settings.context + 1), device=where)
     autocast = device.autocast(where, dtype)
+    if settings.what == "training":  # torch's optimizers import torch.compile: that is no memory of the step
+        optimizer = optim.make(settings.optimizer, model, 1e-3, 0.1, (0.9, 0.99))
     before = device.peak_memory(where)
     if settings.what == "training":
-        optimizer = optim.make(settings.optimizer, model, 1e-3, 0.1, (0.9, 0.99))
         seconds, tokens = training(model, optimizer, idx, settings.steps, autocast, where)
     else:
         seconds, tokens = decoding(model, idx, settings.steps, where)
@@ -103,14 +104,12 @@ def main():
 def training(model, optimizer, idx, steps, autocast, where) -> tuple[list[float], int]:
     """Seconds of each optimizer step, and the number of tokens per step."""
     model.train()
-    seconds = []
-    for _ in range(steps + 1):
-        started = time.perf_counter()
+
+    def step():
         optim.accumulate_gradients(model, idx[:, :-1], idx[:, 1:], len(idx), autocast)
         optim.update(model, optimizer, 1e-3, 1.0)
-        device.synchronize(where)
-        seconds.append(time.perf_counter() - started)
-    return seconds[1:], idx[:, 1:].numel()
+
+    return timing.seconds_of(step, steps, where, warm_ups=1), idx[:, 1:].numel()
 
 
 @torch.no_grad()
@@ -118,16 +117,14 @@ def decoding(model, idx, steps, where) -> tuple[list[float], int]:
     """Seconds of each decoding step with a nearly full cache, and the tokens per step (one per sequence)."""
     model.eval()
     context = idx.size(1) - 1
-    seconds = []
     cache = model.new_cache(len(idx), context)
     model(idx[:, : max(1, context - steps - 1)], cache=cache)
-    for _ in range(min(steps + 1, context - cache.length)):
-        started = time.perf_counter()
+
+    def step():
         logits, _ = model(idx[:, cache.length : cache.length + 1], cache=cache)
         logits.argmax(-1)
-        device.synchronize(where)
-        seconds.append(time.perf_counter() - started)
-    return seconds[1:], len(idx)
+
+    return timing.seconds_of(step, min(steps, context - cache.length - 1), where, warm_ups=1), len(idx)
 
 
 def use_tiled(stage) -> None:

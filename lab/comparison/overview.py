@@ -140,9 +140,3 @@ def table(found: list[tuple[Path, dict, list[dict]]]) -> list[list[str]]:
             ]
         )
     return rows
-
-
-def markdown(rows: list[list[str]]) -> str:
-    """Rows of text, the heads first, as a Markdown table."""
-    head, *others = (f"| {' | '.join(row)} |" for row in rows)
-    return "\n".join([head, "|---" * len(rows[0]) + "|", *others]) + "\n"

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from lab import stages
-from lab.comparison import diffs, spread, wanted_runs
+from lab.comparison import diffs, markdown, spread, wanted_runs
 from lab.training import cost
 
 LOSS_TO_REACH = 1.90
@@ -101,13 +101,10 @@ def ladder(rows: dict[str, dict]) -> str:
     heads += ["val loss at its best rate"] if tuned else []
     heads += ["bits per byte", f"seconds to {LOSS_TO_REACH:.2f}", "training tokens/s", "decoding tokens/s"]
     heads += ["cache bytes a token", "peak memory, MiB"]
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for name, row in rows.items():
-        lines.append("| " + " | ".join(cells(name, row, tuned)) + " |")
-    return "\n".join(lines)
+    return markdown.table(heads, (cells(name, row, tuned) for name, row in rows.items()))
 
 
-def cells(name: str, row: dict, tuned: bool) -> list[str]:
+def cells(name: str, row: dict, tuned: bool) -> list[str | None]:
     """One row of the ladder; name: the stage's folder."""
     idea = IDEAS.get(name) or (f"variant of {stages.label(row['from'])}" if row else "variant")
     if not row:
@@ -121,7 +118,7 @@ def cells(name: str, row: dict, tuned: bool) -> list[str]:
     made = [
         stages.label(name),
         idea,
-        "–" if row["lines_changed"] is None else str(row["lines_changed"]),
+        row["lines_changed"],
         millions,
         f"{row['flops_per_token'] / 1e6:.2f} M",
         noise(row, "val_loss") + with_std(row["val_loss"], 3),

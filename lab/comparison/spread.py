@@ -3,7 +3,7 @@
 import math
 import statistics
 
-from lab.errors import UserError
+from lab import optional
 
 LEVEL = 0.05  # significance level: how often chance alone looks like a difference
 
@@ -38,8 +38,4 @@ def rounds_differ(a: list[float], b: list[float]) -> bool | None:
 
 def scipy_stats():
     """scipy.stats, which only compare.py needs; a UserError where it is not installed."""
-    try:
-        from scipy import stats
-    except ImportError:
-        raise UserError("compare.py needs the package scipy: pip install -e '.[compare]'") from None
-    return stats
+    return optional.load("scipy.stats", extra="compare", needed_for="compare.py")

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from lab import formats, stages
-from lab.comparison import diffs, report
+from lab.comparison import diffs, markdown, report
 from lab.pages import scale
 
 RESULTS = stages.ROOT / "results" / "results.json"
@@ -31,15 +31,16 @@ def ladder(numbers: list[int], results: dict) -> str:
 
 def short_ladder(results: dict) -> str:
     """The table of all stages for the front page: what changes, lines, loss and speed, with links."""
-    rows = ["| stage | what changes | lines | validation loss | training tokens/s |", "|---|---|---|---|---|"]
+    rows = []
     for name in stages.names().values():
         row = results["stages"][name]
         loss = report.noise(row, "val_loss") + report.with_std(row["val_loss"], 3)
         speed = "training_tokens_per_second"
         speed = report.noise(row, speed) + f"{row[speed]['median']:,.0f}"
         link = f"[{stages.label(name)}]({name}/README.md)"
-        rows.append(f"| {link} | {report.IDEAS[name]} | {row['lines_changed'] or '–'} | {loss} | {speed} |")
-    return "\n".join(rows)
+        rows.append([link, report.IDEAS[name], row["lines_changed"], loss, speed])
+    heads = ["stage", "what changes", "lines", "validation loss", "training tokens/s"]
+    return markdown.table(heads, rows)
 
 
 def nanogpt(measured: dict) -> str:
@@ -50,41 +51,37 @@ def nanogpt(measured: dict) -> str:
     )
     loss, memory = measured["val_loss_after_2000_steps"], measured["peak_memory_mib"]
     step = measured["muon_step"]
-    return "\n".join(
-        [
-            "| | nanoGPT | ours | ratio |",
-            "|---|---|---|---|",
-            *(
-                f"| {what} | {row['nanogpt']:,.0f} | {row['ours']:,.0f} | {row['ratio']:.2f} |"
-                for what, row in (
-                    ("training tokens/s", speed),
-                    ("training tokens/s, with `--compile`", speed["compiled"]),
-                    ("sampling tokens/s, context 256", sampling),
-                    ("sampling tokens/s, context 256, with `--compile`", sampling["compiled"]),
-                )
-            ),
-            *(
-                f"| training tokens/s, our stage {int(name[5])} | | | {ratio:.2f} |"
-                for name, ratio in measured.get("training_ratio_by_stage", {}).items()
-                if name != measured["stage"]
-            ),
-            *raced(measured["seconds_to_nanogpts_loss"]),
-            f"| ms of our stage {step['stage'][5]}'s step, with AdamW and with Muon | {step['adamw']:.0f} "
-            f"| {step['muon']:.0f} | {step['ratio']:.2f} |",
-            f"| validation loss, 2000 steps, all of val | {loss['nanogpt']:.3f} | {loss['ours']:.3f} | |",
-            f"| peak memory of the training process, MiB | {memory['nanogpt']:,.0f} | {memory['ours']:,.0f} "
-            f"| {memory['ours'] / memory['nanogpt']:.2f} |",
-        ]
-    )
+    speeds = {
+        "training tokens/s": speed,
+        "training tokens/s, with `--compile`": speed["compiled"],
+        "sampling tokens/s, context 256": sampling,
+        "sampling tokens/s, context 256, with `--compile`": sampling["compiled"],
+    }
+    rows = [
+        [what, f"{row['nanogpt']:,.0f}", f"{row['ours']:,.0f}", f"{row['ratio']:.2f}"]
+        for what, row in speeds.items()
+    ]
+    for name, ratio in measured.get("training_ratio_by_stage", {}).items():
+        if name != measured["stage"]:
+            rows.append([f"training tokens/s, our stage {int(name[5])}", "", "", f"{ratio:.2f}"])
+    rows += raced(measured["seconds_to_nanogpts_loss"])
+    what = f"ms of our stage {step['stage'][5]}'s step, with AdamW and with Muon"
+    rows.append([what, f"{step['adamw']:.0f}", f"{step['muon']:.0f}", f"{step['ratio']:.2f}"])
+    what = "validation loss, 2000 steps, all of val"
+    rows.append([what, f"{loss['nanogpt']:.3f}", f"{loss['ours']:.3f}", ""])
+    what, ratio = "peak memory of the training process, MiB", memory["ours"] / memory["nanogpt"]
+    rows.append([what, f"{memory['nanogpt']:,.0f}", f"{memory['ours']:,.0f}", f"{ratio:.2f}"])
+    return markdown.table(["", "nanoGPT", "ours", "ratio"], rows)
 
 
-def raced(measured: dict) -> list[str]:
+def raced(measured: dict) -> list[list[str]]:
     """Rows of the seconds that each of our ways takes to nanoGPT's final loss."""
     rows = []
     for way, row in measured["ours"].items():
-        ours = "not reached | |" if row["seconds"] is None else f"{row['seconds']:.0f} | {row['ratio']:.2f} |"
+        reached = row["seconds"] is not None
+        ours = [f"{row['seconds']:.0f}", f"{row['ratio']:.2f}"] if reached else ["not reached", ""]
         what = f"seconds to nanoGPT's final loss, our stage {measured['stage'][5]}, {way}"
-        rows.append(f"| {what} | {measured['nanogpt']:.0f} | {ours}")
+        rows.append([what, f"{measured['nanogpt']:.0f}", *ours])
     return rows
 
 
@@ -92,116 +89,100 @@ def rates(results: dict) -> str:
     """The table of final losses by learning rate, of the stages that were tuned."""
     tuned = {name: row["tuned"]["tried"] for name, row in results["stages"].items() if "tuned" in row}
     tried = sorted({rate for row in tuned.values() for rate in row}, key=float)
-    lines = ["| stage | " + " | ".join(tried) + " |", "|---" * (len(tried) + 1) + "|"]
+    rows = []
     for name, row in tuned.items():
         best = min(row, key=row.get)
         losses = (f"**{row[r]:.3f}**" if r == best else f"{row[r]:.3f}" if r in row else "" for r in tried)
-        lines.append(f"| {stages.label(name)} | " + " | ".join(losses) + " |")
-    return "\n".join(lines)
+        rows.append([stages.label(name), *losses])
+    return markdown.table(["stage", *tried], rows)
 
 
 def crossover(measured: dict) -> str:
     """The table of SDPA's time relative to attention written out, by context."""
     contexts = list(measured["float32"])
-    return "\n".join(
-        [
-            "| context | " + " | ".join(contexts) + " |",
-            "|---" * (len(contexts) + 1) + "|",
-            *(
-                f"| {dtype} | " + " | ".join(f"{ratio:.2f}" for ratio in by_context.values()) + " |"
-                for dtype, by_context in measured.items()
-            ),
-        ]
-    )
+    rows = ([dtype, *(f"{ratio:.2f}" for ratio in ratios.values())] for dtype, ratios in measured.items())
+    return markdown.table(["context", *contexts], rows)
 
 
 def by_context(measured: dict) -> str:
     """The table of training speed and memory by context, of each way to compute attention."""
     contexts = list(next(iter(measured.values()))["memory"])
-    rows = ["| context | " + " | ".join(contexts) + " |", "|---" * (len(contexts) + 1) + "|"]
+    rows = []
     for name, values in measured.items():
         speeds = (f"{speed:,.0f}" for speed in values["tokens_per_second"].values())
         memory = (f"{number / 2**20:,.0f}" for number in values["memory"].values())
-        rows.append(f"| {name}, tokens/s | " + " | ".join(speeds) + " |")
-        rows.append(f"| {name}, MiB | " + " | ".join(memory) + " |")
-    return "\n".join(rows)
+        rows += [[f"{name}, tokens/s", *speeds], [f"{name}, MiB", *memory]]
+    return markdown.table(["context", *contexts], rows)
 
 
 def balancing(measured: dict) -> str:
     """The table of the ways to balance experts."""
-    rows = ["| | val loss | busiest expert's share | entropy of the scores (nats) |", "|---|---|---|---|"]
+    rows = []
     for name, way in measured.items():
         loss = report.with_std(way["val_loss"], 3)
-        rows.append(f"| {name} | {loss} | {way['busiest_expert']:.0%} | {way['router_entropy']:.2f} |")
-    return "\n".join(rows)
+        rows.append([name, loss, f"{way['busiest_expert']:.0%}", f"{way['router_entropy']:.2f}"])
+    heads = ["", "val loss", "busiest expert's share", "entropy of the scores (nats)"]
+    return markdown.table(heads, rows)
 
 
 def speeds(measured: dict) -> str:
     """The table of one speed relative to others, a column a precision."""
-    rows = ["| | " + " | ".join(measured) + " |", "|---" * (len(measured) + 1) + "|"]
+    rows = []
     for name in next(iter(measured.values())):
         values = (f"{by_name[name]:.2f}×" for by_name in measured.values())
-        rows.append(f"| {name.replace('_', ' ')} | " + " | ".join(values) + " |")
-    return "\n".join(rows)
+        rows.append([name.replace("_", " "), *values])
+    return markdown.table(["", *measured], rows)
 
 
 def losses(measured: dict) -> str:
     """The table of final losses of variants."""
-    rows = ["| | val loss |", "|---|---|"]
-    return "\n".join(rows + [f"| {name} | {report.with_std(loss, 3)} |" for name, loss in measured.items()])
+    rows = ([name, report.with_std(loss, 3)] for name, loss in measured.items())
+    return markdown.table(["", "val loss"], rows)
 
 
 def caches(results: dict) -> str:
     """The table of the cache of a token, of the stages that change it."""
-    rows = ["| stage | bytes | relative |", "|---|---|---|"]
     sizes = {
         name: results["stages"][name]["cache_bytes_per_token"]
         for name in ("stage3_swiglu", "stage4_gqa", "stage7_mla_mtp")
     }
-    for name, size in sizes.items():
-        rows.append(f"| {stages.label(name)} | {size:,.0f} | {size / max(sizes.values()):.3f} |")
-    return "\n".join(rows)
+    largest = max(sizes.values())
+    rows = ([stages.label(name), f"{size:,.0f}", f"{size / largest:.3f}"] for name, size in sizes.items())
+    return markdown.table(["stage", "bytes", "relative"], rows)
 
 
 def decoding(measured: dict) -> str:
     """The table of decoding speed by context."""
     names = list(next(iter(measured.values())))
-    rows = ["| context | " + " | ".join(measured) + " |", "|---" * (len(measured) + 1) + "|"]
-    for name in names:
-        rows.append(f"| {name} | " + " | ".join(f"{point[name]:,.0f}" for point in measured.values()) + " |")
-    return "\n".join(rows)
+    rows = ([name, *(f"{point[name]:,.0f}" for point in measured.values())] for name in names)
+    return markdown.table(["context", *measured], rows)
 
 
 def mla_training(measured: dict) -> str:
     """The table of training speed relative to stage 6."""
-    rows = ["| | of stage 6's tokens/s |", "|---|---|"]
-    return "\n".join(rows + [f"| {name} | {ratio:.2f}× |" for name, ratio in measured.items()])
+    rows = ([name, f"{ratio:.2f}×"] for name, ratio in measured.items())
+    return markdown.table(["", "of stage 6's tokens/s"], rows)
 
 
 def drafts(measured: list[dict]) -> str:
     """The table of drafting."""
-    rows = ["| temperature | drafts at a time | accepted | tokens/s | without drafts | speed-up |"]
-    rows.append("|---|---|---|---|---|---|")
+    rows = []
     for row in measured:
-        rows.append(
-            f"| {row['temperature']:g} | {row['drafts']} | {row['accepted']:.0%} "
-            f"| {row['drafted_tokens_per_second']:,.0f} | {row['plain_tokens_per_second']:,.0f} "
-            f"| {row['speed_up']:.2f}× |"
-        )
-    return "\n".join(rows)
+        speeds = (f"{row[f'{way}_tokens_per_second']:,.0f}" for way in ("drafted", "plain"))
+        acceptance = [f"{row['temperature']:g}", row["drafts"], f"{row['accepted']:.0%}"]
+        rows.append([*acceptance, *speeds, f"{row['speed_up']:.2f}×"])
+    heads = ["temperature", "drafts at a time", "accepted", "tokens/s", "without drafts", "speed-up"]
+    return markdown.table(heads, rows)
 
 
 def transformers(measured: dict) -> str:
     """The table of sampling beside transformers."""
-    rows = [
-        "| stage | ours, tokens/s | with `--compile` | transformers, tokens/s | ratio | with `--compile` |",
-        "|---|---|---|---|---|---|",
-    ]
+    rows = []
     for name, row in measured.items():
-        speeds = (row[f"{way}_tokens_per_second"] for way in ("ours", "compiled", "theirs"))
-        cells = " | ".join(f"{speed:,.0f}" for speed in speeds)
-        rows.append(f"| {name} | {cells} | {row['ratio']:.2f} | {row['compiled_ratio']:.2f} |")
-    return "\n".join(rows)
+        speeds = (f"{row[f'{way}_tokens_per_second']:,.0f}" for way in ("ours", "compiled", "theirs"))
+        rows.append([name, *speeds, f"{row['ratio']:.2f}", f"{row['compiled_ratio']:.2f}"])
+    speeds = ["ours, tokens/s", "with `--compile`", "transformers, tokens/s"]
+    return markdown.table(["stage", *speeds, "ratio", "with `--compile`"], rows)
 
 
 def filled(page: str, number: int | str | None, results: dict) -> str:

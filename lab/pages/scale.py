@@ -1,6 +1,7 @@
 """The tables of docs/scale.md, of what lab/planning.py computed and results/gpt2_preset.py measured."""
 
 from lab import device, stages
+from lab.comparison import markdown
 from lab.pages import planning
 
 HOW = {"1": "one GPU", "ddp": "DDP", "fsdp 8": "FSDP, 8", "fsdp 64": "FSDP, 64"}
@@ -9,11 +10,12 @@ HOW = {"1": "one GPU", "ddp": "DDP", "fsdp 8": "FSDP, 8", "fsdp 64": "FSDP, 64"}
 def tables(results: dict) -> dict[str, str]:
     """By marker: the generated parts of the page."""
     every = [
-        (f"{size} | {stages.label(stages.names()[int(number)])}", plan)
+        ([size, stages.label(stages.names()[int(number)])], plan)
         for size, by_stage in results["scale"].items()
         for number, plan in by_stage.items()
     ]
-    plans = [(name, plan) for name, plan in every if "| 5 " not in name]  # but for a step it is stage 4
+    fifth = stages.label(stages.names()[5])  # but for a step it is stage 4
+    plans = [(name, plan) for name, plan in every if name[1] != fifth]
     parts = {
         "sizes": sizes(plans),
         "state": state(plans),
@@ -23,12 +25,6 @@ def tables(results: dict) -> dict[str, str]:
         "command": command("8 B", 5, results["scale"]["8 B"]["5"]),
     }
     return parts | ({"measured": measured(results["gpt2_preset"])} if "gpt2_preset" in results else {})
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A table in Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def count(number: float) -> str:
@@ -56,7 +52,7 @@ def duration(seconds: float) -> str:
     return f"{minutes} minute{'' if minutes == 1 else 's'}"
 
 
-def sizes(plans: list[tuple[str, dict]]) -> str:
+def sizes(plans: list[tuple[list[str], dict]]) -> str:
     """Shapes, parameters, FLOPs and caches."""
     rows = []
     for name, plan in plans:
@@ -68,18 +64,19 @@ def sizes(plans: list[tuple[str, dict]]) -> str:
         shape = f"{config['n_layer']} × {config['n_embd']}"
         numbers = [count(n) for n in (plan["parameters"], active, plan["flops_per_token"])]
         rows.append(
-            [name, shape, heads, experts, str(config["block_size"]), *numbers, gigabytes(plan["cache"])]
+            [*name, shape, heads, experts, str(config["block_size"]), *numbers, gigabytes(plan["cache"])]
         )
-    header = "size | stage | blocks × width | heads (of keys) | experts | context | parameters | active"
-    return table([*header.split(" | "), "FLOPs a token", "cache at 32 k, GB"], rows)
+    heads = ["size", "stage", "blocks × width", "heads (of keys)", "experts", "context"]
+    heads += ["parameters", "active", "FLOPs a token", "cache at 32 k, GB"]
+    return markdown.table(heads, rows)
 
 
-def state(plans: list[tuple[str, dict]]) -> str:
+def state(plans: list[tuple[list[str], dict]]) -> str:
     """What a GPU holds whatever the batch."""
     rows = []
     for name, plan in plans:
         parts = [gigabytes(nbytes) for nbytes in plan["state"].values()]
-        rows.append([name, *parts, *(gigabytes(plan["fixed"][how]) for how in HOW)])
+        rows.append([*name, *parts, *(gigabytes(plan["fixed"][how]) for how in HOW)])
     header = [
         "size",
         "stage",
@@ -88,18 +85,18 @@ def state(plans: list[tuple[str, dict]]) -> str:
         "a part of 64",
         *(f"held: {how}" for how in HOW.values()),
     ]
-    return table(header, rows)
+    return markdown.table(header, rows)
 
 
-def steps(plans: list[tuple[str, dict]]) -> str:
+def steps(plans: list[tuple[list[str], dict]]) -> str:
     """What a sequence adds, and how many fit."""
     rows = []
     for name, plan in plans:
         each = [gigabytes(plan["sequence"][way]) for way in ("kept", "recomputed")]
         fits = [" / ".join(str(n or "–") for n in plan["fits"][how]) for how in HOW]
-        rows.append([name, str(plan["config"]["block_size"]), *each, *fits])
+        rows.append([*name, str(plan["config"]["block_size"]), *each, *fits])
     header = ["size", "stage", "context", "a sequence, GB", "with checkpointing"]
-    return table([*header, *(f"fit: {how}" for how in HOW.values())], rows)
+    return markdown.table([*header, *(f"fit: {how}" for how in HOW.values())], rows)
 
 
 def assumptions() -> str:
@@ -112,15 +109,15 @@ def assumptions() -> str:
     )
 
 
-def speed(plans: list[tuple[str, dict]]) -> str:
+def speed(plans: list[tuple[list[str], dict]]) -> str:
     """Tokens a second, and how long a training takes."""
     rows = []
     for name, plan in plans:
         speeds, tokens = plan["tokens_per_second"], 20 * plan["active_parameters"]
         times = [duration(tokens / speeds[n_gpus]) for n_gpus in speeds]
-        rows.append([name, *map(rounded, speeds.values()), count(tokens), *times])
+        rows.append([*name, *map(rounded, speeds.values()), count(tokens), *times])
     header = ["size", "stage", *(f"tokens/s on {n}" for n in planning.GPUS), "20 tokens a parameter"]
-    return table([*header, *(f"on {n}" for n in planning.GPUS)], rows)
+    return markdown.table([*header, *(f"on {n}" for n in planning.GPUS)], rows)
 
 
 def command(size: str, number: int, plan: dict) -> str:
@@ -146,5 +143,6 @@ def measured(by_stage: dict) -> str:
         numbers = [f"{run['tokens_per_second']:,.0f}", gigabytes(run["peak_memory"])]
         losses = [f"{run['first_loss']:.2f}", f"{run['last_loss']:.2f}"]
         rows.append([stages.label(name), *sizes, *numbers, *losses])
-    first, last = "loss at step 1", f"loss at step {by_stage['steps']}"
-    return table(["stage", "parameters", "active", "tokens/s", "peak memory, GB", first, last], rows)
+    heads = ["stage", "parameters", "active", "tokens/s", "peak memory, GB"]
+    heads += ["loss at step 1", f"loss at step {by_stage['steps']}"]
+    return markdown.table(heads, rows)

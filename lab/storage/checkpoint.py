@@ -8,7 +8,6 @@ last/ are in one file per process (see sharded.py), and the metadata is in metad
 
 import io
 import json
-import os
 import shlex
 import shutil
 from pathlib import Path
@@ -19,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 
-from lab import formats, parallel
+from lab import atomic, formats, parallel
 from lab.errors import UserError, shown
 from lab.storage import sharded
 
@@ -58,14 +57,14 @@ def save(
         if parallel.RANK:
             return
         if in_parts:
-            n_parts = len(list(unfinished.glob("*.safetensors")))
-            write(unfinished / METADATA, json.dumps(metadata | {"parts": str(n_parts)}).encode())
+            metadata["parts"] = str(len(list(unfinished.glob("*.safetensors"))))
+            atomic.write_synced(unfinished / METADATA, json.dumps(metadata).encode())
         else:
-            write(unfinished / WEIGHTS, safetensors_bytes(tensors, metadata))
+            atomic.write_synced(unfinished / WEIGHTS, safetensors_bytes(tensors, metadata))
         if state is not None:
             buffer = io.BytesIO()
             torch.save(state, buffer)
-            write(unfinished / STATE, buffer.getbuffer())
+            atomic.write_synced(unfinished / STATE, buffer.getbuffer())
     except OSError as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise UserError(
@@ -82,14 +81,6 @@ def save(
         folder.rename(old)
     unfinished.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def write(path: Path, content: bytes) -> None:
-    """Writes a file and waits until it is on disk."""
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:

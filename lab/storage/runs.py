@@ -16,7 +16,7 @@ import torch
 
 from data import Dataset, from_meta
 from data.tokenizers import HF_CONFIG, SIDE_FILES
-from lab import formats, parallel, stages
+from lab import atomic, formats, parallel, stages
 from lab.errors import UserError, shown
 from lab.storage import checkpoint, edits, locks
 
@@ -196,9 +196,7 @@ def check_stage(folder: Path, stage: str | None) -> dict:
 
 def write_json(path: Path, content: dict) -> None:
     """Writes content to path, or leaves path as it was."""
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
+    atomic.write(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def load(run: Path, name: str, device: torch.device) -> tuple[torch.nn.Module, dict]:

@@ -11,7 +11,7 @@ from types import ModuleType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lab import parallel
+from lab import atomic, optional, parallel
 from lab.errors import UserError
 
 SECONDS_BETWEEN_LINES = 10
@@ -93,9 +93,7 @@ def expert_load(statistics: dict) -> dict:
 def keep_until(path: Path, step: int) -> None:
     """Drops the lines after a step: those that a killed run wrote after its last checkpoint."""
     kept = [json.dumps(record) + "\n" for record in read_metrics(path) if record["step"] <= step]
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text("".join(kept))
-    os.replace(unfinished, path)
+    atomic.write(path, "".join(kept).encode())
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -115,10 +113,7 @@ def log_in_to_wandb() -> None:
 @contextmanager
 def wandb_errors() -> Iterator[ModuleType]:
     """The module wandb; what it raises becomes a UserError."""
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("--wandb needs the package wandb: pip install -e '.[wandb]'") from None
+    wandb = optional.load("wandb", extra="wandb", needed_for="--wandb")
     try:
         yield wandb
     except wandb.errors.Error as error:

@@ -1,6 +1,5 @@
 """The parts of a training step: gradients, the learning rate, the optimizer."""
 
-import inspect
 import math
 from collections import defaultdict
 
@@ -32,28 +31,10 @@ def adamw_of(
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return AdamW(groups, lr=lr, betas=betas, fused=True)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
 
-class WithoutCompiler:
-    """An optimizer's methods without their wrappers for torch.compile.
-
-    Those import the compiler, also where nothing is compiled, which takes over a second and 70 MiB.
-    """
-
-    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
-    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
-    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
-    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
-
-
-class AdamW(WithoutCompiler, torch.optim.AdamW):
-    """torch's AdamW."""
-
-    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
-
-
-class BatchedMuon(WithoutCompiler, torch.optim.Muon):
+class BatchedMuon(torch.optim.Muon):
     """torch's Muon, but it orthogonalizes all matrices of one shape, and stacks of them, as one batch.
 
     A model has many small matrices of few shapes; one at a time, they would not keep the processor busy.

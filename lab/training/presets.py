@@ -47,12 +47,15 @@ def choose(data: str, device_type: str) -> str:
 
 
 def model_defaults(config_class: type, sizes: dict):
-    """A config_class with these sizes whose __post_init__ has not run.
+    """These sizes as the defaults of the --model flags: a config_class in which nothing is derived yet.
 
-    That derives what is left out (such as a width from n_embd), which must wait until the command
-    line has had its say: after `--model.n-embd 256` the width follows 256.
+    What a config derives from its sizes (such as a width from n_embd) must wait for the command line: after
+    `--model.n-embd 256` the width follows from 256.
     """
-    config = object.__new__(config_class)
-    for field in fields(config_class):
-        setattr(config, field.name, sizes.get(field.name, field.default))
-    return config
+
+    class Defaults(config_class):
+        def __post_init__(self):
+            """Derives and validates nothing."""
+
+    names = {field.name for field in fields(config_class)}
+    return Defaults(**{name: size for name, size in sizes.items() if name in names})

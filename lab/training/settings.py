@@ -9,7 +9,7 @@ import tyro
 
 from data import Dataset
 from lab import device, stages
-from lab.cli import parse_flags
+from lab.cli import parse_flags, program
 from lab.errors import UserError, shown
 from lab.storage import checkpoint, runs
 from lab.training import presets
@@ -143,6 +143,10 @@ def parse(argv: list[str]) -> Settings:
         default.stage = tyro.MISSING  # it has no default
     settings = parse_flags(Settings[type(default.model)], argv, default=default)
     settings.stage = stage
+    try:
+        settings.model = stages.load(stage).GPTConfig(**asdict(settings.model))  # derives what is left out
+    except ValueError as error:
+        raise UserError(f"--model: {error}. See {program()} --help") from None
     if choice.resume and not wants_help:
         for name in ("optimizer", "preset"):
             before = getattr(default, name)
@@ -189,7 +193,7 @@ def fine_tuning_settings(choice: Choice) -> Settings:
     if tokenizer == "hf":
         raise UserError(f"{choice.init_from} has a tokenizer.json, which sample.py can use, but not train.py")
     settings = preset_settings(choice, stages.find(choice.stage or config["stage"]))
-    settings.model = presets.model_defaults(type(settings.model), config["model"])
+    settings.model = presets.model_defaults(stages.load(settings.stage).GPTConfig, config["model"])
     settings.tokenizer = tokenizer
     return settings
 

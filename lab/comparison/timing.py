@@ -1,0 +1,50 @@
+"""How long calls take, by the wall clock."""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from lab import device
+
+
+def seconds_of(
+    call: Callable[[], object],
+    times: int,
+    where: torch.device,
+    warm_ups: int = 0,
+    limit: float = float("inf"),
+) -> list[float]:
+    """Seconds of each of `times` calls, until the device is done; fewer once `limit` seconds have passed.
+
+    warm_ups: the number of calls before them that do not count.
+    """
+    seconds, began = [], time.perf_counter()
+    for _ in range(warm_ups + times):
+        started = time.perf_counter()
+        call()
+        device.synchronize(where)
+        seconds.append(time.perf_counter() - started)
+        if time.perf_counter() - began > limit:
+            break
+    return seconds[warm_ups:]
+
+
+def in_turn(
+    calls: dict[str, Callable[[], object]], rounds: int, where: torch.device, warm_ups: int = 0
+) -> dict[str, list[float]]:
+    """Seconds of each call in each round. All are called once a round, so that they see the same load.
+
+    warm_ups: the number of rounds before them that do not count.
+    """
+    seconds = {name: [] for name in calls}
+    for _ in range(warm_ups + rounds):
+        for name, call in calls.items():
+            seconds[name] += seconds_of(call, 1, where)
+    return {name: of[warm_ups:] for name, of in seconds.items()}
+
+
+def median_ratio(numerators: list[float], denominators: list[float]) -> float:
+    """The median of the ratios round by round, which is steadier than the ratio of the medians."""
+    return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
