@@ -16,7 +16,7 @@ def seconds_of(
     warm_ups: int = 0,
     limit: float = float("inf"),
 ) -> list[float]:
-    """Seconds of each of `times` calls, until the device is done; fewer once `limit` seconds have passed.
+    """Seconds of each of `times` calls, including the device's work; fewer if `limit` seconds have passed.
 
     warm_ups: the number of calls before them that do not count.
     """
@@ -34,7 +34,7 @@ def seconds_of(
 def in_turn(
     calls: dict[str, Callable[[], object]], rounds: int, where: torch.device, warm_ups: int = 0
 ) -> dict[str, list[float]]:
-    """Seconds of each call in each round. All are called once a round, so that they see the same load.
+    """Seconds of each call in each round. Each round makes every call once, so that all see the same load.
 
     warm_ups: the number of rounds before them that do not count.
     """
@@ -46,5 +46,5 @@ def in_turn(
 
 
 def median_ratio(numerators: list[float], denominators: list[float]) -> float:
-    """The median of the ratios round by round, which is steadier than the ratio of the medians."""
+    """The median of the rounds' ratios, which varies less than the ratio of the medians."""
     return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
