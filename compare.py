@@ -31,7 +31,7 @@ from lab.interrupt import StopRequest
 from lab.storage import locks, runs
 from lab.training import run_plots
 
-LEFT_OUT = ("what changed", "lines changed", "parameters (active)", "FLOPs a token", "bits per byte")
+LEFT_OUT = ("what changed", "lines changed", "parameters (active)", "FLOPs per token", "bits per byte")
 STOPPED = [128 + number for number in interrupt.SIGNALS]  # exit statuses of a run that a signal stopped
 RATES = (5e-4, 1e-3, 2e-3, 3e-3)  # learning rates that --tune tries
 

@@ -97,10 +97,10 @@ def mark_noise(rows: dict[str, dict]) -> None:
 def ladder(rows: dict[str, dict]) -> str:
     """The table of the stages in Markdown; ≈: no significant difference from the previous stage."""
     tuned = any("tuned" in row for row in rows.values())
-    heads = ["stage", "what changed", "lines changed", "parameters (active)", "FLOPs a token", "val loss"]
+    heads = ["stage", "what changed", "lines changed", "parameters (active)", "FLOPs per token", "val loss"]
     heads += ["val loss at its best rate"] if tuned else []
     heads += ["bits per byte", f"seconds to {LOSS_TO_REACH:.2f}", "training tokens/s", "decoding tokens/s"]
-    heads += ["cache bytes a token", "peak memory, MiB"]
+    heads += ["cache bytes per token", "peak memory, MiB"]
     return markdown.table(heads, (cells(name, row, tuned) for name, row in rows.items()))
 
 
