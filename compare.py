@@ -24,7 +24,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from lab import cli, device, formats, interrupt, stages
+from lab import cli, formats, interrupt, stages
+from lab import device as devices
 from lab.comparison import diffs, interleaved, markdown, overview, report, spread, wanted_runs
 from lab.errors import UserError, shown
 from lab.interrupt import StopRequest
@@ -65,7 +66,7 @@ class Settings:
             raise ValueError("seeds must be at least 1, and rounds 0 or more")
 
 
-@device.memory_errors("try --rounds 0 (measures no speed), shorter --contexts, or smaller sizes")
+@devices.memory_errors("try --rounds 0 (measures no speed), shorter --contexts, or smaller sizes")
 def main():
     settings, flags = cli.parse_flags(Settings, sys.argv[1:], return_unknown_args=True)
     console = Console()
@@ -114,7 +115,7 @@ def main():
     if settings.rounds and not settings.only_draw:
         configs = {name: stage_runs.config for name, stage_runs in found.items()}
         speeds = interleaved.everything(
-            configs, device.choose(wanted.device), settings.rounds, contexts, console
+            configs, devices.choose(wanted.device), settings.rounds, contexts, console
         )
         runs.write_json(out / "speeds.json", speeds)
     else:
@@ -124,7 +125,7 @@ def main():
         if not speeds:
             notes.append("missing: speeds and memory; to measure them, leave out --only-draw and --rounds 0")
     results = summarize(
-        found, speeds, chosen, flags, known, dataset, settings.tune, out, device.choose(wanted.device)
+        found, speeds, chosen, flags, known, dataset, settings.tune, out, devices.choose(wanted.device)
     )
     (out / "ladder.md").write_text(report.ladder(results) + "\n", encoding="utf-8")
     drawn = report.draw(found, results, speeds, out)
@@ -266,7 +267,7 @@ def summarize(
     dataset: str,
     tune: bool,
     out: Path,
-    where: torch.device,
+    device: torch.device,
 ):
     """Writes results.json; returns the figures by stage, empty for a stage without runs."""
     rows = {
@@ -283,7 +284,7 @@ def summarize(
     formats.check(results, formats.RESULTS, shown(path))
     results |= {
         "format": formats.RESULTS,
-        "machine": runs.machine(where) | {"commit": runs.commit()},
+        "machine": runs.machine(device) | {"commit": runs.commit()},
         "dataset": dataset,
         "preset": next(iter(found.values())).config["settings"]["preset"],
         "stages": {name: row for name, row in rows.items() if row},

@@ -22,7 +22,8 @@ from typing import Literal
 import torch
 
 from data import files
-from lab import cli, device
+from lab import cli
+from lab import device as devices
 from lab.errors import UserError, shown
 from lab.sampling import generation
 from lab.sampling.compiled import CompiledStep
@@ -84,17 +85,17 @@ class Settings:
             raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}")
 
 
-@device.memory_errors("try a lower --max-new-tokens, a shorter prompt, or a lower --context")
+@devices.memory_errors("try a lower --max-new-tokens, a shorter prompt, or a lower --context")
 def main():
     settings = cli.parse_flags(Settings, sys.argv[1:])
-    where = device.choose(settings.device)
-    device.prepare(where)
+    device = devices.choose(settings.device)
+    devices.prepare(device)
     if settings.compile:
-        device.require_compiler(where)
+        devices.require_compiler(device)
     folder = Path(settings.run) if settings.run else runs.newest(settings.stage)
     runs.check_stage(folder, settings.stage)
     runs.warn_of_edits(folder, runs.read_config(folder))  # before an error, if the weights no longer fit
-    model, config = runs.load(folder, settings.checkpoint, where)
+    model, config = runs.load(folder, settings.checkpoint, device)
     if settings.draft and not getattr(model.config, "num_nextn_predict_layers", 0):
         raise UserError(
             f"--draft needs a block of multi-token prediction; {shown(folder)} ({config['stage']}) has none\n"

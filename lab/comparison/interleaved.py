@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from lab import device, formats, stages
+from lab import device as devices
+from lab import formats, stages
 from lab.comparison import isolated, timing
 from lab.errors import UserError, shown
 from lab.sampling import generation
@@ -65,18 +66,18 @@ def without(value, outdated: list[str]):
 
 
 def everything(
-    configs: dict[str, dict], where: torch.device, rounds: int, contexts: list[int], console: Console
+    configs: dict[str, dict], device: torch.device, rounds: int, contexts: list[int], console: Console
 ) -> dict:
     """Measures all speeds of these stages. configs: by stage, the config.json of one of its runs."""
     with console.status("measuring training and decoding speed", spinner="line"):
-        trainers = {name: trainer(config, where) for name, config in configs.items()}
-        training = speeds_in_turn(trainers, where, rounds, 15)
-        decoders = {name: decoder(config, where) for name, config in configs.items()}
-        decoding = speeds_in_turn(decoders, where, rounds, DECODED)
+        trainers = {name: trainer(config, device) for name, config in configs.items()}
+        training = speeds_in_turn(trainers, device, rounds, 15)
+        decoders = {name: decoder(config, device) for name, config in configs.items()}
+        decoding = speeds_in_turn(decoders, device, rounds, DECODED)
     speeds = {
         "format": formats.RESULTS,
         "rounds": rounds,
-        "machine": runs.machine(where),
+        "machine": runs.machine(device),
         "code": {name: edits.code_hash(name) for name in configs},
         "training": training,
         "decoding": decoding,
@@ -87,27 +88,27 @@ def everything(
             settings = config["settings"]
             batch = settings["micro_batch_size"] or settings["batch_size"]
             made = isolated.measure(
-                **of_run(config, where), context=config["model"]["block_size"], batch_size=batch
+                **of_run(config, device), context=config["model"]["block_size"], batch_size=batch
             )
         if "error" in made:
             console.print(f"not measured: {name}'s memory: {made['error']}", highlight=False)
         else:
             speeds["peak_memory"][name] = made["peak_memory"]
     for what in ("training", "decoding"):
-        speeds[f"{what}_by_context"] = by_context(configs, what, where, min(rounds, 3), contexts, console)
+        speeds[f"{what}_by_context"] = by_context(configs, what, device, min(rounds, 3), contexts, console)
     return speeds
 
 
-def of_run(config: dict, where: torch.device) -> dict:
+def of_run(config: dict, device: torch.device) -> dict:
     """The settings of lab.comparison.isolated that measure a run's model."""
     made = {"stage": config["stage"], "model": json.dumps(config["model"]), "dtype": config["dtype"]}
-    return made | {"device": where, "optimizer": config["settings"]["optimizer"]}
+    return made | {"device": device, "optimizer": config["settings"]["optimizer"]}
 
 
 def by_context(
     configs: dict[str, dict],
     what: str,
-    where: torch.device,
+    device: torch.device,
     rounds: int,
     contexts: list[int],
     console: Console,
@@ -123,7 +124,7 @@ def by_context(
                 status = f"measuring {what} of {name} at a context of {context}"
                 with console.status(status, spinner="line"):
                     steps = 5 if what == "training" else 30
-                    one = isolated.measure(**of_run(config, where), what=what, context=context, steps=steps)
+                    one = isolated.measure(**of_run(config, device), what=what, context=context, steps=steps)
                 results[name][str(context)].append(one)
     memory, measured = "peak_memory" if what == "training" else "cache_bytes", {}
     for name, by_length in results.items():
@@ -152,7 +153,7 @@ def of_stage(speeds: dict, name: str) -> dict:
 
 
 def speeds_in_turn(
-    measured: dict[str, Callable[[int], int]], where: torch.device, rounds: int, amount: int
+    measured: dict[str, Callable[[int], int]], device: torch.device, rounds: int, amount: int
 ) -> dict[str, list[float]]:
     """The tokens/s of each function in each round, after a shorter warm-up call.
 
@@ -165,25 +166,25 @@ def speeds_in_turn(
     def run(name: str) -> None:
         tokens[name] = measured[name](amount)
 
-    seconds = timing.in_turn({name: partial(run, name) for name in measured}, rounds, where)
+    seconds = timing.in_turn({name: partial(run, name) for name in measured}, rounds, device)
     return {name: [tokens[name] / one for one in of] for name, of in seconds.items()}
 
 
-def make_model(config: dict, where: torch.device) -> torch.nn.Module:
+def make_model(config: dict, device: torch.device) -> torch.nn.Module:
     """A newly initialized model with a run's sizes."""
     torch.manual_seed(0)
-    device.prepare(where)
+    devices.prepare(device)
     stage = stages.load(config["stage"])
-    return stage.GPT(stage.GPTConfig(**config["model"])).to(where)
+    return stage.GPT(stage.GPTConfig(**config["model"])).to(device)
 
 
-def trainer(config: dict, where: torch.device) -> Callable[[int], int]:
+def trainer(config: dict, device: torch.device) -> Callable[[int], int]:
     """A function that trains for a number of steps as train.py does, uncompiled, and returns the tokens."""
-    model, settings = make_model(config, where), config["settings"]
+    model, settings = make_model(config, device), config["settings"]
     optimizer = optim.make(settings["optimizer"], model, 1e-3, 0.1, (0.9, 0.99))
-    autocast = device.autocast(where, getattr(torch, config["dtype"]))
+    autocast = devices.autocast(device, getattr(torch, config["dtype"]))
     context, batch = model.config.block_size, settings["batch_size"]
-    text = torch.randint(model.config.vocab_size, (batch, context + 1), device=where)
+    text = torch.randint(model.config.vocab_size, (batch, context + 1), device=device)
 
     def run(steps: int) -> int:
         for _ in range(steps):
@@ -197,9 +198,9 @@ def trainer(config: dict, where: torch.device) -> Callable[[int], int]:
     return run
 
 
-def decoder(config: dict, where: torch.device) -> Callable[[int], int]:
+def decoder(config: dict, device: torch.device) -> Callable[[int], int]:
     """A function that samples a number of tokens one by one, as sample.py does, and returns their number."""
-    model = make_model(config, where).eval()
+    model = make_model(config, device).eval()
 
     def run(tokens: int) -> int:
         generator = torch.Generator().manual_seed(0)

@@ -19,7 +19,8 @@ from typing import Literal
 
 import torch
 
-from lab import cli, device, stages
+from lab import cli, stages
+from lab import device as devices
 from lab.comparison import timing
 from lab.storage import runs
 from lab.training import optim, presets
@@ -65,12 +66,12 @@ def measure(**settings) -> dict:
     return json.loads(child.stdout.splitlines()[-1])
 
 
-@device.memory_errors("try a lower --batch-size or --context, or smaller sizes in --model")
+@devices.memory_errors("try a lower --batch-size or --context, or smaller sizes in --model")
 def main():
     settings = cli.parse_flags(Settings, sys.argv[1:])
-    where = device.choose(settings.device)
-    dtype = device.choose_dtype(settings.dtype, where)
-    device.prepare(where)
+    device = devices.choose(settings.device)
+    dtype = devices.choose_dtype(settings.dtype, device)
+    devices.prepare(device)
     torch.manual_seed(0)
     stage = stages.load(stages.find(settings.stage))
     sizes = json.loads(settings.model) if settings.model else LAPTOP
@@ -79,29 +80,29 @@ def main():
         use_tiled(stage)
     elif settings.attention:
         sizes["attention"] = settings.attention
-    model = stage.GPT(stage.GPTConfig(**sizes)).to(where)
-    idx = torch.randint(model.config.vocab_size, (settings.batch_size, settings.context + 1), device=where)
-    autocast = device.autocast(where, dtype)
+    model = stage.GPT(stage.GPTConfig(**sizes)).to(device)
+    idx = torch.randint(model.config.vocab_size, (settings.batch_size, settings.context + 1), device=device)
+    autocast = devices.autocast(device, dtype)
     if settings.what == "training":  # torch's optimizers import torch.compile: that is no memory of the step
         optimizer = optim.make(settings.optimizer, model, 1e-3, 0.1, (0.9, 0.99))
-    before = device.peak_memory(where)
+    before = devices.peak_memory(device)
     if settings.what == "training":
-        seconds, tokens = training(model, optimizer, idx, settings.steps, autocast, where)
+        seconds, tokens = training(model, optimizer, idx, settings.steps, autocast, device)
     else:
-        seconds, tokens = decoding(model, idx, settings.steps, where)
+        seconds, tokens = decoding(model, idx, settings.steps, device)
     result = {
         "tokens_per_second": tokens / statistics.median(seconds),
-        "peak_memory": device.peak_memory(where),
+        "peak_memory": devices.peak_memory(device),
         "memory_before": before,
         "dtype": str(dtype if settings.what == "training" else model.lm_head.weight.dtype)[6:],
     }
     if settings.what == "decoding":
         cache = model.new_cache(settings.batch_size, settings.context)
         result["cache_bytes"] = cache.nbytes
-    print(json.dumps(result | {"machine": runs.machine(where)}))
+    print(json.dumps(result | {"machine": runs.machine(device)}))
 
 
-def training(model, optimizer, idx, steps, autocast, where) -> tuple[list[float], int]:
+def training(model, optimizer, idx, steps, autocast, device) -> tuple[list[float], int]:
     """Seconds of each optimizer step, and the number of tokens per step."""
     model.train()
 
@@ -109,11 +110,11 @@ def training(model, optimizer, idx, steps, autocast, where) -> tuple[list[float]
         optim.accumulate_gradients(model, idx[:, :-1], idx[:, 1:], len(idx), autocast)
         optim.update(model, optimizer, 1e-3, 1.0)
 
-    return timing.seconds_of(step, steps, where, warm_ups=1), idx[:, 1:].numel()
+    return timing.seconds_of(step, steps, device, warm_ups=1), idx[:, 1:].numel()
 
 
 @torch.no_grad()
-def decoding(model, idx, steps, where) -> tuple[list[float], int]:
+def decoding(model, idx, steps, device) -> tuple[list[float], int]:
     """Seconds of each decoding step with a nearly full cache, and the tokens per step (one per sequence)."""
     model.eval()
     context = idx.size(1) - 1
@@ -124,7 +125,7 @@ def decoding(model, idx, steps, where) -> tuple[list[float], int]:
         logits, _ = model(idx[:, cache.length : cache.length + 1], cache=cache)
         logits.argmax(-1)
 
-    return timing.seconds_of(step, min(steps, context - cache.length - 1), where, warm_ups=1), len(idx)
+    return timing.seconds_of(step, min(steps, context - cache.length - 1), device, warm_ups=1), len(idx)
 
 
 def use_tiled(stage) -> None:

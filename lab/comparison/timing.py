@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 import torch
 
-from lab import device
+from lab import device as devices
 
 
 def seconds_of(
     call: Callable[[], object],
     times: int,
-    where: torch.device,
+    device: torch.device,
     warm_ups: int = 0,
     limit: float = float("inf"),
 ) -> list[float]:
@@ -24,7 +24,7 @@ def seconds_of(
     for _ in range(warm_ups + times):
         started = time.perf_counter()
         call()
-        device.synchronize(where)
+        devices.synchronize(device)
         seconds.append(time.perf_counter() - started)
         if time.perf_counter() - began > limit:
             break
@@ -32,7 +32,7 @@ def seconds_of(
 
 
 def in_turn(
-    calls: dict[str, Callable[[], object]], rounds: int, where: torch.device, warm_ups: int = 0
+    calls: dict[str, Callable[[], object]], rounds: int, device: torch.device, warm_ups: int = 0
 ) -> dict[str, list[float]]:
     """Seconds of each call in each round. Each round makes every call once, so that all see the same load.
 
@@ -41,7 +41,7 @@ def in_turn(
     seconds = {name: [] for name in calls}
     for _ in range(warm_ups + rounds):
         for name, call in calls.items():
-            seconds[name] += seconds_of(call, 1, where)
+            seconds[name] += seconds_of(call, 1, device)
     return {name: of[warm_ups:] for name, of in seconds.items()}
 
 

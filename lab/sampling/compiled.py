@@ -5,7 +5,7 @@ import time
 
 import torch
 
-from lab import device
+from lab import device as devices
 from lab.errors import UserError
 
 
@@ -57,11 +57,11 @@ class CompiledStep:
         started = time.perf_counter()
         self.cache = model.new_cache(1, model.config.block_size if length is None else length)
         static = StaticCache(self.cache)
-        where = static.position.device
+        device = static.position.device
         for tensor in (*itertools.chain(*static.layers), static.position):
             torch._dynamo.mark_static_address(tensor)  # else writing to it prevents CUDA graphs
 
-        @torch.compile(dynamic=False, options=device.step_options(where))
+        @torch.compile(dynamic=False, options=devices.step_options(device))
         def forward(idx):
             return model(idx, cache=static)[0]
 
@@ -69,7 +69,7 @@ class CompiledStep:
         try:
             for _ in range(3):  # a CUDA graph is recorded in the second call
                 self.cache.length = 0
-                self(torch.zeros(1, 1, dtype=torch.int64, device=where))
+                self(torch.zeros(1, 1, dtype=torch.int64, device=device))
         except Exception as error:
             # inductor has many types of exceptions, and most are wrapped in others
             message = str(error).strip() or type(error).__name__
