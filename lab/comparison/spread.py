@@ -37,5 +37,5 @@ def rounds_differ(a: list[float], b: list[float]) -> bool | None:
 
 
 def scipy_stats():
-    """scipy.stats, which only compare.py needs; a UserError where it is not installed."""
+    """The module scipy.stats, which only compare.py needs. Raises UserError if it is not installed."""
     return optional.load("scipy.stats", extra="compare", needed_for="compare.py")

@@ -103,9 +103,9 @@ def assumptions() -> str:
     """The assumptions behind the speeds and the numbers of sequences, as a paragraph."""
     memory, peak = planning.GPU_BYTES / 1e9, device.PEAK_FLOPS["NVIDIA H100 80GB HBM3"] / 1e12
     return (
-        f"An H100 is taken to have {memory:.0f} GB, {planning.USABLE:.0%} of them for all this: CUDA, NCCL "
-        "and gaps between tensors take the\nrest. Below it computes "
-        f"{planning.UTILISATION:.0%} of {peak:.0f} TFLOP/s, its peak in bfloat16 by the data sheet."
+        f"We assume an H100 with {memory:.0f} GB, of which {planning.USABLE:.0%} are usable: CUDA, NCCL and "
+        "fragmentation take the rest.\nThe speeds below assume "
+        f"{planning.UTILISATION:.0%} of {peak:.0f} TFLOP/s, its peak in bfloat16 according to the data sheet."
     )
 
 

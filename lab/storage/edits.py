@@ -100,5 +100,5 @@ def difference(config: dict) -> str | None:
     if hashes == {today}:
         return None
     if today in hashes:
-        return f"{name}/model.py changed while it was trained"
-    return f"{name}/model.py has changed since it was trained"
+        return f"{name}/model.py changed during training"
+    return f"{name}/model.py has changed since training"

@@ -112,7 +112,7 @@ def log_in_to_wandb() -> None:
 
 @contextmanager
 def wandb_errors() -> Iterator[ModuleType]:
-    """The module wandb; what it raises becomes a UserError."""
+    """Yields the module wandb, and turns its errors into UserErrors."""
     wandb = optional.load("wandb", extra="wandb", needed_for="--wandb")
     try:
         yield wandb

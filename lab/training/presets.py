@@ -47,10 +47,10 @@ def choose(data: str, device_type: str) -> str:
 
 
 def model_defaults(config_class: type, sizes: dict):
-    """These sizes as the defaults of the --model flags: a config_class in which nothing is derived yet.
+    """The defaults of the --model flags: a config_class with these sizes, which derives nothing yet.
 
-    What a config derives from its sizes (such as a width from n_embd) must wait for the command line: after
-    `--model.n-embd 256` the width follows from 256.
+    Sizes that are derived from others (such as a width from n_embd) must wait for the command line: after
+    `--model.n-embd 256` the width is derived from 256.
     """
 
     class Defaults(config_class):

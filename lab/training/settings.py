@@ -216,8 +216,8 @@ def resumed_settings(choice: Choice) -> Settings:
     unknown = config["settings"].keys() - {field.name for field in fields(Settings)}
     if unknown:
         raise UserError(
-            f"{shown(folder)} was made by another version of train.py: it has {', '.join(sorted(unknown))}, "
-            "which this one does not know\nresume it with that version, or train a new run"
+            f"{shown(folder)} was made by another version of train.py, with {', '.join(sorted(unknown))}, "
+            "which this one does not have\nresume it with that version, or train a new run"
         )
     model = runs.model_config(folder, config)
     return Settings(**config["settings"] | {"model": model, "out": str(folder)})
