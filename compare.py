@@ -42,7 +42,7 @@ class Settings:
     """Compares the stages; flags that are not listed here are passed to train.py."""
 
     stages: str | None = None
-    """Stages to compare: 0-7, or 0,3,4. None: all."""
+    """Stages to compare, as in 0-7 or 0,3,4. None: all."""
     seeds: int = 3
     """Runs per stage, with seeds 0, 1, …"""
     only_draw: bool = False

@@ -39,7 +39,7 @@ class Settings(Generic[ModelConfig]):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of matrix products; auto: bfloat16 if the hardware supports it, else float32."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    """With torchrun. ddp: every process holds the whole model; fsdp: each holds a part of it."""
+    """For torchrun's processes. ddp: each one holds the whole model; fsdp: each holds a part of it."""
     activation_checkpointing: bool = False
     """Keep only the inputs of blocks and recompute the rest: less memory, a third more arithmetic."""
     compile: bool = False
