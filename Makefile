@@ -1,9 +1,9 @@
-# make train STAGE=0    sets everything up, trains that stage and samples from it
-# make compare          trains all stages and draws them side by side
-# make test             sets everything up, lints and runs the tests
-# make gpu-check        measures a GPU, and tests on it, in nine minutes
+# make train STAGE=0    installs everything, trains that stage and samples from it
+# make compare          trains all stages and compares them
+# make test             installs everything, lints and runs the tests
+# make gpu-check        runs the GPU tests and measures the GPU, in nine minutes
 #
-# With USE_PYTHON, a command runs with that Python and the packages that it has; nothing is installed:
+# With USE_PYTHON, a command uses that Python and its packages; nothing is installed:
 # make gpu-check USE_PYTHON=python3
 PYTHON ?= python3
 STAGE ?= 0
@@ -31,11 +31,11 @@ compare: $(COMPARE)
 sample: $(BASE)
 	$(RUN) sample.py --stage $(STAGE) $(ARGS)
 
-# Two files at a time, one thread each: more than a quarter faster than one with two threads.
+# Runs two test files at a time with one thread each: over a quarter faster than one file with two threads.
 test: lint
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=10 $(ARGS)
 
-# The tests that need a CUDA device; the others skip nothing there.
+# Runs the tests that need a CUDA device.
 test-gpu: $(DEV)
 	$(RUN) -m pytest -q -m gpu $(ARGS)
 

@@ -1,15 +1,15 @@
 """Compares the stages on the same data, with the same budget and seeds: python compare.py
 
-Trains what is missing (finished runs are reused, interrupted ones resumed), measures speed and memory, and
-leaves results.json, ladder.md and the pictures in --out. Flags that are not of compare.py go to train.py, for
-every run: python compare.py --seeds 1 --steps 500 --data my.txt. And python compare.py --diff 3 4 shows what
-changed between two stages, python compare.py --runs A B compares any two runs.
+Trains the runs that are missing (finished runs are reused, interrupted ones resumed), measures speed and
+memory, and writes results.json, ladder.md and the pictures to --out. Flags that compare.py does not know are
+passed to train.py for every run: python compare.py --seeds 1 --steps 500 --data my.txt. Also: python
+compare.py --diff 3 4 shows what changed between two stages; python compare.py --runs A B compares any runs.
 """
 
 from lab import terminal
 
 if __name__ == "__main__":
-    terminal.prepare()  # before the seconds that importing torch takes
+    terminal.prepare()  # first, since importing torch takes seconds
 
 import signal
 import subprocess
@@ -24,48 +24,49 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from lab import cli, device, formats, interrupt, stages
+from lab import cli, formats, interrupt, stages
+from lab import device as devices
 from lab.comparison import diffs, interleaved, markdown, overview, report, spread, wanted_runs
 from lab.errors import UserError, shown
 from lab.interrupt import StopRequest
 from lab.storage import locks, runs
 from lab.training import run_plots
 
-LEFT_OUT = ("what changed", "lines changed", "parameters (active)", "FLOPs a token", "bits per byte")
-STOPPED = [128 + number for number in interrupt.SIGNALS]  # statuses of a run that a signal ended
-RATES = (5e-4, 1e-3, 2e-3, 3e-3)  # those that --tune tries
+LEFT_OUT = ("what changed", "lines changed", "parameters (active)", "FLOPs per token", "bits per byte")
+STOPPED = [128 + number for number in interrupt.SIGNALS]  # exit statuses of a run that a signal stopped
+RATES = (5e-4, 1e-3, 2e-3, 3e-3)  # learning rates that --tune tries
 
 
 @dataclass
 class Settings:
-    """Compares the stages; flags that are not among these go to train.py."""
+    """Compares the stages; flags that are not listed here are passed to train.py."""
 
     stages: str | None = None
-    """Which: 0-7, or 0,3,4. None: all."""
+    """Stages to compare, as in 0-7 or 0,3,4. None: all."""
     seeds: int = 3
-    """Runs of each stage, with seeds 0, 1, …"""
+    """Runs per stage, with seeds 0, 1, …"""
     only_draw: bool = False
-    """Train and measure nothing: draw the runs at hand, and say what is missing."""
+    """Train and measure nothing: draw the existing runs and list what is missing."""
     tune: bool = False
-    """Give every stage its best of a few learning rates too (seed 0): the ladder shows both."""
+    """Also train every stage with a few learning rates (seed 0); the ladder adds its best loss."""
     rounds: int = 5
-    """Times that each speed is measured, the stages in turn (against the context at most 3); 0: no speed."""
+    """How often each speed is measured, the stages in turn (by context 3 times at most); 0: not at all."""
     contexts: str = "64,256,1024"
-    """Lengths at which speed and memory are measured too, where the stage can; empty: none."""
+    """Contexts at which speed and memory are also measured, if the stage supports them; empty: none."""
     out: str | None = None
-    """Folder of the figures and pictures. None: runs/compare/<preset>/results, for some stages with their
-    numbers, as in results-3-4."""
+    """Folder of the figures and pictures. None: runs/compare/<preset>/results; with --stages, the numbers
+    are appended, as in results-3-4."""
     diff: tuple[str, str] | None = None
-    """Show the diff of two stages instead, as in --diff 3 4 (side by side from 120 characters on)."""
+    """Only show the diff of two stages, as in --diff 3 4 (side by side in 120 columns or more)."""
     runs: tuple[str, ...] = ()
-    """Compare these runs instead, whatever they are: --runs runs/A runs/B. Trains and measures nothing."""
+    """Only compare these runs, of any kind: --runs runs/A runs/B. Trains and measures nothing."""
 
     def __post_init__(self):
         if self.seeds < 1 or self.rounds < 0:
             raise ValueError("seeds must be at least 1, and rounds 0 or more")
 
 
-@device.memory_errors("try --rounds 0, which measures no speed, shorter --contexts, or smaller sizes")
+@devices.memory_errors("try --rounds 0 (measures no speed), shorter --contexts, or smaller sizes")
 def main():
     settings, flags = cli.parse_flags(Settings, sys.argv[1:], return_unknown_args=True)
     console = Console()
@@ -77,8 +78,8 @@ def main():
             raise UserError(f"--runs compares runs as they are: leave out {' '.join(flags)}")
         compare_runs(settings, console)
         return
-    spread.scipy_stats()  # better known before the runs than after them
-    diffs.git_diff("--version")  # and git
+    spread.scipy_stats()  # raises an error before the runs, not after them, if scipy is missing
+    diffs.git_diff("--version")  # likewise git
     if settings.out and Path(settings.out).is_file():
         raise UserError(f"--out {settings.out} is a file; name a folder for the figures and pictures")
     wanted_runs.check_flags(flags, [field.name for field in fields(Settings)])
@@ -110,24 +111,22 @@ def main():
     if not found:
         for note in [*notes, *(f"failed: {run.name}: {run.failure}" for run in failed)]:
             print(note, file=sys.stderr)
-        raise UserError("there is no finished run to draw; without --only-draw compare.py trains them")
+        raise UserError("there is no finished run to draw; to train the runs, leave out --only-draw")
     out.mkdir(parents=True, exist_ok=True)
     if settings.rounds and not settings.only_draw:
         configs = {name: stage_runs.config for name, stage_runs in found.items()}
         speeds = interleaved.everything(
-            configs, device.choose(wanted.device), settings.rounds, contexts, console
+            configs, devices.choose(wanted.device), settings.rounds, contexts, console
         )
         runs.write_json(out / "speeds.json", speeds)
     else:
         speeds = interleaved.read(out, notes)
-        if not speeds and not settings.out:  # some stages may have been measured with all the others
+        if not speeds and not settings.out:  # perhaps these stages were measured together with the others
             speeds = interleaved.read(default_folder(wanted.preset, wanted_runs.chosen_stages(None)), notes)
         if not speeds:
-            notes.append(
-                "missing: speeds and memory; compare.py measures them without --only-draw and --rounds 0"
-            )
+            notes.append("missing: speeds and memory; to measure them, leave out --only-draw and --rounds 0")
     results = summarize(
-        found, speeds, chosen, flags, known, dataset, settings.tune, out, device.choose(wanted.device)
+        found, speeds, chosen, flags, known, dataset, settings.tune, out, devices.choose(wanted.device)
     )
     (out / "ladder.md").write_text(report.ladder(results) + "\n", encoding="utf-8")
     drawn = report.draw(found, results, speeds, out)
@@ -142,7 +141,7 @@ def main():
 
 
 def compare_runs(settings: Settings, console: Console) -> None:
-    """Tabulates and draws any runs, with the settings in which they differ as columns."""
+    """Tabulates and plots runs of any kind; the settings in which they differ are columns."""
     found = overview.read(settings.runs)
     rows = overview.table(found)
     table = Table(box=None, padding=(0, 1))
@@ -156,7 +155,7 @@ def compare_runs(settings: Settings, console: Console) -> None:
         runs.warn_of_edits(folder, config)
     loss = "val_loss"
     if len({config["dataset"] for _, config, _ in found}) > 1:
-        print("the runs are of different data: their losses do not compare", file=sys.stderr)
+        print("the runs use different data: their losses cannot be compared", file=sys.stderr)
     elif len({runs.read_meta(folder)["tokenizer"] for folder, _, _ in found}) > 1:
         print("the runs have different tokenizers: compare bits per byte, not the loss", file=sys.stderr)
         loss = "bits_per_byte"
@@ -169,26 +168,26 @@ def compare_runs(settings: Settings, console: Console) -> None:
 
 
 def default_folder(preset: str, chosen: list[str]) -> Path:
-    """Where the figures of these stages go: some alone do not replace those of all of them."""
+    """The folder for the figures of these stages; a selection does not overwrite those of all stages."""
     course = stages.course()
     names = "".join(f"-{stages.number(name) if name in course else name}" for name in chosen)
     return runs.RUNS / "compare" / preset / f"results{'' if chosen == course else names}"
 
 
 def train(needed: list[wanted_runs.Run], console: Console) -> None:
-    """Trains what is not finished yet, one run after the other, under one live display.
+    """Trains the unfinished runs one after another, with one live display.
 
-    A run that another process is training is left for later, and waited for in the end.
+    A run that another process is training is postponed; in the end, train waits for it.
     """
     left = deque(run for run in needed if not run.finished())
-    spent = {}  # by stage, seconds of a step
-    busy = 0  # runs in a row that other processes are training
+    spent = {}  # seconds per step, by stage
+    busy = 0  # consecutive runs that other processes are training
     with Live(console=console, auto_refresh=False, transient=True) as live:
         while left:
             run = left.popleft()
             try:
                 with run.claimed():
-                    if not run.finished():  # else another comparison has trained it meanwhile
+                    if not run.finished():  # another comparison may have finished it
                         train_one(run, needed, live, spent)
                 busy = 0
             except locks.Taken as taken:
@@ -201,12 +200,12 @@ def train(needed: list[wanted_runs.Run], console: Console) -> None:
 
 
 def train_one(run: wanted_runs.Run, needed: list[wanted_runs.Run], live: Live, spent: dict) -> None:
-    """Trains one run in a process of its own; a signal to stop is passed on to it, so that it saves."""
+    """Trains one run in a process of its own, and passes a stop signal on to it, so that it saves."""
     log = run.folder.with_name(run.folder.name + ".log")
     began, first_step = time.perf_counter(), run.step()
     if not live.console.is_terminal:
         print(f"{run.name}: {shown(run.folder)}", flush=True)
-    # In a session of its own Ctrl-C does not reach the child, so that it gets every signal from here, once.
+    # In its own session, the child does not receive Ctrl-C itself, so it gets each signal exactly once.
     options = {"stderr": subprocess.STDOUT, "start_new_session": True}
     with open(log, "w") as output, StopRequest() as request:
         child = subprocess.Popen(run.command(), stdout=output, **options)
@@ -220,12 +219,12 @@ def train_one(run: wanted_runs.Run, needed: list[wanted_runs.Run], live: Live, s
             if request.signal:
                 child.send_signal(request.signal)
             child.wait()
-        except BaseException:  # a second Ctrl-C, say
+        except BaseException:  # for instance, a second Ctrl-C
             child.terminate()
             child.wait()
             raise
     if request.signal or child.returncode in STOPPED:
-        print("interrupted; the same command goes on where this stopped", file=sys.stderr)
+        print("interrupted; to resume, rerun the same command", file=sys.stderr)
         sys.exit(128 + request.signal if request.signal else child.returncode)
     if child.returncode:
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
@@ -239,11 +238,11 @@ def train_one(run: wanted_runs.Run, needed: list[wanted_runs.Run], live: Live, s
 
 
 def progress_table(needed: list[wanted_runs.Run], current: wanted_runs.Run, spent: dict) -> Table:
-    """Which runs are done, running and left, and the time to go."""
+    """The state of every run, and the remaining time."""
     table = Table(title=None, box=None, padding=(0, 2))
     for head in ("run", "state", "step", "val loss"):
         table.add_column(head)
-    known = sum(spent.values()) / len(spent) if spent else None  # seconds of a step, for stages not seen yet
+    average = sum(spent.values()) / len(spent) if spent else None  # seconds per step, for stages not run yet
     to_go = 0.0
     for run in needed:
         last = wanted_runs.last_record(run.folder)
@@ -254,13 +253,13 @@ def progress_table(needed: list[wanted_runs.Run], current: wanted_runs.Run, spen
         elif run is current:
             state = "running"
         else:
-            state = "done" if done else "left"
-        if not done and not run.failure and known:
-            to_go += (steps - step) * spent.get(run.settings.stage, known)
+            state = "done" if done else "waiting"
+        if not done and not run.failure and average:
+            to_go += (steps - step) * spent.get(run.settings.stage, average)
         losses = [r["val_loss"] for r in wanted_runs.read_metrics(run.folder) if "val_loss" in r]
-        style = {"running": "bold", "failed": "red", "left": "dim"}.get(state)
+        style = {"running": "bold", "failed": "red", "waiting": "dim"}.get(state)
         table.add_row(run.name, state, f"{step}/{steps}", f"{losses[-1]:.4f}" if losses else "", style=style)
-    minutes = f"about {to_go / 60:.0f} minutes to go" if known else ""
+    minutes = f"about {to_go / 60:.0f} minutes to go" if average else ""
     table.caption = f"{sum(run.finished() for run in needed)} of {len(needed)} runs done; {minutes}"
     return table
 
@@ -274,9 +273,9 @@ def summarize(
     dataset: str,
     tune: bool,
     out: Path,
-    where: torch.device,
+    device: torch.device,
 ):
-    """Writes results.json; returns the figures by stage, empty for one without a run."""
+    """Writes results.json; returns the figures by stage, empty for a stage without runs."""
     rows = {
         name: report.figures(found[name], interleaved.of_stage(speeds, name)) if name in found else {}
         for name in chosen
@@ -291,7 +290,7 @@ def summarize(
     formats.check(results, formats.RESULTS, shown(path))
     results |= {
         "format": formats.RESULTS,
-        "machine": runs.machine(where) | {"commit": runs.commit()},
+        "machine": runs.machine(device) | {"commit": runs.commit()},
         "dataset": dataset,
         "preset": next(iter(found.values())).config["settings"]["preset"],
         "stages": {name: row for name, row in rows.items() if row},
@@ -303,7 +302,7 @@ def summarize(
 
 
 def best_rate(stage: str, flags: list[str], known: list, dataset: str) -> dict | None:
-    """The best of the learning rates tried on a stage, and its loss."""
+    """The best of the learning rates tried for a stage, and its loss; None if none was tried."""
     tried = {}
     for rate in RATES:
         wanted, _ = wanted_runs.wanted_settings(
@@ -319,7 +318,7 @@ def best_rate(stage: str, flags: list[str], known: list, dataset: str) -> dict |
 
 
 def ladder_table(results: dict[str, dict]) -> Table:
-    """The ladder for the terminal, without the columns that say what a stage is."""
+    """The ladder for the terminal, without the columns in LEFT_OUT."""
     head, _, *rows = report.ladder(results).splitlines()
     titles, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in (head, *rows))
     kept = [i for i, title in enumerate(titles) if title not in LEFT_OUT]
@@ -332,5 +331,5 @@ def ladder_table(results: dict[str, dict]) -> Table:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that `train` ends its child
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # `train_one` then ends its child
     cli.run(main)

@@ -1,13 +1,13 @@
-"""Lists the runs there are, the newest first: python runs.py
+"""Lists all runs, newest first: python runs.py
 
-Each with its stage and data, what differs from its preset, how far it is, its best validation loss, and
-whether the stage's code is still what it was trained with. python compare.py --runs A B compares runs.
+For each run, it shows the stage and the data, the differences from the preset, the step, the best validation
+loss, and whether the stage's code has changed since. python compare.py --runs A B compares runs.
 """
 
 from lab import terminal
 
 if __name__ == "__main__":
-    terminal.prepare()  # before the seconds that importing torch takes
+    terminal.prepare()  # first, since importing torch takes seconds
 
 import sys
 from dataclasses import dataclass
@@ -21,15 +21,15 @@ from lab.comparison import overview
 from lab.errors import UserError, shown
 from lab.storage import runs
 
-HEADS = ("run", "stage", "data", "preset and what differs from it", "step", "best val loss", "when", "code")
+HEADS = ("run", "stage", "data", "preset and differences from it", "step", "best val loss", "when", "code")
 
 
 @dataclass
 class Settings:
-    """Lists the runs there are, the newest first."""
+    """Lists all runs, newest first."""
 
     stage: str | None = None
-    """Only those of this stage: its number or name. None: all."""
+    """List only runs of this stage: its number or name. None: all."""
 
 
 def main():
@@ -53,7 +53,7 @@ def main():
 
 
 def show(rows: list[list[str]]) -> None:
-    """Prints two lines a run in a terminal; into a pipe one line a run, its cells separated by tabs."""
+    """Prints two lines per run in a terminal; into a pipe one line per run, with tabs between the cells."""
     if not sys.stdout.isatty():
         for row in [HEADS, *rows]:
             print("\t".join(row))

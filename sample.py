@@ -1,13 +1,13 @@
 """Continues a prompt with a trained run: python sample.py --stage 0 --prompt "ROMEO:"
 
-The prompt may also come from a pipe (echo "ROMEO:" | python sample.py --stage 0) or --prompt-file.
-The text goes to stdout as it is made, the rest to stderr.
+The prompt may also come from a pipe (echo "ROMEO:" | python sample.py --stage 0) or from --prompt-file.
+The text is written to stdout as it is generated, everything else to stderr.
 """
 
 from lab import terminal
 
 if __name__ == "__main__":
-    terminal.prepare()  # before the seconds that importing torch takes
+    terminal.prepare()  # first, since importing torch takes seconds
 
 import functools
 import math
@@ -22,7 +22,8 @@ from typing import Literal
 import torch
 
 from data import files
-from lab import cli, device
+from lab import cli
+from lab import device as devices
 from lab.errors import UserError, shown
 from lab.sampling import generation
 from lab.sampling.compiled import CompiledStep
@@ -31,7 +32,7 @@ from lab.storage import runs
 
 @dataclass
 class Settings:
-    """Continues a prompt with the text of a trained run."""
+    """Continues a prompt with a trained run."""
 
     stage: str | None = None
     """Sample from the newest run of this stage: its number or name. None: the newest of all."""
@@ -40,31 +41,31 @@ class Settings:
     checkpoint: Literal["best", "last"] = "best"
     """best (lowest validation loss) or last."""
     prompt: str | None = None
-    """Text to continue. None: what is piped in; without that, a new text."""
+    """Text to continue. None: the piped input; if there is none, a new text."""
     prompt_file: str | None = None
     """File with the text to continue."""
     max_new_tokens: int = 500
-    """Tokens to make for each sample."""
+    """Tokens to generate per sample."""
     context: int | None = None
-    """Tokens that the model sees at most, fewer than it was trained on; less memory. None: all of them."""
+    """The most tokens that the model sees; fewer than in training save memory. None: as in training."""
     num_samples: int = 1
     """Number of samples."""
     temperature: float = 0.8
-    """Above 1 more surprising, below 1 less; 0 always takes the most likely token."""
+    """Higher values give more surprising text; 0 always picks the most likely token."""
     top_k: int | None = 200
-    """Choose among the k most likely tokens only. None: all."""
+    """Sample from the k most likely tokens only. None: all."""
     top_p: float = 1.0
-    """Choose among the fewest most likely tokens whose probabilities reach top_p."""
+    """Sample from the fewest most likely tokens whose probabilities sum to top_p."""
     draft: bool = False
-    """Let the block of multi-token prediction draft tokens for the model to check (stage 7)."""
+    """Let the MTP block draft tokens that the model then verifies (stage 7)."""
     draft_tokens: int = 2
     """Tokens to draft at a time."""
     compile: bool = False
-    """Compile the step to the next token: takes some 20 s, then tokens come faster. Not with --draft."""
+    """Compile the decoding step: takes about 20 s, then tokens come faster. Not with --draft."""
     seed: int = 1337
-    """Seed of the choices: the same seed, the same text."""
+    """Seed of the random choices: the same seed gives the same text."""
     device: str = "auto"
-    """cuda, mps or cpu; auto: the first of these that is present."""
+    """cuda, mps or cpu; auto: the first of these that is available."""
 
     def __post_init__(self):
         for name in ("max_new_tokens", "num_samples", "draft_tokens"):
@@ -84,21 +85,21 @@ class Settings:
             raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}")
 
 
-@device.memory_errors("try a lower --max-new-tokens, a shorter prompt, or a lower --context")
+@devices.memory_errors("try a lower --max-new-tokens, a shorter prompt, or a lower --context")
 def main():
     settings = cli.parse_flags(Settings, sys.argv[1:])
-    where = device.choose(settings.device)
-    device.prepare(where)
+    device = devices.choose(settings.device)
+    devices.prepare(device)
     if settings.compile:
-        device.require_compiler(where)
+        devices.require_compiler(device)
     folder = Path(settings.run) if settings.run else runs.newest(settings.stage)
     runs.check_stage(folder, settings.stage)
-    runs.warn_of_edits(folder, runs.read_config(folder))  # before the weights do not fit, perhaps
-    model, config = runs.load(folder, settings.checkpoint, where)
+    runs.warn_of_edits(folder, runs.read_config(folder))  # before an error, if the weights no longer fit
+    model, config = runs.load(folder, settings.checkpoint, device)
     if settings.draft and not getattr(model.config, "num_nextn_predict_layers", 0):
         raise UserError(
-            f"--draft needs a block of multi-token prediction; {shown(folder)} ({config['stage']}) has none, "
-            "train one: python train.py --stage 7"
+            f"--draft needs a block of multi-token prediction; {shown(folder)} ({config['stage']}) has none\n"
+            "train a model that has one: python train.py --stage 7"
         )
     context = settings.context or model.config.block_size
     if context > model.config.block_size:
@@ -109,7 +110,7 @@ def main():
     if not tokens:
         raise UserError(
             f"the prompt {prompt!r} gives no tokens: the model's tokenizer drops all of it\n"
-            "give another, or none to start a new text"
+            "use another prompt, or none to start a new text"
         )
     print(f"{config['stage']} from {shown(folder)}", file=sys.stderr)
     if len(tokens) > context:
@@ -124,7 +125,7 @@ def main():
     elif settings.compile:
         print("compiling the model ...", file=sys.stderr)
         length = generation.cache_length(context, tokens, settings.max_new_tokens)
-        length = min(context, math.ceil(length / 256) * 256)  # few lengths: compiled code is kept for each
+        length = min(context, math.ceil(length / 256) * 256)  # few lengths: each is compiled anew
         step = CompiledStep(model, length)
         print(f"compiled in {step.seconds:.0f} s", file=sys.stderr)
         generate = functools.partial(generation.generate, step=step)
@@ -160,12 +161,12 @@ def main():
 
 
 def read_prompt(settings: Settings) -> str:
-    """The prompt from its flag, its file or a pipe; empty where there is none."""
+    """The prompt from --prompt, --prompt-file or a pipe; empty if there is none."""
     if settings.prompt is not None and settings.prompt_file is not None:
         raise UserError("give --prompt or --prompt-file, not both")
     if settings.prompt is not None:
         try:
-            # Python has made surrogates of bytes that are not UTF-8; this gives those bytes again.
+            # Python decodes bytes that are not UTF-8 to surrogates; this restores those bytes.
             content = settings.prompt.encode("utf-8", "surrogateescape")
         except UnicodeEncodeError:  # other surrogates
             content = settings.prompt.encode("utf-8", "surrogatepass")
@@ -187,7 +188,7 @@ def read_prompt(settings: Settings) -> str:
 
 
 def write(text: str) -> None:
-    """Shows text at once."""
+    """Writes text and shows it at once."""
     sys.stdout.write(text)
     sys.stdout.flush()
 

@@ -1,15 +1,15 @@
 """Trains one stage of the course: python train.py --stage 0
 
-Leaves a folder in runs/: config.json (all that is needed to repeat the run), metrics.jsonl, the
-checkpoints last/ and best/, loss.png and sample.txt. Ctrl-C saves; --resume goes on bit for bit.
+It writes a folder in runs/: config.json (all that is needed to repeat the run), metrics.jsonl, the
+checkpoints last/ and best/, loss.png and sample.txt. Ctrl-C saves the run; --resume continues it bit for bit.
 --init-from RUN starts from the weights of another run, trained here or imported (fine-tuning).
-torchrun --nproc-per-node N train.py … does the same with N processes, on one machine or many.
+torchrun --nproc-per-node N train.py … does the same with N processes, on one machine or several.
 """
 
 from lab import terminal
 
 if __name__ == "__main__":
-    terminal.prepare()  # before the seconds that importing torch takes
+    terminal.prepare()  # first, since importing torch takes seconds
 
 import math
 import shlex
@@ -34,7 +34,7 @@ from lab.training import settings as command_line
 
 @dataclass
 class Training:
-    """What the steps of a run work with."""
+    """The objects that all steps of a run use."""
 
     settings: command_line.Settings
     dataset: data.Dataset
@@ -43,11 +43,11 @@ class Training:
     model: torch.nn.Module
     """The stage's own model."""
     trained: torch.nn.Module
-    """The same model as it is trained: compiled, and joined with those of the other processes."""
+    """The same model as it is trained: compiled if requested, and set up for several processes."""
     optimizer: torch.optim.Optimizer
     folder: Path
     progress: dict
-    """The last step that was logged, the tokens and seconds until then, and the lowest validation loss."""
+    """The last step that was logged, the tokens and seconds up to it, and the lowest validation loss."""
 
     @property
     def micro_batch(self) -> int:
@@ -62,9 +62,9 @@ class Training:
 @devices.memory_errors("try a lower --micro-batch-size, --activation-checkpointing, or a smaller model")
 def main():
     settings = command_line.parse(sys.argv[1:])
-    parallel.micro_batch(settings.batch_size, settings.micro_batch_size)  # or an error, before all else
+    parallel.micro_batch(settings.batch_size, settings.micro_batch_size)  # raises an error early
     if settings.wandb:
-        log.log_in_to_wandb()  # what is wrong is better known before the run than after it began
+        log.log_in_to_wandb()  # likewise, before the run starts
     device = parallel.start(devices.choose(settings.device))
     if settings.compile:
         devices.require_compiler(device)
@@ -101,14 +101,14 @@ def main():
             stopped_by = train(run)
         parallel.stop()
         if stopped_by:
-            print(f"stopped after step {progress['step']}; go on with: {checkpoint.resume_command(folder)}")
+            print(f"stopped after step {progress['step']}; resume with: {checkpoint.resume_command(folder)}")
             sys.exit(128 + stopped_by)
         if parallel.RANK == 0:
             report(folder, dataset, device)
 
 
 def load_data(settings) -> data.Dataset:
-    """The dataset, in the tokens of the run that is resumed or fine-tuned, if there is one."""
+    """The data set, tokenized like that of the run that is resumed or fine-tuned, if there is one."""
     dataset = parallel.in_turn(lambda: data.load(settings.data, settings.tokenizer))
     earlier = settings.out if settings.resume else settings.init_from
     if earlier:
@@ -118,15 +118,15 @@ def load_data(settings) -> data.Dataset:
 
 
 def prepare_training(settings, model, dtype) -> tuple:
-    """The model to train with, on its own or with other processes, and the optimizer."""
+    """The model as it is trained (see Training.trained), and the optimizer."""
     if settings.activation_checkpointing:
         parallel.recompute_blocks(model)
     trained = parallel.join(model, settings.parallel, dtype)
     if settings.optimizer == "muon" and parallel.is_sharded(model):
-        raise UserError("--optimizer muon needs whole matrices, and fsdp has parts: use --parallel ddp")
+        raise UserError("--optimizer muon needs whole matrices, but fsdp divides them: use --parallel ddp")
     betas = (settings.beta1, settings.beta2)
     optimizer = optim.make(settings.optimizer, model, settings.lr, settings.weight_decay, betas)
-    if parallel.RANK:  # the same weights everywhere, from here on another dropout
+    if parallel.RANK:  # the weights are equal in all processes; from here on dropout differs
         torch.manual_seed(parallel.my_seed(settings.seed))
     if settings.compile:
         trained = torch.compile(trained, options=devices.compile_options(next(model.parameters()).device))
@@ -134,7 +134,7 @@ def prepare_training(settings, model, dtype) -> tuple:
 
 
 def describe(settings, dataset, model, device, dtype) -> dict:
-    """config.json: all that is needed to repeat the run, and the machine it ran on."""
+    """The content of config.json: all that is needed to repeat the run, and the machine it ran on."""
     return {
         "format": formats.RUN,
         "stage": settings.stage,
@@ -161,7 +161,7 @@ def new_folder(settings, dataset, config: dict) -> Path:
 
 
 def resume(settings, folder: Path, model, optimizer, device: torch.device, config: dict) -> dict:
-    """Puts everything back to where the last checkpoint was; returns the run's progress."""
+    """Restores the last checkpoint; returns the run's progress."""
     state = checkpoint.load_last(folder, model, optimizer)
     for part in ("rngs", "progress"):
         if part not in state:
@@ -171,15 +171,15 @@ def resume(settings, folder: Path, model, optimizer, device: torch.device, confi
     progress = state["progress"]
     if settings.steps < progress["step"]:
         raise UserError(f"{shown(folder)} is at step {progress['step']}, past --steps {settings.steps}")
-    if settings.steps > progress["step"]:  # else nothing is trained, and the settings stay what they were
+    if settings.steps > progress["step"]:  # else nothing is trained, so nothing is recorded
         parallel.from_first(lambda: runs.note_resumed(folder, config, progress["step"]))
     tokens_per_step = settings.batch_size * settings.model.block_size
-    progress.setdefault("tokens", progress["step"] * tokens_per_step)  # a checkpoint of format 1 lacks it
+    progress.setdefault("tokens", progress["step"] * tokens_per_step)  # format 1 lacks it
     return progress
 
 
 def train(run: Training) -> int | None:
-    """Runs the remaining steps, updating run.progress; returns the signal that stopped it early, or None."""
+    """Runs the remaining steps and updates run.progress; returns the signal that stopped it, or None."""
     settings, model, progress = run.settings, run.model, run.progress
     autocast = devices.autocast(run.device, run.dtype)
     rows = parallel.my_rows(settings.batch_size, run.micro_batch)
@@ -202,7 +202,7 @@ def train(run: Training) -> int | None:
             idx, targets = idx.to(run.device), targets.to(run.device)
             losses = optim.accumulate_gradients(run.trained, idx, targets, run.micro_batch, autocast)
             grad_norm = optim.update(model, run.optimizer, lr, settings.grad_clip)
-            # A mixture of experts (stage 6 on) balances itself after a step, and returns its statistics.
+            # From stage 6 on, the model balances its experts after each step and returns statistics of them.
             statistics = model.after_step() if hasattr(model, "after_step") else {}
             recent.append((losses, grad_norm))
 
@@ -219,7 +219,7 @@ def train(run: Training) -> int | None:
             if evaluates or stop_signal:
                 save(run, record)
             if stop_signal and not last_step:
-                request.signal = stop_signal  # this process may have to learn of it yet
+                request.signal = stop_signal  # another process may have received it
                 return stop_signal
             recent.clear()
             started = time.perf_counter()
@@ -227,7 +227,7 @@ def train(run: Training) -> int | None:
 
 
 def make_record(run: Training, step: int, lr: float, recent: list, statistics: dict, started: float) -> dict:
-    """The line of metrics.jsonl for a step; run.progress is brought to that step."""
+    """The record of a step for metrics.jsonl; updates run.progress to that step."""
     devices.synchronize(run.device)
     seconds = time.perf_counter() - started
     stop_if_not_finite(recent, step, run.folder)
@@ -251,7 +251,7 @@ def make_record(run: Training, step: int, lr: float, recent: list, statistics: d
 
 
 def evaluate(run: Training, step: int, autocast) -> dict:
-    """The validation loss at a step, and the same in bits per byte."""
+    """The validation loss at a step, in nats per token and in bits per byte."""
     val_loss = evaluation.next_token_loss(
         run.model, run.dataset.val, run.settings.eval_tokens, run.micro_batch, autocast, run.device
     )
@@ -274,7 +274,7 @@ def save(run: Training, record: dict) -> None:
 
 
 def stop_if_not_finite(recent: list, step: int, folder: Path) -> None:
-    """Ends the run if a loss or gradient norm since the last look was NaN or infinite."""
+    """Raises UserError if a loss or gradient norm since the last record is NaN or infinite."""
     numbers = torch.stack([torch.stack([sum(losses.values()), norm]) for losses, norm in recent])
     bad = (~numbers.isfinite()).any(dim=1).tolist()
     if any(bad):
@@ -282,7 +282,7 @@ def stop_if_not_finite(recent: list, step: int, folder: Path) -> None:
 
 
 def not_finite(what: str, step: int, folder: Path) -> UserError:
-    """The error for a number that is NaN or infinite at a step; it says what is kept."""
+    """The error for a number that is NaN or infinite at a step; it says which checkpoint is kept."""
     kept = "no checkpoint was written yet"
     if checkpoint.exists(folder):
         kept = f"the checkpoint of step {checkpoint.step(folder)} in {shown(folder)} is kept"
@@ -293,7 +293,7 @@ def not_finite(what: str, step: int, folder: Path) -> UserError:
 
 
 def report(folder: Path, dataset: data.Dataset, device: torch.device) -> None:
-    """Draws the loss curves, samples from the best checkpoint, and says where everything is."""
+    """Plots the loss curves, samples from the best checkpoint, and prints where everything is."""
     metrics = log.read_metrics(folder / "metrics.jsonl")
     model, config = runs.load(folder, "best", device)
     run_plots.loss_curves(metrics, f"{config['stage']} on {config['dataset']}", folder / "loss.png")

@@ -1,9 +1,9 @@
-"""What the drivers (train.py, sample.py, compare.py) share, one concern a file."""
+"""Code that the commands (train.py, sample.py, compare.py, runs.py) share, one concern per file."""
 
 import sys
 from importlib.util import find_spec
 
-# The first of our packages that every program imports: a missing one is said in a line, not in a traceback.
+# Every command imports this package first, so that missing dependencies are reported here, in one line.
 NEEDED = ("torch", "numpy", "tiktoken", "matplotlib", "tyro", "rich", "safetensors")
 missing = [name for name in NEEDED if find_spec(name) is None]
 if missing:

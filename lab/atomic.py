@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all: written beside their place, then renamed to it."""
+"""Writes files and folders atomically: first into a temporary folder, then renamed to their place."""
 
 import os
 import tempfile
@@ -9,10 +9,10 @@ from pathlib import Path
 
 @contextmanager
 def scratch(parent: Path) -> Iterator[Path]:
-    """A temporary folder inside `parent`: write in it, then rename the finished thing to its place.
+    """A temporary folder inside `parent`: write into it, then rename the finished result to its place.
 
-    It is gone afterwards, also when the block fails. If the process is killed, a `.partial-*` folder stays
-    behind, which nothing reads.
+    It is deleted afterwards, even if the block fails. If the process is killed, a `.partial-*` folder
+    remains, which nothing reads.
     """
     parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=parent, prefix=".partial-", ignore_cleanup_errors=True) as folder:
@@ -20,14 +20,14 @@ def scratch(parent: Path) -> Iterator[Path]:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Writes a file and waits until it is on the disk, or leaves what was at `path` before."""
+    """Writes a file and waits until it is on disk. If that fails, whatever was at `path` stays as it was."""
     with scratch(path.parent) as folder:
         write_synced(folder / path.name, content)
         os.replace(folder / path.name, path)
 
 
 def write_synced(path: Path, content: bytes) -> None:
-    """Writes a file where it is, and waits until it is on the disk; for a folder that is renamed later."""
+    """Writes a file in place and waits until it is on disk; for files in a folder that is renamed later."""
     with open(path, "wb") as file:
         file.write(content)
         file.flush()

@@ -1,4 +1,4 @@
-"""The command line: flags from a dataclass, and errors in one or two lines."""
+"""The command line: flags from a dataclass, errors in one or two lines."""
 
 import contextlib
 import difflib
@@ -21,7 +21,7 @@ SECONDS_FOR_THE_FIRST = 3
 
 
 def parse_flags(kind: type, argv: list[str], **options):
-    """tyro.cli, with its boxed errors folded into the one line of a UserError."""
+    """Calls tyro.cli and turns its boxed error messages into a one-line UserError."""
     stderr = io.StringIO()
     try:
         with contextlib.redirect_stderr(stderr):
@@ -29,7 +29,7 @@ def parse_flags(kind: type, argv: list[str], **options):
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
-    # tyro draws a box: a title, then the message up to a rule, then hints. (Rules of - where there is no ─.)
+    # tyro draws a box: a title, the message, a rule, then hints. (The rule is of - if ─ cannot be printed.)
     _, *lines = (line.strip("╭╮╰╯│─ ") for line in stderr.getvalue().splitlines())
     hints = iter(list(dropwhile(is_rule, lines)))
     message = " ".join(takewhile(lambda line: not is_rule(line), hints)).rstrip(".")
@@ -38,19 +38,19 @@ def parse_flags(kind: type, argv: list[str], **options):
 
 def program() -> str:
     """The command that started this process, as a user would type it."""
-    spec = sys.modules["__main__"].__spec__  # None for a file
+    spec = sys.modules["__main__"].__spec__  # None for a script
     if spec:
         return f"python -m {spec.name.removesuffix('.__main__')}"
     return f"python {shown(Path(sys.argv[0]))}"
 
 
 def did_you_mean(message: str, hints: Iterable[str]) -> str:
-    """The flag or value that was probably meant, as a question; empty where none is alike."""
+    """Asks whether the user meant a similar flag or value; empty if there is none."""
     hints = list(hints)
     choice = re.search(r"invalid choice '(.*?)' .*Expected one of \((.*)\)", message)
     if choice:
         close = difflib.get_close_matches(choice[1], re.findall(r"'(.*?)'", choice[2]), n=1)
-    elif hints and hints[0].startswith("Perhaps you meant"):  # tyro's flags, the closest first
+    elif hints and hints[0].startswith("Perhaps you meant"):  # tyro lists similar flags, the closest first
         close = [hint.split()[0] for hint in hints if hint.startswith("--")][:1]
     else:
         close = []
@@ -58,25 +58,25 @@ def did_you_mean(message: str, hints: Iterable[str]) -> str:
 
 
 def is_rule(line: str) -> bool:
-    """Whether the line divides others: empty or nothing but dashes."""
+    """Whether the line is a separator: empty, or only dashes."""
     return not line.strip("-")
 
 
 def run(main: Callable[[], None]) -> None:
-    """Calls main; what the user can mend becomes a line or two on stderr and exit status 2."""
-    mendable = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS}
-    mendable |= {errno.EEXIST, errno.ENOTDIR, errno.EISDIR}  # a file where a folder should be, or the reverse
+    """Calls main. Prints an error that the user can fix in one or two lines on stderr, with exit status 2."""
+    fixable = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS}
+    fixable |= {errno.EEXIST, errno.ENOTDIR, errno.EISDIR}  # a file where a folder should be, or the reverse
     try:
         with terminal.interrupts_raise():
             main()
-            sys.stdout.flush()  # what cannot be written is better known here than at the interpreter's end
+            sys.stdout.flush()  # raises a write error here instead of at interpreter exit
     except UserError as error:
         sys.exit(fail(str(error)))
-    except BrokenPipeError:  # the reader of our output has gone, as in `sample.py | head`
+    except BrokenPipeError:  # the reader of our output has exited, as in `sample.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        if error.errno not in mendable:
+        if error.errno not in fixable:
             raise
         sys.exit(fail(f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror)))
     except KeyboardInterrupt:
@@ -87,7 +87,8 @@ def run(main: Callable[[], None]) -> None:
 def fail(message: str) -> int:
     """Prints the error; returns the exit status.
 
-    Where all of torchrun's processes fail alike, the first speaks for them: it ends the others as they wait.
+    If all of torchrun's processes fail alike, only the first one's message appears: the others wait, and
+    torchrun stops them once the first has exited.
     """
     rank = int(os.environ.get("RANK", 0))
     time.sleep(SECONDS_FOR_THE_FIRST if rank else 0)

@@ -1,4 +1,4 @@
-"""Which device and precision to compute with, and what differs between devices: all of it is here."""
+"""Everything that depends on the device: choosing it, its precision, memory, speed and random generators."""
 
 import contextlib
 import ctypes
@@ -11,8 +11,9 @@ import torch
 
 from lab.errors import UserError
 
-# Dense bfloat16 FLOP/s with float32 sums, by the name that torch gives, from the makers' data sheets: model
-# FLOPs utilisation is relative to it. (Cards of one generation differ: an H100 PCIe has 3/4 of an SXM's.)
+# Peak dense bfloat16 FLOP/s with float32 accumulation, from the vendors' data sheets, by torch's device name.
+# Model FLOPs utilisation (MFU) is relative to it. (Cards of one generation differ: an H100 PCIe has 3/4 of an
+# SXM's.)
 PEAK_FLOPS = {
     "NVIDIA B200": 2250e12,
     "NVIDIA H200": 989e12,
@@ -36,54 +37,54 @@ PEAK_FLOPS = {
 
 
 def choose(name: str) -> torch.device:
-    """The device called name; "auto" is the first of cuda, mps and cpu that is present."""
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    """The device called name; "auto" picks the first available of cuda, mps and cpu."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        return torch.device(next(kind for kind, there in present.items() if there))
+        return torch.device(next(kind for kind, usable in available.items() if usable))
     try:
         device = torch.device(name)
     except RuntimeError:
         device = torch.device("meta")
-    if device.type not in present:
+    if device.type not in available:
         raise UserError(f"unknown device {name!r}; use auto, cuda, mps or cpu")
     n_devices = torch.cuda.device_count() if device.type == "cuda" else 1
-    if not present[device.type] or (device.index or 0) >= n_devices:
-        there = ", ".join(kind for kind, there in present.items() if there)
-        raise UserError(f"device {name!r} is not present here (there is: {there}); --device auto chooses")
+    if not available[device.type] or (device.index or 0) >= n_devices:
+        kinds = ", ".join(kind for kind, usable in available.items() if usable)
+        raise UserError(f"device {name!r} is not available (available: {kinds}); try --device auto")
     return device
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype called name; "auto" is bfloat16 where the hardware multiplies it, else float32."""
+    """The dtype called name; "auto" is bfloat16 if the hardware multiplies it natively, else float32."""
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type == "cpu":
-        able = getattr(torch.cpu, "get_capabilities", dict)()  # PyTorch 2.9 cannot tell
-        native = able.get("avx512_bf16", False) or able.get("amx_bf16", False)
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # PyTorch 2.9 lacks it
+        native = capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
     else:
         native = False
     return torch.bfloat16 if native else torch.float32
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
-    """The context that runs matrix products in dtype."""
+    """A context that runs matrix products in dtype."""
     if dtype == torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=dtype)
 
 
 def prepare(device: torch.device) -> None:
-    """Settings of the process that make training faster on this device."""
+    """Sets process-wide options that make training faster on this device."""
     if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
+        torch.set_float32_matmul_precision("high")  # TF32 for float32 matrix products
         if device.index is not None:
-            torch.cuda.set_device(device)  # Triton starts its kernels on the current one
+            torch.cuda.set_device(device)  # Triton launches its kernels on the current device
     if device.type == "cpu" and sys.platform == "linux":
-        # glibc gives large freed blocks back to the system and gets them again, page by page, in
-        # every step; kept in the process they cost nothing. Numbers are M_MMAP_ and M_TRIM_THRESHOLD; some
-        # versions take no more than 32 MiB for the first.
+        # By default, glibc returns large freed blocks to the system and maps them again, page by page, in
+        # every step. Keeping them in the process saves that time. -3 is M_MMAP_THRESHOLD, for which some
+        # versions accept at most 32 MiB; -1 is M_TRIM_THRESHOLD.
         libc = ctypes.CDLL(None)
         if hasattr(libc, "mallopt"):
             accepted = libc.mallopt(-3, 1 << 30)
@@ -92,7 +93,7 @@ def prepare(device: torch.device) -> None:
             libc.mallopt(-1, 1 << 30)
 
 
-# What torch, numpy and Python say of too large an allocation; of some sizes they cannot even count the bytes.
+# How torch, numpy and Python report an allocation that is too large. (For some, the byte count overflows.)
 TOO_LARGE = (
     "out of memory|DefaultCPUAllocator|CUBLAS_STATUS_ALLOC_FAILED|[Cc]annot allocate memory|"
     "Storage size calculation overflowed|integer multiplication overflow|Overflow when unpacking long|"
@@ -102,7 +103,7 @@ TOO_LARGE = (
 
 @contextlib.contextmanager
 def memory_errors(remedy: str):
-    """Makes a UserError, with the remedy, of an allocation that was too large for the device."""
+    """Turns the error of an allocation too large for the device into a UserError with the remedy."""
     try:
         yield
     except (MemoryError, RuntimeError, OverflowError, OSError) as error:
@@ -115,29 +116,29 @@ def memory_errors(remedy: str):
 
 
 def require_compiler(device: torch.device) -> None:
-    """A UserError where torch.compile would find no C++ compiler, which it needs on a CPU."""
+    """Raises UserError if the C++ compiler that torch.compile needs on a CPU is missing."""
     if device.type != "cpu":
         return
-    from torch._inductor import cpp_builder, exc  # takes over a second: for those alone who compile
+    from torch._inductor import cpp_builder, exc  # this import takes over a second
 
     try:
         cpp_builder.get_cpp_compiler()
     except exc.InvalidCxxCompiler:
         raise UserError(
-            "--compile needs a C++ compiler: apt install g++, or leave it out (CXX names another compiler)"
+            "--compile needs a C++ compiler: apt install g++, set CXX to your compiler, or leave it out"
         ) from None
 
 
 def compile_options(device: torch.device) -> dict[str, object]:
-    """Options of torch.compile: on a CPU, tanh (of GELU) from one exponential, in half of the time."""
+    """Options of torch.compile. On a CPU, tanh (in GELU) is computed from one exponential: half the time."""
     return {"cpp.use_decompose_tanh": True} if device.type == "cpu" else {}
 
 
 def step_options(device: torch.device) -> dict[str, object]:
-    """Options of torch.compile for the step from one token to the next.
+    """Options of torch.compile for decoding one token.
 
-    Both leave Python out of the step: a CUDA graph there, a C++ program on a CPU, where one token is
-    too little work, outside the matrix products, to share between threads.
+    They take Python out of the step: with a CUDA graph on CUDA, with a C++ wrapper on a CPU. On a CPU, the
+    operations other than matrix products use one thread: for one token, they are too small to share.
     """
     options = compile_options(device)
     if device.type == "cpu":
@@ -148,7 +149,7 @@ def step_options(device: torch.device) -> dict[str, object]:
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until the device has done what was asked of it, so that a clock can be read."""
+    """Waits until the device has finished its queued work, so that elapsed time can be measured."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -156,7 +157,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """The states of the random generators that training draws from."""
+    """The states of the random generators that training uses."""
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
@@ -166,7 +167,7 @@ def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
-    """Puts the generators back; those of another kind of device stay as they are."""
+    """Restores the random generators; a state from another kind of device is ignored."""
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
@@ -175,19 +176,19 @@ def set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """FLOP/s that the device can do in bfloat16, where known."""
+    """The device's peak FLOP/s in bfloat16, or None if unknown."""
     return PEAK_FLOPS.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Bytes at the peak so far: of the allocator on CUDA, of the process elsewhere (None on Windows)."""
+    """Peak memory so far, in bytes: the allocator's on CUDA, the process's elsewhere (None on Windows)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":
         return None
-    if sys.platform == "linux":  # getrusage would count the process that started this one, too
+    if sys.platform == "linux":  # getrusage would include the parent process
         status = Path("/proc/self/status").read_text()
         return int(re.search(r"VmHWM:\s*(\d+) kB", status).group(1)) * 1024
-    import resource  # Unix alone has it
+    import resource  # only on Unix
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS

@@ -1,17 +1,17 @@
-"""What a user is told: errors that can be mended, and paths."""
+"""Errors that the user can fix, and paths as messages show them."""
 
 from pathlib import Path
 
 
 class UserError(Exception):
-    """Something the user can mend: one or two lines with the value and the remedy.
+    """An error that the user can fix: one or two lines with the value and the remedy.
 
-    The drivers print it on stderr and exit with status 2, without a traceback.
+    The commands print it on stderr and exit with status 2, without a traceback.
     """
 
 
 def shown(path: Path) -> str:
-    """The path as short as it can be said from the working directory."""
+    """The path, relative to the working directory if it is inside it."""
     try:
         return str(path.resolve().relative_to(Path.cwd()))
     except ValueError:

@@ -1,18 +1,18 @@
-"""Ctrl-C, SIGTERM or a closed terminal as a wish to stop after this step, so that the run is saved first."""
+"""Turns Ctrl-C, SIGTERM or a closed terminal into a request to stop after this step and save the run."""
 
 import signal
 
 from lab import parallel
 
-SIGHUP = getattr(signal, "SIGHUP", None)  # a process gets it when its terminal is closed; not on Windows
+SIGHUP = getattr(signal, "SIGHUP", None)  # sent when the terminal is closed; not on Windows
 SIGNALS = [number for number in (signal.SIGINT, signal.SIGTERM, SIGHUP) if number]
 
 
 class StopRequest:
-    """A context manager; .signal is the signal received, or None. A second one stops at once.
+    """A context manager; .signal is the signal received, or None. A second signal stops at once.
 
-    Not under torchrun: a terminal sends Ctrl-C to every process, and torchrun passes it on once more, perhaps
-    when the run is already saved: what has been signalled once ignores the rest.
+    Under torchrun a second signal is ignored: a terminal sends Ctrl-C to every process, and torchrun forwards
+    it again, perhaps after the run has been saved.
     """
 
     def __enter__(self):

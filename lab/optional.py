@@ -7,9 +7,9 @@ from lab.errors import UserError
 
 
 def load(module: str, extra: str, needed_for: str) -> ModuleType:
-    """Imports a module. UserError with the pip command if its package is not installed.
+    """Imports a module. Raises UserError with the pip command if its package is not installed.
 
-    extra: the group of optional dependencies in pyproject.toml that has the package.
+    extra: the group of optional dependencies in pyproject.toml that contains the package.
     """
     try:
         return importlib.import_module(module)

@@ -1,7 +1,7 @@
-"""Several processes as one: torchrun starts them, DDP or FSDP joins their gradients.
+"""Training with several processes: torchrun starts them, DDP or FSDP averages their gradients.
 
-Each process computes its own rows of every batch. Without torchrun there is one process, and nothing here
-does anything. Errors and the ends of processes are torchrun's business: when one dies it stops the others.
+Each process computes its own rows of every batch. Without torchrun there is one process, and these functions
+do nothing. torchrun handles failures: when one process dies, it stops the others.
 """
 
 import contextlib
@@ -23,25 +23,25 @@ from lab.errors import UserError
 
 Result = TypeVar("Result")
 
-# torchrun's numbers: of this process, of this process on its machine, and how many there are.
+# Set by torchrun: the rank of this process, its rank on its machine, and the number of processes.
 RANK = int(os.environ.get("RANK", 0))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 
 def start(device: torch.device) -> torch.device:
-    """Joins the processes that torchrun started; returns the device of this one.
+    """Joins the processes that torchrun started; returns this process's device.
 
-    Only the first prints from here on. UserError where there are more processes than GPUs.
+    From here on only the first process prints. Raises UserError if there are more processes than GPUs.
     """
     if WORLD_SIZE == 1:
         return device
     if device.type == "cuda":
-        there = torch.cuda.device_count()
-        if there <= LOCAL_RANK:
+        n_gpus = torch.cuda.device_count()
+        if n_gpus <= LOCAL_RANK:
             raise UserError(
-                f"process {LOCAL_RANK} of this machine has no GPU: there are {there}\n"
-                f"use torchrun --nproc-per-node {there}"
+                f"process {LOCAL_RANK} on this machine has no GPU (GPUs found: {n_gpus})\n"
+                f"use torchrun --nproc-per-node {n_gpus}"
             )
         device = torch.device("cuda", LOCAL_RANK)
         torch.cuda.set_device(device)
@@ -56,31 +56,31 @@ def start(device: torch.device) -> torch.device:
 
 @functools.cache
 def patient_group() -> dist.ProcessGroup:
-    """The same processes, who on the CPU wait for each other as long as preparing data may take."""
+    """A group of the same processes for the CPU, with a timeout long enough for preparing data."""
     return keep(dist.new_group(backend="gloo", timeout=timedelta(days=2)))
 
 
 def keep(group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """The group, which Python will never delete.
+    """Returns the group, and keeps Python from ever deleting it.
 
-    Deleting one of gloo's holds Python's lock and waits for its threads, of which one may be waiting for that
-    lock, to let go of the last tensor: the process would not end.
+    Deleting a gloo group holds the GIL while it waits for gloo's threads. One of them may be waiting for the
+    GIL to release its last tensor: then the process would never end.
     """
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
     return group
 
 
 def stop() -> None:
-    """Leaves the group."""
+    """Leaves the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
         patient_group.cache_clear()
 
 
 def in_turn(function: Callable[[], Result]) -> Result:
-    """What function returns, called by the first process, then by one a machine, then by the rest.
+    """Calls function in the first process, then in one process per machine, then in the rest.
 
-    So what it prepares is prepared once a machine, or once where the machines share a disk.
+    So data is prepared once per machine, or only once if the machines share a disk. Returns the result.
     """
     if WORLD_SIZE == 1:
         return function()
@@ -98,7 +98,7 @@ def in_turn(function: Callable[[], Result]) -> Result:
 
 
 def from_first(function: Callable[[], Result]) -> Result:
-    """What function returns in the first process, which alone calls it."""
+    """Calls function in the first process only; returns its result in every process."""
     if WORLD_SIZE == 1:
         return function()
     result = [function() if RANK == 0 else None]
@@ -107,7 +107,7 @@ def from_first(function: Callable[[], Result]) -> Result:
 
 
 def largest(number: int | None) -> int | None:
-    """The largest of the processes' numbers above 0, None where none has one. Waits for no GPU."""
+    """The largest of the processes' numbers above 0, or None if there is none. Does not wait for a GPU."""
     if WORLD_SIZE == 1:
         return number
     found = torch.tensor(0 if number is None else number)  # a tensor holds no None
@@ -116,22 +116,22 @@ def largest(number: int | None) -> int | None:
 
 
 def total(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum over processes."""
+    """The sum over all processes."""
     if WORLD_SIZE > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
-def of_all(thing: Result) -> list[Result]:
-    """Every process's thing, by rank."""
-    things = [thing] * WORLD_SIZE
+def of_all(value: Result) -> list[Result]:
+    """Every process's value, by rank."""
+    values = [value] * WORLD_SIZE
     if WORLD_SIZE > 1:
-        dist.all_gather_object(things, thing)
-    return things
+        dist.all_gather_object(values, value)
+    return values
 
 
 def command() -> str:
-    """What starts a driver with as many processes as there are now."""
+    """The command that starts a script with as many processes as there are now."""
     if WORLD_SIZE == 1:
         return "python"
     local = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD_SIZE))
@@ -140,7 +140,7 @@ def command() -> str:
 
 
 def micro_batch(batch_size: int, micro_batch_size: int | None) -> int:
-    """Sequences that a process computes at once. UserError where the batch cannot be divided so."""
+    """Sequences that a process computes at once. Raises UserError if the batch cannot be divided evenly."""
     if micro_batch_size is None:
         size, smallest, given = batch_size // WORLD_SIZE, WORLD_SIZE, ""
     else:
@@ -155,67 +155,68 @@ def micro_batch(batch_size: int, micro_batch_size: int | None) -> int:
 
 
 def my_rows(batch_size: int, micro_batch: int) -> np.ndarray:
-    """The rows of a batch that are this process's, micro-batch after micro-batch.
+    """The rows of a batch that this process computes, one micro-batch after another.
 
-    The processes' n-th micro-batches are neighbours: together they are the n-th of a single process whose
-    micro-batch is as large as theirs together. So a loss that looks at all of it (that of balance) agrees.
+    The n-th micro-batches of all processes are adjacent. Together they equal the n-th micro-batch of a single
+    process with a micro-batch of their total size, so a loss over all of it (the balance loss) is the same.
     """
     return np.arange(batch_size).reshape(-1, WORLD_SIZE, micro_batch)[:, RANK].ravel()
 
 
 def my_seed(seed: int) -> int:
-    """A seed for this process alone. (The CPU's generator takes 32 bits; adding rank · 2³² changes none.)"""
+    """A seed for this process alone. (Adding rank · 2³² would not do: the CPU's generator uses 32 bits.)"""
     return int(np.random.SeedSequence((seed, RANK)).generate_state(1)[0])
 
 
 def join(model: torch.nn.Module, how: str, dtype: torch.dtype) -> torch.nn.Module:
-    """The model to train with: its gradients become the mean over the processes. how: ddp or fsdp."""
+    """The model to train with, which averages gradients over the processes. how: ddp or fsdp."""
     if WORLD_SIZE == 1:
         return model
     if how == "fsdp":
         shard(model, dtype)
         return model
-    # The buffers, a router's counts and bias, are the same everywhere: the model sums the counts itself.
-    # Gradients that are views of what is sent are not held twice: 4 bytes a parameter less.
+    # The buffers (a router's counts and bias) are already equal: the model sums the counts itself.
+    # As views of the communication buckets, gradients are not stored twice: 4 bytes less per parameter.
     return DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
 
 
 def shard(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """FSDP2: each process keeps its part of every tensor, and a block is whole only while it is computed.
+    """FSDP2: each process keeps its part of every tensor; a block is gathered only while it is computed.
 
-    Matrices of the blocks travel in dtype. Embedding and head stay in float32, as autocast leaves them, so
-    that the residual stream does; routers, because rounding could send a token to another expert.
+    The matrices of the blocks are communicated in dtype. The embedding and the head stay in float32, as under
+    autocast, so that the residual stream does too. Routers stay in float32 because rounding could send a
+    token to another expert.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh(next(model.parameters()).device.type, (WORLD_SIZE,))
-    exact = MixedPrecisionPolicy(cast_forward_inputs=False)
-    travelling = MixedPrecisionPolicy(
+    float32_policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    block_policy = MixedPrecisionPolicy(
         param_dtype=None if dtype == torch.float32 else dtype,
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,
     )
     for layer in model.model.layers:
         if hasattr(layer.mlp, "gate"):
-            fully_shard(layer.mlp.gate, mesh=mesh, mp_policy=exact)
-        fully_shard(layer, mesh=mesh, mp_policy=travelling)
-    fully_shard(model, mesh=mesh, mp_policy=exact)
+            fully_shard(layer.mlp.gate, mesh=mesh, mp_policy=float32_policy)
+        fully_shard(layer, mesh=mesh, mp_policy=block_policy)
+    fully_shard(model, mesh=mesh, mp_policy=float32_policy)
 
 
 def is_sharded(model: torch.nn.Module) -> bool:
     """Whether each process holds only a part of the model."""
-    return hasattr(model, "set_requires_gradient_sync")  # FSDP gives it to what it shards
+    return hasattr(model, "set_requires_gradient_sync")  # FSDP adds this method
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a tensor that the processes hold in parts; all of them must ask for it."""
+    """The whole tensor, gathered if the processes hold it in parts; every process must call this."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def my_part(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Of a whole tensor what this process holds of like, which may be in parts; all of it otherwise."""
-    if not hasattr(like, "full_tensor") or tensor.shape != like.shape:  # such as a count of steps
+    """This process's part of a whole tensor, divided as `like` is; all of it if `like` is not in parts."""
+    if not hasattr(like, "full_tensor") or tensor.shape != like.shape:  # the step count has another shape
         return tensor
     from torch.distributed.tensor import distribute_tensor
 
@@ -223,8 +224,8 @@ def my_part(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def synchronize_gradients(model: torch.nn.Module, wanted: bool) -> None:
-    """Whether the next pass ends in a mean over the processes; call it before the forward."""
-    model = getattr(model, "_orig_mod", model)  # a compiled one
+    """Sets whether the next backward pass averages over the processes; call it before the forward pass."""
+    model = getattr(model, "_orig_mod", model)  # unwraps a compiled model
     if isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = wanted
     elif is_sharded(model):
@@ -232,8 +233,8 @@ def synchronize_gradients(model: torch.nn.Module, wanted: bool) -> None:
 
 
 def recompute_blocks(model: torch.nn.Module) -> None:
-    """Activation checkpointing: only the inputs of blocks are kept for the backward pass, which computes the
-    rest once more (Chen et al. 2016, arXiv 1604.06174)."""
+    """Activation checkpointing: the backward pass keeps only the inputs of blocks and recomputes the rest
+    (Chen et al. 2016, arXiv 1604.06174)."""
     for layer in model.model.layers:
         options = {"use_reentrant": False}
         if hasattr(layer.mlp, "gate"):
@@ -242,7 +243,7 @@ def recompute_blocks(model: torch.nn.Module) -> None:
 
 
 def recomputed(forward: Callable, options: dict, *inputs):
-    """forward(*inputs), with its activations computed again in the backward pass."""
+    """Returns forward(*inputs); its activations are recomputed in the backward pass."""
     return checkpoint(forward, *inputs, **options) if torch.is_grad_enabled() else forward(*inputs)
 
 

@@ -1,4 +1,4 @@
-"""What the tests share: a tiny model of every stage, a tiny text, and the drivers called in this process."""
+"""Shared by the tests: a tiny model of every stage, a tiny text, and the commands called in this process."""
 
 import random
 import sys
@@ -11,7 +11,7 @@ import train
 from lab import stages
 from lab.storage import runs
 
-torch.set_num_threads(1)  # tiny tensors: a second thread only gets in the way
+torch.set_num_threads(1)  # with tiny tensors, a second thread only slows things down
 
 TINY_MODEL = {"vocab_size": 65, "block_size": 16, "n_layer": 2, "n_head": 4, "n_embd": 32}
 TINY_RUN = ["--model.n-layer", "2", "--model.n-head", "2", "--model.n-embd", "16", "--model.block-size", "8"]
@@ -26,7 +26,7 @@ def seeded():
 
 @pytest.fixture(params=[*stages.course(), *stages.relatives()])
 def stage(request):
-    """The module of a stage; a test that asks for it runs once for each stage there is."""
+    """The module of a stage; a test that uses this fixture runs once for each stage."""
     return stages.load(request.param)
 
 
@@ -51,7 +51,7 @@ def text():
 
 @pytest.fixture
 def workshop(tmp_path, monkeypatch, text):
-    """An empty folder to work in, with its own data and runs, and the text as words.txt."""
+    """An empty working directory with its own data and runs folders, and the text as words.txt."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DATA_DIR", str(tmp_path / "data"))
     monkeypatch.setenv("RUNS_DIR", str(tmp_path / "runs"))
@@ -61,7 +61,7 @@ def workshop(tmp_path, monkeypatch, text):
 
 
 def call(monkeypatch, driver, *arguments) -> int:
-    """Runs a driver as its command line would; returns the exit status."""
+    """Runs a command as from the command line; returns the exit status."""
     monkeypatch.setattr(sys, "argv", [f"{driver.__name__}.py", *map(str, arguments)])
     try:
         driver.cli.run(driver.main)

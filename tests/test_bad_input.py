@@ -17,7 +17,7 @@ from lab.training import optim
 ROOT = Path(__file__).parent.parent
 
 BAD_TRAINING = {
-    "no stage": ([], "which stage?"),
+    "no stage": ([], "--stage is missing"),
     "unknown stage": (["--stage", "99"], "0 (stage0_gpt)"),
     "unknown stage by name": (["--stage", "gtp"], "did you mean gpt?"),
     "unknown flag": (["--stage", "0", "--stepz", "5"], "--stepz"),
@@ -55,7 +55,7 @@ def explained(capsys, message):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_an_absent_device_is_explained(run_train, capsys):
     assert run_train("--stage", "0", "--device", "cuda") == 2
-    explained(capsys, "device 'cuda' is not present here (there is: ")
+    explained(capsys, "device 'cuda' is not available (available: ")
 
 
 OUT_OF_MEMORY = {

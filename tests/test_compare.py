@@ -138,7 +138,7 @@ def test_a_stage_that_is_not_here_and_damaged_runs_are_named(only_draw, capsys):
     Path("runs/torn/metrics.jsonl").write_text('{"step": 40}\n')
     assert only_draw("--stages", "0", "--seeds", "1") == 0
     err = capsys.readouterr().err
-    assert "'stage9_magic', a stage that is not here" in err
+    assert "'stage9_magic', a stage that does not exist" in err
     assert "runs/torn/metrics.jsonl is damaged" in err
 
 
@@ -154,7 +154,7 @@ def test_an_empty_folder_says_what_to_do(only_draw, capsys):
         (["--stages", "9"], "unknown stage '9'"),
         (["--stages", "0-9"], "unknown stage '8'"),
         (["--seeds", "0"], "seeds must be at least 1"),
-        (["--seed", "3"], "--seed is for train.py alone"),
+        (["--seed", "3"], "--seed is a flag of train.py only"),
         (["--wrong", "3"], "wrong"),
         (["--contexts", "a"], "--contexts a"),
         (["--diff", "3", "9"], "unknown stage '9'"),
@@ -312,7 +312,7 @@ def test_an_interrupted_comparison_goes_on_where_it_was(run_compare, workshop, r
     else:
         subprocess.run(["pkill", "-INT", "-P", str(parent.pid)], check=True)  # its children
     _, err = parent.communicate(timeout=180)
-    assert parent.returncode == 130 and b"goes on where this stopped" in err, err
+    assert parent.returncode == 130 and b"to resume, rerun the same command" in err, err
     stopped = checkpoint.step(folder)
     assert 0 < stopped < 1500
     if reaches == "both":
@@ -376,7 +376,7 @@ def test_the_diff_counts_lines_and_names(capsys, monkeypatch):
     out = capsys.readouterr().out
     added, removed = diffs.changed_lines("stage3_swiglu", "stage4_gqa")
     assert f"{added} lines added, {removed} removed" in out
-    assert "n_kv_head" in out.split("came: ")[1] and "repeats" in out.split("came: ")[1]
+    assert "n_kv_head" in out.split("added names: ")[1] and "repeats" in out.split("added names: ")[1]
 
 
 @pytest.mark.parametrize("width, side_by_side", [(119, False), (120, True)])
@@ -385,7 +385,7 @@ def test_a_narrow_terminal_gets_a_unified_diff(width, side_by_side):
     diffs.show("stage3_swiglu", "stage4_gqa", console)
     text = console.export_text()
     assert ("+    n_kv_head: int | None = None" in text) is not side_by_side
-    assert "names came" in text and max(map(len, text.splitlines())) <= width
+    assert "names added" in text and max(map(len, text.splitlines())) <= width
 
 
 def test_names_are_those_of_the_code_alone():

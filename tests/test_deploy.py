@@ -1116,9 +1116,8 @@ def test_a_table_of_positions_does_not_change_its_length(fine_tune, capsys):
     make_run("run", "0", words())
     capsys.readouterr()
     assert fine_tune("--init-from", "run", "--out", "out", "--model.block-size", "13") == 2
-    explained(
-        capsys, "does not fit this model: model.embed_positions.weight is (24, 32) there and (13, 32) here"
-    )
+    place = "model.embed_positions.weight is (24, 32) in the file and (13, 32) in the model"
+    explained(capsys, f"does not fit this model: {place}")
 
 
 def test_another_stage_starts_from_weights_that_fit_it_alone(fine_tune, capsys):
@@ -1149,4 +1148,4 @@ def test_what_cannot_be_started_from_is_explained(run_import, fine_tune, spoilt,
     assert run_import("theirs", "--out", "runs/other") == 0
     capsys.readouterr()
     assert fine_tune("--init-from", "runs/other", "--out", "out") == 2
-    explained(capsys, "runs/other has a tokenizer.json that only sample.py can use")
+    explained(capsys, "runs/other has a tokenizer.json, which sample.py can use")

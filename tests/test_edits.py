@@ -167,14 +167,14 @@ def test_sampling_resuming_and_fine_tuning_warn_of_an_edit(copied, monkeypatch, 
     assert run_sample("--run", "run", "--prompt", "a", "--max-new-tokens", "1") == 0
     assert "warning" not in capsys.readouterr().err
     edit(copied / "stage3_swiglu" / "model.py", "F.silu", "F.relu")
-    warning = "warning: run: stage3_swiglu/model.py has changed since it was trained\n"
+    warning = "warning: run: stage3_swiglu/model.py has changed since training\n"
     assert run_sample("--run", "run", "--prompt", "a", "--max-new-tokens", "1") == 0
     assert capsys.readouterr().err.count(warning) == 1
     trained(monkeypatch, "--stage", "3", "--init-from", "run", "--out", "tuned")
     assert capsys.readouterr().err.count(warning) == 1
     trained(monkeypatch, "--resume", "--out", "run", "--steps", "3")
     assert capsys.readouterr().err.count(warning) == 1
-    assert "changed while it was trained" in edits.difference(runs.read_config(Path("run")))
+    assert "changed during training" in edits.difference(runs.read_config(Path("run")))
 
 
 def test_a_run_without_a_hash_does_not_count_and_says_so(copied, monkeypatch):
@@ -252,7 +252,7 @@ def test_an_edit_that_renames_weights_is_named_first(copied, monkeypatch, run_sa
     capsys.readouterr()
     assert run_sample("--run", "run", "--prompt", "a") == 2
     err = capsys.readouterr().err
-    assert err.index("has changed since it was trained") < err.index("does not fit this model")
+    assert err.index("has changed since training") < err.index("does not fit this model")
 
 
 # Variants
@@ -463,7 +463,7 @@ def test_training_holds_the_lock_until_its_end(run_train, monkeypatch):
 
     monkeypatch.setattr(train.evaluation, "next_token_loss", evaluate)
     assert run_train("--stage", "0", "--steps", "1", "--out", "run") == 0
-    assert seen == [f"lab.storage.locks.Taken: process {os.getpid()} has it"]
+    assert seen == [f"lab.storage.locks.Taken: process {os.getpid()} holds the lock"]
 
 
 def planned(workshop, *flags):
@@ -628,7 +628,7 @@ def test_settings_of_another_version_are_named(run_train, capsys):
     change(Path("run/config.json"), settings=config["settings"] | {"momentum": 0.9})
     capsys.readouterr()
     assert run_train("--resume", "--out", "run", "--steps", "3") == 2
-    assert "it has momentum, which this one does not know" in capsys.readouterr().err
+    assert "with momentum, which this one does not have" in capsys.readouterr().err
 
 
 def test_every_file_of_a_run_has_a_format_number(run_train):

@@ -347,7 +347,7 @@ def test_a_resumed_group_equals_one_never_stopped_bit_for_bit(how, group):
     flags = ("--stage", "7", "--parallel", how, "--model.dropout", "0.1")
     run_all(group, *flags, "--out", "whole")
     (said, _), _ = run_all(group, *flags, "--out", "stopped", stop=8, status=128 + signal.SIGTERM)
-    assert "go on with: torchrun --nproc-per-node 2 train.py --resume --out stopped" in said
+    assert "resume with: torchrun --nproc-per-node 2 train.py --resume --out stopped" in said
     run_all(group, "--resume", "--out", "stopped")
     assert metrics("stopped") == metrics("whole")
 
@@ -427,7 +427,7 @@ def full_disk(*flags):
 def test_a_full_disk_keeps_the_parts_before(group):
     run_all(group, "--stage", "4", "--steps", "2", "--parallel", "fsdp", "--out", "run")
     for status, _, said in group(full_disk, "--resume", "--out", "run", "--steps", "4"):
-        assert status == 2 and "No space left" in said and "the checkpoint before it is intact" in said
+        assert status == 2 and "No space left" in said and "the previous checkpoint is intact" in said
     assert checkpoint.step(Path("run")) == 2
     run_all(group, "--resume", "--out", "run", "--steps", "4")
     assert checkpoint.step(Path("run")) == 4
@@ -529,7 +529,7 @@ def test_a_signal_to_torchrun_saves_once_and_says_how_to_go_on(number, how, torc
     said, _ = process.communicate(timeout=60)
     step = checkpoint.step(Path("run"))
     stopped = (
-        f"stopped after step {step}; go on with: torchrun --nproc-per-node 2 train.py --resume --out run"
+        f"stopped after step {step}; resume with: torchrun --nproc-per-node 2 train.py --resume --out run"
     )
     assert [line for line in said.splitlines() if "stopped" in line] == [stopped]
     assert metrics("run")[-1]["step"] == step and process.returncode != 0

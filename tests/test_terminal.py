@@ -94,7 +94,7 @@ def test_a_run_that_ends_before_its_first_checkpoint_leaves_nothing_and_says_so(
     for flags in ([], ["--out", "mine"]):
         assert run_train("--stage", "0", *flags) == status
         out, err = capsys.readouterr()
-        assert out.splitlines()[-1].startswith("nothing is saved: ") and "Traceback" not in err
+        assert out.splitlines()[-1].startswith("nothing was saved: ") and "Traceback" not in err
         assert [path.name for path in (workshop / "mine").iterdir()] == ["notes.txt"]
         assert [path.name for path in workshop.glob("runs/*")] == []
 
@@ -110,5 +110,5 @@ def test_a_run_that_ends_after_its_first_checkpoint_stays(run_train, workshop, m
 
     monkeypatch.setattr(optim, "accumulate_gradients", interrupted)
     assert run_train("--stage", "0", "--steps", "9", "--eval-every", "2", "--out", "run") == 130
-    assert "nothing is saved" not in capsys.readouterr().out
+    assert "nothing was saved" not in capsys.readouterr().out
     assert run_train("--resume", "--out", "run") == 0

@@ -1,1 +1,1 @@
-"""What compare.py and runs.py are made of: which runs they need, speeds, statistics, tables and pictures."""
+"""The parts of compare.py and runs.py: the runs they need, speeds, statistics, tables and pictures."""

@@ -1,4 +1,4 @@
-"""The diffs between stages: as git prints them, counted, and side by side in colour for the terminal."""
+"""Diffs between stages: as git prints them, counted, and side by side in colour in the terminal."""
 
 import difflib
 import io
@@ -15,18 +15,18 @@ from lab import stages
 from lab.errors import UserError
 
 CONTEXT = 3  # unchanged lines shown around a change
-SIDE_BY_SIDE_WIDTH = 120  # characters: in a narrower console lines of code would be broken
+SIDE_BY_SIDE_WIDTH = 120  # characters; in a narrower console lines of code would wrap
 
 
 def diff(name: str) -> str:
-    """The diff of a stage from the stage before, as git prints it."""
+    """The diff from the previous stage to this one, as git prints it."""
     return git_diff(file(origin(name)), file(name))
 
 
 def origin(name: str) -> str | None:
-    """The stage that a stage is read as a diff from: the one before it in the course, None for the first.
+    """The stage that a stage is compared with: the previous one in the course, or None for the first.
 
-    For a relative or a variant it is the stage of the course from which it differs in the fewest lines.
+    A relative or a variant is compared with the course's stage from which it differs in the fewest lines.
     """
     course = stages.course()
     if name in course:
@@ -35,7 +35,7 @@ def origin(name: str) -> str | None:
 
 
 def changed_lines(before: str, after: str) -> tuple[int, int]:
-    """Lines that one stage adds to another, and lines that it removes."""
+    """How many lines are added and how many removed from one stage to the other."""
     counted = git_diff("--numstat", file(before), file(after))
     added, removed, _ = counted.split(maxsplit=2) if counted else (0, 0, "")
     return int(added), int(removed)
@@ -47,18 +47,18 @@ def file(name: str) -> str:
 
 
 def git_diff(*arguments: str) -> str:
-    """What `git diff --no-index` says of two files of the repository."""
+    """The output of `git diff --no-index` with these arguments, in the repository's root."""
     command = ["git", "-c", "core.abbrev=7", "diff", "--no-index", "--no-color", "--no-ext-diff", *arguments]
     try:
         return subprocess.run(command, cwd=stages.ROOT, capture_output=True, text=True).stdout
     except FileNotFoundError:
-        raise UserError("git is not installed, which counts the changed lines: apt install git") from None
+        raise UserError("git, which counts the changed lines, is not installed: apt install git") from None
 
 
 def show(first: str, second: str, console: Console) -> None:
-    """Prints the diff of two stages, with the lines and names that changed counted.
+    """Prints the diff of two stages, and a summary of the changed lines and names.
 
-    It is side by side where the console is wide enough, and unified elsewhere.
+    The diff is side by side if the console is wide enough, else unified.
     """
     before, after = (source(name) for name in (first, second))
     if console.width < SIDE_BY_SIDE_WIDTH:
@@ -86,33 +86,33 @@ def source(name: str) -> list[str]:
 
 
 def add_rows(table: Table, kind: str, before: list[str], left: tuple, after: list[str], right: tuple) -> None:
-    """The rows of one block of the diff; a line of one side without a partner stands beside nothing."""
+    """Adds the rows of one block of the diff; a line without a counterpart gets an empty cell beside it."""
     for i in range(max(left[1] - left[0], right[1] - right[0])):
         row = []
         for lines, (start, end), style in ((before, left, "red"), (after, right, "green")):
-            there = start + i < end
-            row.append(str(start + i + 1) if there else "")
-            row.append(Text(lines[start + i] if there else "", style="" if kind == "equal" else style))
+            exists = start + i < end
+            row.append(str(start + i + 1) if exists else "")
+            row.append(Text(lines[start + i] if exists else "", style="" if kind == "equal" else style))
         table.add_row(*row)
 
 
 def summary(before: list[str], after: list[str]) -> str:
-    """How many lines and names came and went, and which names."""
+    """How many lines and names were added and removed, and which names."""
     matcher = difflib.SequenceMatcher(None, before, after, autojunk=False)
     changes = [code for code in matcher.get_opcodes() if code[0] != "equal"]
     removed = sum(a_end - a for _, a, a_end, _, _ in changes)
     added = sum(b_end - b for _, _, _, b, b_end in changes)
     old, new = names(before), names(after)
-    came, went = sorted(new - old), sorted(old - new)
-    lines = [f"{added} lines added, {removed} removed; {len(came)} names came, {len(went)} went"]
-    if came:
-        lines.append(f"came: {', '.join(came)}")
-    if went:
-        lines.append(f"went: {', '.join(went)}")
+    gained, lost = sorted(new - old), sorted(old - new)
+    lines = [f"{added} lines added, {removed} removed; {len(gained)} names added, {len(lost)} removed"]
+    if gained:
+        lines.append(f"added names: {', '.join(gained)}")
+    if lost:
+        lines.append(f"removed names: {', '.join(lost)}")
     return "\n".join(lines)
 
 
 def names(lines: list[str]) -> set[str]:
-    """The names that a source uses, without Python's own words."""
+    """The names that a source uses, without Python's keywords."""
     tokens = tokenize.generate_tokens(io.StringIO("\n".join(lines)).readline)
     return {t.string for t in tokens if t.type == tokenize.NAME and not keyword.iskeyword(t.string)}

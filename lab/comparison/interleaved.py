@@ -1,4 +1,4 @@
-"""Speed and memory of the stages side by side: warmed up, repeated, in turn, so that noise is fair to all."""
+"""Speed and memory of several stages, measured in turn after a warm-up, so that noise affects all alike."""
 
 import json
 import statistics
@@ -9,31 +9,32 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from lab import device, formats, stages
+from lab import device as devices
+from lab import formats, stages
 from lab.comparison import isolated, timing
 from lab.errors import UserError, shown
 from lab.sampling import generation
 from lab.storage import edits, runs
 from lab.training import optim
 
-DECODED = 200  # tokens of one measurement of decoding
+DECODED = 200  # tokens per measurement of decoding speed
 
 
 def parse_contexts(text: str) -> list[int]:
-    """The lengths in "64,256,1024"; a UserError for anything else."""
+    """The lengths in a list such as "64,256,1024". Raises UserError for anything else."""
     try:
         contexts = [int(part) for part in text.split(",") if part]
         if any(context < 3 for context in contexts):
             raise ValueError
     except ValueError:
         raise UserError(
-            f"--contexts {text}: write lengths of 3 or more with commas, as in 64,256,1024"
+            f"--contexts {text}: give lengths of 3 or more, separated by commas, as in 64,256,1024"
         ) from None
     return contexts
 
 
 def read(out: Path, notes: list[str]) -> dict:
-    """What was measured before, of today's code; notes gets a line for what is left out."""
+    """Earlier measurements of today's code. A line is added to notes for those of other code."""
     path = out / "speeds.json"
     try:
         speeds = json.loads(path.read_text()) if path.exists() else {}
@@ -53,7 +54,7 @@ def is_todays(name: str, code: str | None) -> bool:
     """Whether a stage's code has this hash."""
     try:
         return name in stages.names() and edits.code_hash(name) == code
-    except UserError:  # it is not Python at the moment
+    except UserError:  # it cannot be parsed at the moment
         return False
 
 
@@ -65,18 +66,18 @@ def without(value, outdated: list[str]):
 
 
 def everything(
-    configs: dict[str, dict], where: torch.device, rounds: int, contexts: list[int], console: Console
+    configs: dict[str, dict], device: torch.device, rounds: int, contexts: list[int], console: Console
 ) -> dict:
-    """All speeds of these stages; configs: by stage, config.json of a run of it."""
+    """Measures all speeds of these stages. configs: by stage, the config.json of one of its runs."""
     with console.status("measuring training and decoding speed", spinner="line"):
-        trainers = {name: trainer(config, where) for name, config in configs.items()}
-        training = speeds_in_turn(trainers, where, rounds, 15)
-        decoders = {name: decoder(config, where) for name, config in configs.items()}
-        decoding = speeds_in_turn(decoders, where, rounds, DECODED)
+        trainers = {name: trainer(config, device) for name, config in configs.items()}
+        training = speeds_in_turn(trainers, device, rounds, 15)
+        decoders = {name: decoder(config, device) for name, config in configs.items()}
+        decoding = speeds_in_turn(decoders, device, rounds, DECODED)
     speeds = {
         "format": formats.RESULTS,
         "rounds": rounds,
-        "machine": runs.machine(where),
+        "machine": runs.machine(device),
         "code": {name: edits.code_hash(name) for name in configs},
         "training": training,
         "decoding": decoding,
@@ -87,61 +88,61 @@ def everything(
             settings = config["settings"]
             batch = settings["micro_batch_size"] or settings["batch_size"]
             made = isolated.measure(
-                **of_run(config, where), context=config["model"]["block_size"], batch_size=batch
+                **of_run(config, device), context=config["model"]["block_size"], batch_size=batch
             )
         if "error" in made:
             console.print(f"not measured: {name}'s memory: {made['error']}", highlight=False)
         else:
             speeds["peak_memory"][name] = made["peak_memory"]
     for what in ("training", "decoding"):
-        speeds[f"{what}_by_context"] = by_context(configs, what, where, min(rounds, 3), contexts, console)
+        speeds[f"{what}_by_context"] = by_context(configs, what, device, min(rounds, 3), contexts, console)
     return speeds
 
 
-def of_run(config: dict, where: torch.device) -> dict:
-    """The settings of lab.comparison.isolated that measure what a run trained."""
+def of_run(config: dict, device: torch.device) -> dict:
+    """The settings of lab.comparison.isolated that measure a run's model."""
     made = {"stage": config["stage"], "model": json.dumps(config["model"]), "dtype": config["dtype"]}
-    return made | {"device": where, "optimizer": config["settings"]["optimizer"]}
+    return made | {"device": device, "optimizer": config["settings"]["optimizer"]}
 
 
 def by_context(
     configs: dict[str, dict],
     what: str,
-    where: torch.device,
+    device: torch.device,
     rounds: int,
     contexts: list[int],
     console: Console,
 ) -> dict[str, dict]:
-    """By stage and context: tokens/s of training or decoding, and the memory of the process or the cache.
+    """Tokens/s of training or decoding, and the memory of the process or the cache, by stage and context.
 
-    Each in a process of its own, the stages in turn, several rounds; medians.
+    Each measurement has a process of its own. The stages take turns for several rounds; the medians count.
     """
-    made = {name: {str(context): [] for context in contexts} for name in configs}
+    results = {name: {str(context): [] for context in contexts} for name in configs}
     for _ in range(rounds):
         for context in contexts:
             for name, config in configs.items():
-                doing = f"measuring {what} of {name} at a context of {context}"
-                with console.status(doing, spinner="line"):
+                status = f"measuring {what} of {name} at a context of {context}"
+                with console.status(status, spinner="line"):
                     steps = 5 if what == "training" else 30
-                    one = isolated.measure(**of_run(config, where), what=what, context=context, steps=steps)
-                made[name][str(context)].append(one)
+                    one = isolated.measure(**of_run(config, device), what=what, context=context, steps=steps)
+                results[name][str(context)].append(one)
     memory = "peak_memory" if what == "training" else "cache_bytes"
     measured = {}
-    for name, by_length in made.items():
-        for context, several in by_length.items():
-            failed = [one["error"] for one in several if "error" in one]
-            if failed:
-                said = f"not measured: {what} of {name} at a context of {context}: {failed[0]}"
-                console.print(said, highlight=False)
-            elif several:
-                point = {"tokens_per_second": statistics.median(one["tokens_per_second"] for one in several)}
-                point["memory"] = statistics.median(one[memory] for one in several)
+    for name, by_length in results.items():
+        for context, repeats in by_length.items():
+            errors = [one["error"] for one in repeats if "error" in one]
+            if errors:
+                message = f"not measured: {what} of {name} at a context of {context}: {errors[0]}"
+                console.print(message, highlight=False)
+            elif repeats:
+                point = {"tokens_per_second": statistics.median(one["tokens_per_second"] for one in repeats)}
+                point["memory"] = statistics.median(one[memory] for one in repeats)
                 measured.setdefault(name, {})[context] = point
     return measured
 
 
 def of_stage(speeds: dict, name: str) -> dict:
-    """The figures of one stage, for results.json; empty where nothing was measured."""
+    """The figures of one stage, for results.json; empty if nothing was measured."""
     figures = {}
     for what in ("training", "decoding"):
         values = speeds.get(what, {}).get(name)
@@ -153,9 +154,9 @@ def of_stage(speeds: dict, name: str) -> dict:
 
 
 def speeds_in_turn(
-    measured: dict[str, Callable[[int], int]], where: torch.device, rounds: int, amount: int
+    measured: dict[str, Callable[[int], int]], device: torch.device, rounds: int, amount: int
 ) -> dict[str, list[float]]:
-    """Tokens a second of each function in each round, after a shorter call that warms it up.
+    """The tokens/s of each function in each round, after a shorter warm-up call.
 
     A function is called with `amount` and returns the number of tokens that it processed.
     """
@@ -166,25 +167,25 @@ def speeds_in_turn(
     def run(name: str) -> None:
         tokens[name] = measured[name](amount)
 
-    seconds = timing.in_turn({name: partial(run, name) for name in measured}, rounds, where)
+    seconds = timing.in_turn({name: partial(run, name) for name in measured}, rounds, device)
     return {name: [tokens[name] / one for one in of] for name, of in seconds.items()}
 
 
-def make_model(config: dict, where: torch.device) -> torch.nn.Module:
-    """A fresh model of a run's sizes."""
+def make_model(config: dict, device: torch.device) -> torch.nn.Module:
+    """A newly initialized model with a run's sizes."""
     torch.manual_seed(0)
-    device.prepare(where)
+    devices.prepare(device)
     stage = stages.load(config["stage"])
-    return stage.GPT(stage.GPTConfig(**config["model"])).to(where)
+    return stage.GPT(stage.GPTConfig(**config["model"])).to(device)
 
 
-def trainer(config: dict, where: torch.device) -> Callable[[int], int]:
-    """A function that trains so many steps, as train.py would without compiling, and returns the tokens."""
-    model, settings = make_model(config, where), config["settings"]
+def trainer(config: dict, device: torch.device) -> Callable[[int], int]:
+    """A function that trains for a number of steps as train.py does, uncompiled, and returns the tokens."""
+    model, settings = make_model(config, device), config["settings"]
     optimizer = optim.make(settings["optimizer"], model, 1e-3, 0.1, (0.9, 0.99))
-    autocast = device.autocast(where, getattr(torch, config["dtype"]))
+    autocast = devices.autocast(device, getattr(torch, config["dtype"]))
     context, batch = model.config.block_size, settings["batch_size"]
-    text = torch.randint(model.config.vocab_size, (batch, context + 1), device=where)
+    text = torch.randint(model.config.vocab_size, (batch, context + 1), device=device)
 
     def run(steps: int) -> int:
         for _ in range(steps):
@@ -198,9 +199,9 @@ def trainer(config: dict, where: torch.device) -> Callable[[int], int]:
     return run
 
 
-def decoder(config: dict, where: torch.device) -> Callable[[int], int]:
-    """A function that samples so many tokens one by one, as sample.py would, and returns their number."""
-    model = make_model(config, where).eval()
+def decoder(config: dict, device: torch.device) -> Callable[[int], int]:
+    """A function that samples a number of tokens one by one, as sample.py does, and returns their number."""
+    model = make_model(config, device).eval()
 
     def run(tokens: int) -> int:
         generator = torch.Generator().manual_seed(0)

@@ -1,14 +1,14 @@
-"""Speed and memory of one stage at one context, in a process of its own.
+"""Measures the speed and memory of one stage at one context, in a process of its own.
 
 python -m lab.comparison.isolated --help lists the settings.
 
-A process's peak of memory can't be taken back, so every measurement gets a fresh one; `measure` starts it.
+A process cannot reset its peak memory, so `measure` starts a new process for every measurement.
 """
 
 from lab import terminal
 
 if __name__ == "__main__":
-    terminal.prepare()  # before the seconds that importing torch takes
+    terminal.prepare()  # first, since importing torch takes seconds
 
 import json
 import statistics
@@ -19,7 +19,8 @@ from typing import Literal
 
 import torch
 
-from lab import attention, cli, device, stages
+from lab import attention, cli, stages
+from lab import device as devices
 from lab.comparison import timing
 from lab.storage import runs
 from lab.training import optim, presets
@@ -29,91 +30,91 @@ LAPTOP = presets.PRESETS["laptop"]["model"] | {"vocab_size": 65}
 
 @dataclass
 class Settings:
-    """Measures one stage at one context and prints a line of JSON."""
+    """Measures one stage at one context and prints the result as a line of JSON."""
 
     stage: str
     """Stage: its number or name."""
     what: Literal["training", "decoding"] = "training"
-    """training: optimizer steps. decoding: tokens one by one, until the context is full."""
+    """training: optimizer steps; decoding: tokens one by one, until the context is full."""
     context: int = 64
-    """Tokens in a sequence."""
+    """Tokens per sequence."""
     batch_size: int = 1
-    """Sequences."""
+    """Sequences per batch."""
     model: str | None = None
     """Sizes of the model as JSON, as in a run's config.json. None: the laptop preset's."""
     attention_kernel: Literal["auto", "explicit", "sdpa", "tiled", "triton"] = "auto"
     """As in train.py."""
     device: str = "auto"
-    """cuda, mps or cpu; auto: the first of these that is present."""
+    """cuda, mps or cpu; auto: the first of these that is available."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of training's matrix products, as in train.py."""
+    """Precision of matrix products in training, as in train.py."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """As in train.py."""
     steps: int = 5
-    """Steps (or tokens) to time, after a first one that is not; the median counts."""
+    """Steps (or tokens) to time, after one that is not timed; the median counts."""
 
 
 def measure(**settings) -> dict:
-    """Runs this module with these settings in a process of its own; what it measured, or {"error": …}."""
+    """Runs this module with these settings in a process of its own. Returns its result, or {"error": …}."""
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items() if value is not None]
     command = [sys.executable, "-m", "lab.comparison.isolated", *flags]
     child = subprocess.run(command, cwd=stages.ROOT, capture_output=True, text=True)
     if child.returncode:
-        said = child.stderr.strip().splitlines() or [f"exit status {child.returncode}"]
-        errors = [line.removeprefix("error: ") for line in said if line.startswith("error: ")]
-        return {"error": (errors or said)[-1]}
+        lines = child.stderr.strip().splitlines() or [f"exit status {child.returncode}"]
+        errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+        return {"error": (errors or lines)[-1]}
     return json.loads(child.stdout.splitlines()[-1])
 
 
-@device.memory_errors("try a lower --batch-size or --context, or smaller sizes in --model")
+@devices.memory_errors("try a lower --batch-size or --context, or smaller sizes in --model")
 def main():
     settings = cli.parse_flags(Settings, sys.argv[1:])
-    where = device.choose(settings.device)
-    dtype = device.choose_dtype(settings.dtype, where)
-    device.prepare(where)
+    device = devices.choose(settings.device)
+    dtype = devices.choose_dtype(settings.dtype, device)
+    devices.prepare(device)
     torch.manual_seed(0)
     stage = stages.load(stages.find(settings.stage))
     sizes = json.loads(settings.model) if settings.model else LAPTOP
     sizes |= {"block_size": settings.context, "dropout": 0.0}
     config = stage.GPTConfig(**sizes)
-    attention.use(settings.attention_kernel, stage, config, where)
-    model = stage.GPT(config).to(where)
-    idx = torch.randint(model.config.vocab_size, (settings.batch_size, settings.context + 1), device=where)
-    autocast = device.autocast(where, dtype)
+    attention.use(settings.attention_kernel, stage, config, device)
+    model = stage.GPT(config).to(device)
+    idx = torch.randint(model.config.vocab_size, (settings.batch_size, settings.context + 1), device=device)
+    autocast = devices.autocast(device, dtype)
     if settings.what == "training":  # torch's optimizers import torch.compile: that is no memory of the step
         optimizer = optim.make(settings.optimizer, model, 1e-3, 0.1, (0.9, 0.99))
-    before = device.peak_memory(where)
+    before = devices.peak_memory(device)
     if settings.what == "training":
-        seconds, tokens = training(model, optimizer, idx, settings.steps, autocast, where)
+        seconds, tokens = training(model, optimizer, idx, settings.steps, autocast, device)
     else:
         dtype = model.lm_head.weight.dtype  # as sample.py, which does not use autocast
-        seconds, tokens = decoding(model, idx, settings.steps, where)
-    made = {
+        seconds, tokens = decoding(model, idx, settings.steps, device)
+    result = {
         "tokens_per_second": tokens / statistics.median(seconds),
-        "peak_memory": device.peak_memory(where),
+        "peak_memory": devices.peak_memory(device),
         "memory_before": before,
         "dtype": str(dtype).removeprefix("torch."),
     }
     if settings.what == "decoding":
         cache = model.new_cache(settings.batch_size, settings.context)
-        made["cache_bytes"] = cache.nbytes
-    print(json.dumps(made | {"machine": runs.machine(where)}))
+        result["cache_bytes"] = cache.nbytes
+    print(json.dumps(result | {"machine": runs.machine(device)}))
 
 
-def training(model, optimizer, idx, steps, autocast, where) -> tuple[list[float], int]:
-    """Seconds of each optimizer step, and the tokens in one."""
+def training(model, optimizer, idx, steps, autocast, device) -> tuple[list[float], int]:
+    """Seconds of each optimizer step, and the number of tokens per step."""
     model.train()
 
     def step():
         optim.accumulate_gradients(model, idx[:, :-1], idx[:, 1:], len(idx), autocast)
         optim.update(model, optimizer, 1e-3, 1.0)
 
-    return timing.seconds_of(step, steps, where, warm_ups=1), idx[:, 1:].numel()
+    return timing.seconds_of(step, steps, device, warm_ups=1), idx[:, 1:].numel()
 
 
 @torch.no_grad()
-def decoding(model, idx, steps, where) -> tuple[list[float], int]:
-    """Seconds of each new token (of every sequence) with a nearly full cache, and the tokens in one."""
+def decoding(model, idx, steps, device) -> tuple[list[float], int]:
+    """Seconds of each decoding step with a nearly full cache, and the tokens per step (one per sequence)."""
     model.eval()
     context = idx.size(1) - 1
     cache = model.new_cache(len(idx), context)
@@ -123,7 +124,7 @@ def decoding(model, idx, steps, where) -> tuple[list[float], int]:
         logits, _ = model(idx[:, cache.length : cache.length + 1], cache=cache)
         logits.argmax(-1)
 
-    return timing.seconds_of(step, min(steps, context - cache.length - 1), where, warm_ups=1), len(idx)
+    return timing.seconds_of(step, min(steps, context - cache.length - 1), device, warm_ups=1), len(idx)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 
 def table(heads: list[str], rows: Iterable[list]) -> str:
-    """The table with a line for the heads and one for each row; None is shown as a dash."""
+    """A table with these headings and rows; None is shown as a dash."""
     lines = [line(heads), "|---" * len(heads) + "|", *map(line, rows)]
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""Runs side by side: what differs in their settings, how far they have come, and how good they are."""
+"""Compares runs of any kind: how their settings differ, how far they are, and their losses."""
 
 import statistics
 import time
@@ -11,14 +11,14 @@ from lab.storage import checkpoint, edits, runs
 from lab.training import log, presets
 from lab.training.settings import Settings
 
-# Settings that say where a run is, and not what was computed.
+# Settings that do not change what is computed, or that have a column of their own.
 APART = {"model", "stage", "data", "preset", "out", "resume", "wandb", "log_every"}
 
 
 def beside_preset(config: dict) -> dict[str, object]:
-    """What a run's settings and sizes have other than its preset, by flag: {"lr": 0.002, "model.n_layer": 6}.
+    """Where a run's settings and sizes differ from its preset, by flag: {"lr": 0.002, "model.n_layer": 6}.
 
-    A size that follows from others (a width from n_embd, say) counts only where it does not follow from them.
+    A size that is derived from others (such as a width from n_embd) counts only if it has another value.
     """
     preset = dict(presets.PRESETS.get(config["settings"].get("preset"), presets.PRESETS["laptop"]))
     sizes = preset.pop("model")
@@ -29,18 +29,18 @@ def beside_preset(config: dict) -> dict[str, object]:
         if name not in APART and name in defaults and value != defaults[name]
     }
     known = stages.load(config["stage"]).GPTConfig
-    plain = {field.name: field.default for field in fields(known)} | sizes
-    given = {name: value for name, value in config["model"].items() if plain.get(name) is not None}
-    followed = asdict(known(**{name: value for name, value in given.items() if name in plain}))
+    size_defaults = {field.name: field.default for field in fields(known)} | sizes
+    given = {name: value for name, value in config["model"].items() if size_defaults.get(name) is not None}
+    derived = asdict(known(**{name: value for name, value in given.items() if name in size_defaults}))
     for name, value in config["model"].items():
-        default = plain.get(name) if name in given else followed.get(name)
+        default = size_defaults.get(name) if name in given else derived.get(name)
         if value != default and name != "vocab_size":
             changed[f"model.{name}"] = value
     return changed
 
 
 def differing(configs: list[dict]) -> dict[str, list]:
-    """The settings and sizes in which runs differ: by flag, each run's value (None: it has none)."""
+    """The settings and sizes in which runs differ: for each flag the runs' values (None: it has none)."""
     flat = []
     for config in configs:
         values = {name: value for name, value in config["settings"].items() if name not in APART}
@@ -55,7 +55,7 @@ def differing(configs: list[dict]) -> dict[str, list]:
 
 
 def flag_text(name: str, value: object) -> str:
-    """A setting as it would be given on the command line."""
+    """A setting as a flag of the command line, without the dashes."""
     flag = name.replace("_", "-")
     if isinstance(value, bool):
         return flag if value else f"no-{flag}"
@@ -68,20 +68,20 @@ def losses(metrics: list[dict]) -> list[float]:
 
 
 def last_change(folder: Path) -> float:
-    """When a run's last checkpoint was written, or its folder made (seconds since the epoch)."""
+    """When a run's last checkpoint was written, or else its folder changed (seconds since the epoch)."""
     return checkpoint.written_at(folder) if checkpoint.exists(folder) else folder.stat().st_mtime
 
 
 def row(folder: Path) -> list[str]:
-    """A line of runs.py: run, stage, data, what differs from the preset, step, best loss, when, code."""
+    """A line of runs.py: run, stage, data, differences from the preset, step, best loss, time, code."""
     config = runs.read_config(folder)
     metrics = log.read_metrics(folder / "metrics.jsonl")
     best = min(losses(metrics), default=None)
     if "imported_from" in config:
         changed, step = f"imported from {Path(config['imported_from']).name}", "–"
     else:
-        there = config["stage"] in stages.names()
-        changes = [flag_text(*change) for change in beside_preset(config).items()] if there else ["…"]
+        exists = config["stage"] in stages.names()
+        changes = [flag_text(*change) for change in beside_preset(config).items()] if exists else ["…"]
         changed = ", ".join([config["settings"]["preset"], *changes])
         step = f"{metrics[-1]['step'] if metrics else 0} of {config['settings']['steps']}"
         if not checkpoint.exists(folder):
@@ -99,7 +99,7 @@ def row(folder: Path) -> list[str]:
 
 
 def code(config: dict) -> str:
-    """Whether the code that a run was trained with is today's, in a word."""
+    """Whether the code that a run was trained with has changed, in one word."""
     if config["stage"] not in stages.names():
         return "missing"
     if None in edits.trained_with(config):
@@ -108,7 +108,7 @@ def code(config: dict) -> str:
 
 
 def read(names: list[str]) -> list[tuple[Path, dict, list[dict]]]:
-    """The runs in these folders, each with its config and metrics; a UserError for one without a loss."""
+    """The runs in these folders, with their configs and metrics. Raises UserError for one without a loss."""
     found = []
     for folder in map(Path, names):
         config, metrics = runs.read_config(folder), log.read_metrics(folder / "metrics.jsonl")
@@ -119,7 +119,7 @@ def read(names: list[str]) -> list[tuple[Path, dict, list[dict]]]:
 
 
 def table(found: list[tuple[Path, dict, list[dict]]]) -> list[list[str]]:
-    """The runs as rows of text, the heads first: the settings in which they differ, then their results."""
+    """The runs as rows of text, the headings first: the settings in which they differ, then their results."""
     settings = differing([config for _, config, _ in found])
     heads = ["run", *(name.replace("_", "-") for name in settings), "step", "best val loss", "last val loss"]
     rows = [[*heads, "bits per byte", "seconds", "tokens/s", "code"]]

@@ -1,4 +1,4 @@
-"""What a comparison found: the figures of every stage, the ladder table, and the pictures."""
+"""The results of a comparison: the figures of every stage, the ladder table, and the pictures."""
 
 import itertools
 import statistics
@@ -25,7 +25,7 @@ IDEAS = {
 
 
 def figures(found: wanted_runs.StageRuns, speeds: dict | None) -> dict:
-    """The figures of one stage, ready for results.json; speeds as compare.py measures them, None without."""
+    """The figures of one stage, for results.json. speeds: as compare.py measures them, or None."""
     config = found.config
     stage = stages.load(config["stage"])
     with torch.device("meta"):
@@ -55,12 +55,15 @@ def figures(found: wanted_runs.StageRuns, speeds: dict | None) -> dict:
 
 
 def cache_bytes(model: torch.nn.Module) -> int:
-    """Bytes of a cache in float32, for each token it can hold."""
+    """Bytes of the cache in float32 per token that it can hold."""
     return model.new_cache(1, 1).nbytes
 
 
 def seconds_to(metrics: list[dict], loss: float) -> float | None:
-    """Seconds of training until the validation loss first was this low, between evaluations by a line."""
+    """Seconds of training until the validation loss first reached this value; None if it never did.
+
+    Between two evaluations the loss is interpolated linearly.
+    """
     before = None
     for record in metrics:
         if "val_loss" not in record:
@@ -75,9 +78,9 @@ def seconds_to(metrics: list[dict], loss: float) -> float | None:
 
 
 def mark_noise(rows: dict[str, dict]) -> None:
-    """Says of each stage's figures whether they differ significantly from those of the stage before.
+    """Records whether each stage's figures differ significantly from those of the previous stage.
 
-    rows: by stage. A variant is compared with the stage that it was made from, if that is there.
+    rows: the figures, by stage. A variant is compared with the stage that it is based on, if that has a row.
     """
     for before, name in itertools.pairwise(rows):
         origin = before if name in stages.COURSE else rows[name]["from"]
@@ -95,12 +98,12 @@ def mark_noise(rows: dict[str, dict]) -> None:
 
 
 def ladder(rows: dict[str, dict]) -> str:
-    """The table of the stages in Markdown; ≈: no significant difference from the stage before."""
+    """The table of the stages in Markdown; ≈: no significant difference from the previous stage."""
     tuned = any("tuned" in row for row in rows.values())
-    heads = ["stage", "what changed", "lines changed", "parameters (active)", "FLOPs a token", "val loss"]
+    heads = ["stage", "what changed", "lines changed", "parameters (active)", "FLOPs per token", "val loss"]
     heads += ["val loss at its best rate"] if tuned else []
     heads += ["bits per byte", f"seconds to {LOSS_TO_REACH:.2f}", "training tokens/s", "decoding tokens/s"]
-    heads += ["cache bytes a token", "peak memory, MiB"]
+    heads += ["cache bytes per token", "peak memory, MiB"]
     return markdown.table(heads, (cells(name, row, tuned) for name, row in rows.items()))
 
 
@@ -139,12 +142,12 @@ def cells(name: str, row: dict, tuned: bool) -> list[str | None]:
 
 
 def noise(row: dict, key: str) -> str:
-    """≈ where the figure differs from the stage before by no more than chance."""
+    """≈ if the figure does not differ significantly from the previous stage's."""
     return "≈ " if row.get("differs", {}).get(key) is False else ""
 
 
 def with_std(summary: dict, digits: int) -> str:
-    """Mean ± standard deviation, the latter where there is one."""
+    """Mean ± standard deviation; only the mean if there is a single value."""
     mean = f"{summary['mean']:.{digits}f}"
     return mean if summary["std"] is None else f"{mean} ± {summary['std']:.{digits}f}"
 
@@ -152,7 +155,7 @@ def with_std(summary: dict, digits: int) -> str:
 def draw(
     found: dict[str, wanted_runs.StageRuns], rows: dict[str, dict], speeds: dict, out: Path
 ) -> list[str]:
-    """Every picture that the figures suffice for, as PNG, on light and on dark; their names."""
+    """Draws all pictures that have figures, as PNGs for light and for dark pages; returns their names."""
     from lab.comparison import stage_plots
 
     drawn = []

@@ -1,21 +1,21 @@
-"""Means, their spread, and whether two of them differ by more than chance."""
+"""Means, standard deviations, and tests for significant differences."""
 
 import math
 import statistics
 
 from lab import optional
 
-LEVEL = 0.05  # the share of cases in which chance alone would look like a difference
+LEVEL = 0.05  # significance level: how often chance alone looks like a difference
 
 
 def summary(values: list[float]) -> dict:
-    """Mean, standard deviation (of the sample; None for a single value) and the values themselves."""
+    """Mean, sample standard deviation (None for a single value) and the values themselves."""
     std = statistics.stdev(values) if len(values) > 1 else None
     return {"mean": statistics.mean(values), "std": std, "values": list(values)}
 
 
 def means_differ(a: list[float], b: list[float]) -> bool | None:
-    """Welch's t-test on independent values; None where either has fewer than 2."""
+    """Whether two means differ, by Welch's t-test; None if either has fewer than 2 values."""
     if min(len(a), len(b)) < 2:
         return None
     if statistics.variance(a) + statistics.variance(b) == 0:
@@ -24,9 +24,9 @@ def means_differ(a: list[float], b: list[float]) -> bool | None:
 
 
 def rounds_differ(a: list[float], b: list[float]) -> bool | None:
-    """A paired t-test on the ratios of speeds measured in turn; None for fewer than 2 rounds.
+    """Whether speeds measured in turn differ, by a paired t-test on their ratios; None below 2 rounds.
 
-    Neighbours in time see the same machine load, so their ratio is steadier than either of them.
+    The two speeds of a round see the same machine load, so their ratio varies less than the speeds do.
     """
     ratios = [math.log(x / y) for x, y in zip(a, b, strict=True)]
     if len(ratios) < 2:
@@ -37,5 +37,5 @@ def rounds_differ(a: list[float], b: list[float]) -> bool | None:
 
 
 def scipy_stats():
-    """scipy.stats, which only compare.py needs; a UserError where it is not installed."""
+    """The module scipy.stats, which only compare.py needs. Raises UserError if it is not installed."""
     return optional.load("scipy.stats", extra="compare", needed_for="compare.py")

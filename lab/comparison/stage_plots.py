@@ -1,4 +1,4 @@
-"""The pictures of a comparison; each function returns a figure. One colour, marker and dash a stage."""
+"""The pictures of a comparison; each function returns a figure. A stage has one colour, marker and dash."""
 
 import contextlib
 
@@ -14,7 +14,7 @@ DASHES = ["-", "--", "-.", ":", "-", "--", "-.", ":", "-"]
 
 @contextlib.contextmanager
 def theme(dark: bool):
-    """Draws for a light or a dark page."""
+    """A context in which pictures are drawn for light or for dark pages."""
     import matplotlib
 
     ink, paper = ("#E6E6E6", "#111418") if dark else ("#1A1A1A", "#FFFFFF")
@@ -31,14 +31,14 @@ def style(name: str) -> dict:
     """How a stage's line looks, in every picture."""
     place = stages.names().index(name)
     look = {"color": stage_color(name), "marker": MARKERS[place % len(MARKERS)]}
-    look["linestyle"] = DASHES[place] if place < len(DASHES) else (0, (3, 1, 1, 1, 1, 1))  # of variants
+    look["linestyle"] = DASHES[place] if place < len(DASHES) else (0, (3, 1, 1, 1, 1, 1))  # variants
     return look | {"markersize": 4, "linewidth": 1.6, "label": stages.label(name)}
 
 
 def losses(found: dict[str, wanted_runs.StageRuns], rows: dict[str, dict]):
-    """Validation loss against tokens, seconds and FLOPs: mean over seeds, band of one standard deviation.
+    """Validation loss against tokens, seconds and FLOPs: mean over seeds, band of ± 1 standard deviation.
 
-    rows: the stages' figures, by the folder's name.
+    rows: the figures of the stages, by folder name.
     """
     figure, panels = new_figure(13, 4.6, columns=3)
     scales = {
@@ -67,7 +67,7 @@ def losses(found: dict[str, wanted_runs.StageRuns], rows: dict[str, dict]):
 
 
 def bars(rows: dict[str, dict]):
-    """Training and decoding tokens/s, peak memory, cache bytes a token."""
+    """Bars of training and decoding tokens/s, peak memory, and cache bytes per token."""
     figure, panels = new_figure(13, 4, columns=4)
     measures = {
         "training tokens/s": lambda row: row.get("training_tokens_per_second", {}).get("median"),
@@ -75,7 +75,7 @@ def bars(rows: dict[str, dict]):
         "peak memory of training (MiB)": lambda row: (
             row["peak_memory"] / 2**20 if "peak_memory" in row else None
         ),
-        "cache bytes a token": lambda row: row["cache_bytes_per_token"],
+        "cache bytes per token": lambda row: row["cache_bytes_per_token"],
     }
     for panel, (title, measure) in zip(panels, measures.items(), strict=True):
         values = {name: measure(row) for name, row in rows.items() if row and measure(row) is not None}
@@ -91,17 +91,17 @@ def bars(rows: dict[str, dict]):
 
 
 def short_name(name: str) -> str:
-    """A stage under its bar: its number, or the first letters of a variant's folder."""
+    """The label under a stage's bar: its number, or the first letters of a variant's folder name."""
     return stages.label(name).split()[0][:9]
 
 
 def short(value: float) -> str:
-    """A number over a bar, no wider than the bar."""
+    """The label over a bar, no wider than the bar."""
     return f"{value / 1000:.1f}k" if value >= 10_000 else f"{value:,.0f}"
 
 
 def cost(rows: dict[str, dict]):
-    """Final validation loss against seconds of training; the area of a bubble is the cache of a token."""
+    """Final validation loss against seconds of training; a bubble's area shows the cache bytes per token."""
     figure, panel = new_figure(8, 5)
     rows = {name: row for name, row in rows.items() if row}
     largest = max(row["cache_bytes_per_token"] for row in rows.values())
@@ -119,13 +119,13 @@ def cost(rows: dict[str, dict]):
     panel.legend([handles[i] for i in order], [labels[i] for i in order], fontsize=9)
     panel.set_xlabel("seconds of training")
     panel.set_ylabel("final validation loss (nats per token)")
-    panel.set_title("lower and further left is better; the area is the cache of a token", fontsize=10)
+    panel.set_title("lower and further left is better; area: cache bytes per token", fontsize=10)
     panel.grid(alpha=0.3)
     return figure
 
 
 def by_context(measured: dict[str, dict], what: str):
-    """Tokens/s and memory against the context; measured: by stage and context, the two."""
+    """Tokens/s and memory against the context. measured: both of them, by stage and context."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     if what == "training":

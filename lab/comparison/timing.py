@@ -6,17 +6,17 @@ from collections.abc import Callable
 
 import torch
 
-from lab import device
+from lab import device as devices
 
 
 def seconds_of(
     call: Callable[[], object],
     times: int,
-    where: torch.device,
+    device: torch.device,
     warm_ups: int = 0,
     limit: float = float("inf"),
 ) -> list[float]:
-    """Seconds of each of `times` calls, until the device is done; fewer once `limit` seconds have passed.
+    """Seconds of each of `times` calls, including the device's work; fewer if `limit` seconds have passed.
 
     warm_ups: the number of calls before them that do not count.
     """
@@ -24,7 +24,7 @@ def seconds_of(
     for _ in range(warm_ups + times):
         started = time.perf_counter()
         call()
-        device.synchronize(where)
+        devices.synchronize(device)
         seconds.append(time.perf_counter() - started)
         if time.perf_counter() - began > limit:
             break
@@ -32,19 +32,19 @@ def seconds_of(
 
 
 def in_turn(
-    calls: dict[str, Callable[[], object]], rounds: int, where: torch.device, warm_ups: int = 0
+    calls: dict[str, Callable[[], object]], rounds: int, device: torch.device, warm_ups: int = 0
 ) -> dict[str, list[float]]:
-    """Seconds of each call in each round. All are called once a round, so that they see the same load.
+    """Seconds of each call in each round. Each round makes every call once, so that all see the same load.
 
     warm_ups: the number of rounds before them that do not count.
     """
     seconds = {name: [] for name in calls}
     for _ in range(warm_ups + rounds):
         for name, call in calls.items():
-            seconds[name] += seconds_of(call, 1, where)
+            seconds[name] += seconds_of(call, 1, device)
     return {name: of[warm_ups:] for name, of in seconds.items()}
 
 
 def median_ratio(numerators: list[float], denominators: list[float]) -> float:
-    """The median of the ratios round by round, which is steadier than the ratio of the medians."""
+    """The median of the rounds' ratios, which varies less than the ratio of the medians."""
     return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))

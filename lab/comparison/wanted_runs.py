@@ -1,4 +1,4 @@
-"""The runs of a comparison: which it needs, where they are, and how far each has come."""
+"""The runs of a comparison: which ones it needs, where they are, and how far each one is."""
 
 import math
 import re
@@ -17,21 +17,21 @@ from lab.errors import UserError, shown
 from lab.storage import checkpoint, edits, locks, runs
 from lab.training import log, settings
 
-# Settings of train.py that may differ between two runs of a comparison: not what is computed, but where
-# and how it is reported (a preset is no more than its values).
+# Settings of train.py that may differ between equivalent runs: they do not change what is computed, or are
+# compared separately (model and seed). A preset is only a set of values.
 FREE = {"model", "seed", "preset", "device", "compile", "wandb", "log_every", "out", "resume"}
 OURS = ("--stage", "--seed", "--out", "--resume", "--no-resume", "--init-from")
 
 
 @dataclass
 class Run:
-    """One stage with one seed; trained, half trained, or not yet begun."""
+    """One stage with one seed: finished, unfinished, or not started yet."""
 
     settings: settings.Settings
     flags: list[str]
-    """Flags of train.py that begin it."""
+    """Flags of train.py that start it."""
     dataset: str
-    """Name of the data."""
+    """Name of the data set."""
     folder: Path
     failure: str | None = None
     """Why it could not be finished."""
@@ -41,7 +41,7 @@ class Run:
         return f"{self.settings.stage} seed {self.settings.seed}"
 
     def step(self) -> int:
-        """The last step that metrics.jsonl knows."""
+        """The last step in metrics.jsonl."""
         return last_record(self.folder).get("step", 0)
 
     def finished(self) -> bool:
@@ -49,23 +49,23 @@ class Run:
         return is_finished(self.folder, self.settings.steps)
 
     def command(self) -> list[str]:
-        """The command that begins the run, or goes on with it."""
+        """The command that starts or resumes the run."""
         train = [sys.executable, str(stages.ROOT / "train.py")]
         if checkpoint.exists(self.folder):
             return [*train, "--resume", "--out", str(self.folder)]
         return [*train, *self.flags, "--out", str(self.folder)]
 
     def fits(self, config: dict) -> bool:
-        """Whether a run with this config.json is this run, of today's code."""
+        """Whether a run with this config.json is this run, trained with today's code."""
         of_this = (config["dataset"], config["settings"]["seed"]) == (self.dataset, self.settings.seed)
         return of_this and same(config, self.settings) and edits.difference(config) is None
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
-        """Keeps other comparisons from the run; clears what it left if killed before its first checkpoint.
+        """Keeps other comparisons from the run; deletes its folder if it was killed without a checkpoint.
 
-        Another comparison may have begun a run of other settings in this folder since the plan was made: then
-        this run gets another folder. Raises locks.Taken where another process is training it.
+        Another comparison may have started a run with other settings in this folder since the plan was made:
+        then this run gets another folder. Raises locks.Taken if another process is training it.
         """
         while True:
             parent, name = self.folder.parent, self.folder.name
@@ -88,13 +88,13 @@ def is_finished(folder: Path, steps: int) -> bool:
 
 
 def last_record(folder: Path) -> dict:
-    """The last line of metrics.jsonl that has a step; empty before there is one."""
+    """The last record of metrics.jsonl; empty if there is none yet."""
     metrics = read_metrics(folder)
     return metrics[-1] if metrics else {}
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """The lines of metrics.jsonl; a UserError where they are no metrics."""
+    """The records of metrics.jsonl. Raises UserError if they are not metrics."""
     path = folder / "metrics.jsonl"
     try:
         metrics = log.read_metrics(path)
@@ -104,7 +104,7 @@ def read_metrics(folder: Path) -> list[dict]:
 
 
 def chosen_stages(text: str | None) -> list[str]:
-    """The stages that --stages names, as in "0-7", "0, 3, 4" or "3,my_relu"; None: those of the course."""
+    """The stages in --stages, such as "0-7", "0, 3, 4" or "3,my_relu"; None: all stages of the course."""
     if text is None:
         return stages.course()
     chosen = []
@@ -122,32 +122,32 @@ def chosen_stages(text: str | None) -> list[str]:
 
 
 def check_flags(flags: list[str], ours: list[str]) -> None:
-    """A UserError for a flag that is neither compare.py's nor one of train.py that can be set here.
+    """Raises UserError for a flag that is neither compare.py's nor a flag of train.py that can be set here.
 
-    ours: the settings of compare.py. (train.py itself says what is wrong with its flags' values.)
+    ours: the settings of compare.py. (train.py itself checks the values of its flags.)
     """
-    theirs = [field.name for field in fields(settings.Settings)]
+    train_flags = [field.name for field in fields(settings.Settings)]
     for flag in flags:
         name = flag.split("=")[0].replace("_", "-")
         if name in OURS:
-            raise UserError(f"{name} is for train.py alone: a comparison sets it for each of its runs")
+            raise UserError(f"{name} is a flag of train.py only: compare.py sets it for each run")
         plain = name.removeprefix("--").removeprefix("no-").replace("-", "_")
-        if name.startswith("--") and "." not in name and plain not in theirs:
-            close = get_close_matches(plain, ours, n=1) or get_close_matches(plain, theirs, n=1)
+        if name.startswith("--") and "." not in name and plain not in train_flags:
+            close = get_close_matches(plain, ours, n=1) or get_close_matches(plain, train_flags, n=1)
             guess = f" Did you mean --{close[0].replace('_', '-')}?" if close else ""
             raise UserError(f"unknown flag {name}.{guess} See python compare.py --help and train.py --help")
 
 
 def wanted_settings(stage: str, seed: int, flags: list[str]) -> tuple[settings.Settings, list[str]]:
-    """The settings of a run, and the flags of train.py that give them."""
+    """The settings of a run, and the flags of train.py that result in them."""
     flags = ["--stage", stage, "--seed", str(seed), *flags]
     return settings.parse(flags), flags
 
 
 def at_hand(notes: list[str]) -> tuple[list[tuple[Path, dict]], list[tuple[Path, dict]]]:
-    """Every run that train.py made, with its config: those of today's code, and those of other code.
+    """All runs that train.py made, with their configs: those of today's code, and those of other code.
 
-    notes gets a line for each that cannot be read.
+    A line is added to notes for each run that cannot be read.
     """
     usable, outdated = [], []
     for folder in runs.folders():
@@ -157,14 +157,14 @@ def at_hand(notes: list[str]) -> tuple[list[tuple[Path, dict]], list[tuple[Path,
         except UserError as error:
             notes.append(f"left out: {error}")
             continue
-        if "imported_from" in config:  # its weights came from elsewhere, it has no history
+        if "imported_from" in config:  # imported weights have no training history
             continue
         if config["stage"] not in stages.names():
-            notes.append(f"left out: {shown(folder)} is of {config['stage']!r}, a stage that is not here")
+            notes.append(f"left out: {shown(folder)} is of {config['stage']!r}, a stage that does not exist")
             continue
         try:
             difference = edits.difference(config)
-        except UserError as error:  # code that is not Python at the moment
+        except UserError as error:  # its stage's code cannot be parsed at the moment
             notes.append(f"left out: {shown(folder)}: {error}")
             continue
         if difference:
@@ -175,7 +175,7 @@ def at_hand(notes: list[str]) -> tuple[list[tuple[Path, dict]], list[tuple[Path,
 
 
 def outdated_notes(chosen: list[str], outdated: list[tuple[Path, dict]]) -> list[str]:
-    """A line for each reason why finished or begun runs of the chosen stages do not count."""
+    """A line for each reason why runs of the chosen stages are left out."""
     by_reason = {}
     for folder, config in outdated:
         if config["stage"] in chosen:
@@ -189,7 +189,7 @@ def outdated_notes(chosen: list[str], outdated: list[tuple[Path, dict]]) -> list
 
 
 def same(config: dict, wanted: settings.Settings) -> bool:
-    """Whether a run was trained with these settings, its seed aside."""
+    """Whether a run was trained with these settings, apart from the seed."""
     try:
         model = type(wanted.model)(**config["model"])
         trained = settings.Settings(**config["settings"], model=model)
@@ -199,16 +199,16 @@ def same(config: dict, wanted: settings.Settings) -> bool:
 
 
 def equal(one: settings.Settings, other: settings.Settings) -> bool:
-    """Whether two settings train alike, their seeds aside."""
+    """Whether two settings are equivalent, apart from their seeds."""
     compared = [field.name for field in fields(settings.Settings) if field.name not in FREE]
     if type(one.model) is not type(other.model):
         return False
-    sizes = replace(other.model, vocab_size=one.model.vocab_size)  # the vocabulary follows from the data
+    sizes = replace(other.model, vocab_size=one.model.vocab_size)  # the vocabulary depends on the data
     return one.model == sizes and all(getattr(one, name) == getattr(other, name) for name in compared)
 
 
 def dataset_name(wanted: settings.Settings) -> str:
-    """The name of the data that runs with these settings are trained on."""
+    """The name of the data set that runs with these settings are trained on."""
     return data.load(wanted.data, wanted.tokenizer).name
 
 
@@ -222,8 +222,8 @@ def plan(
 ) -> list[Run]:
     """The runs that a comparison needs: one seed of every stage, then the next seed.
 
-    A finished run of the same settings is reused wherever it is; an unfinished one only where a
-    comparison made it, since another may still be at work. What equals a run that is planned already is not
+    A finished run with the same settings is reused wherever it is. An unfinished run is reused only if a
+    comparison started it, since any other may still be in use. A run that is equal to one in `planned` is not
     planned again.
     """
     home = runs.RUNS / "compare"
@@ -255,7 +255,7 @@ def plan(
 
 
 def free_folder(parent: Path, stage: str, dataset: str, seed: int, taken: set[Path]) -> Path:
-    """A folder for a new run; its name ends in -2, -3 … where the plain one is a run of other settings."""
+    """A folder for a new run; -2, -3 … is appended if the plain name belongs to a run of other settings."""
     name = f"{stage}-{dataset}-seed{seed}"
     folder, number = parent / name, 1
     while folder in taken or folder.exists():
@@ -265,7 +265,7 @@ def free_folder(parent: Path, stage: str, dataset: str, seed: int, taken: set[Pa
 
 
 def preset_at_hand(chosen: list[str], known: list) -> str | None:
-    """The preset that most of the finished runs of these stages have."""
+    """The most frequent preset among the finished runs of these stages."""
     presets = Counter(
         config["settings"]["preset"]
         for folder, config in known
@@ -275,7 +275,7 @@ def preset_at_hand(chosen: list[str], known: list) -> str | None:
 
 
 def dataset_at_hand(chosen: list[str], flags: list[str], known: list) -> str | None:
-    """The data that most of the finished runs with these flags were trained on."""
+    """The most frequent data set among the finished runs with these flags."""
     datasets = Counter()
     for stage in chosen:
         wanted, _ = wanted_settings(stage, 0, flags)
@@ -284,7 +284,7 @@ def dataset_at_hand(chosen: list[str], flags: list[str], known: list) -> str | N
 
 
 def finished_runs(wanted: settings.Settings, dataset: str | None, known: list) -> list[tuple[Path, dict]]:
-    """The finished runs of these settings with any seed, on this dataset (None: any)."""
+    """The finished runs with these settings and any seed, on this data set (None: any)."""
     return [
         (folder, config)
         for folder, config in known
@@ -297,26 +297,26 @@ class StageRuns:
     """The finished runs of one stage."""
 
     config: dict
-    """config.json of the first."""
+    """config.json of the first run."""
     folder: Path
-    """Folder of the first."""
+    """Folder of the first run."""
     history: dict[int, list[dict]]
-    """By seed, the lines of metrics.jsonl."""
+    """The records of metrics.jsonl, by seed."""
     machines: list[dict]
-    """Those that trained them, each once."""
+    """The machines that trained the runs, each listed once."""
 
 
 def collect(
     chosen: list[str], n_seeds: int, flags: list[str], known: list, dataset: str | None, notes: list[str]
 ) -> dict[str, StageRuns]:
-    """What there is to draw, by stage; notes gets a line for all that is missing of these seeds."""
+    """The finished runs, by stage. A line is added to notes for each stage that lacks some of these seeds."""
     collected = {}
     for stage in chosen:
         wanted, _ = wanted_settings(stage, 0, flags)
         by_seed = {}
         for folder, config in finished_runs(wanted, dataset, known):
             if not math.isfinite(last_record(folder)["val_loss"]):
-                notes.append(f"left out: {shown(folder)} diverged, its loss is not a number")
+                notes.append(f"left out: {shown(folder)} diverged: its loss is not a number")
             else:
                 by_seed.setdefault(config["settings"]["seed"], (folder, config))
         missing = [seed for seed in range(n_seeds) if seed not in by_seed]
@@ -337,7 +337,7 @@ def collect(
 
 
 def how_far(stage: str, flags: list[str], known: list) -> str:
-    """How far the unfinished runs of a stage have come, in words."""
+    """How far the unfinished runs of a stage are, in words."""
     wanted, _ = wanted_settings(stage, 0, flags)
     begun = [
         f"{shown(folder)} is at step {last_record(folder).get('step', 0)} of {wanted.steps}"

@@ -1,1 +1,1 @@
-"""The generated parts of the lessons and the documents."""
+"""The generated parts of the front page, the lessons and docs/."""

@@ -1,8 +1,8 @@
-"""Writes what can be generated into the lessons and the front page: python -m lab.pages.lessons
+"""Updates the generated parts of the front page, the lessons and docs/: python -m lab.pages.lessons
 
-Between `<!-- diff -->` and `<!-- end -->` goes the diff of a stage against the one before, and between
-`<!-- table -->` and `<!-- end -->` what was measured (results/results.json). A test fails when a page
-and its source differ.
+The diff from the previous stage goes between `<!-- diff -->` and `<!-- end -->`, a table of measurements
+(results/results.json) between `<!-- table -->` and `<!-- end -->`, and so on. A test fails if a page is not
+up to date.
 """
 
 import json
@@ -17,14 +17,14 @@ RESULTS = stages.ROOT / "results" / "results.json"
 
 
 def read_results() -> dict:
-    """What was measured so far; empty before the first measurement."""
+    """The measurements so far; empty before the first one."""
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     formats.check(results, formats.RESULTS, str(RESULTS))
     return results
 
 
 def ladder(names: list[str], results: dict) -> str:
-    """The table of these stages, a column each measurement."""
+    """The table of these stages, with a column for each measurement."""
     return report.ladder({name: results["stages"].get(name, {}) for name in names})
 
 
@@ -43,7 +43,7 @@ def short_ladder(results: dict) -> str:
 
 
 def nanogpt(measured: dict) -> str:
-    """The table of our stage beside nanoGPT."""
+    """The table that compares our stage with nanoGPT."""
     speed, sampling = (
         measured["training_tokens_per_second"],
         measured["sampling_tokens_per_second_at_context_256"],
@@ -74,7 +74,7 @@ def nanogpt(measured: dict) -> str:
 
 
 def raced(measured: dict) -> list[list[str]]:
-    """Rows of the seconds that each of our ways takes to nanoGPT's final loss."""
+    """Rows with the seconds that each of our configurations takes to reach nanoGPT's final loss."""
     rows = []
     for way, row in measured["ours"].items():
         reached = row["seconds"] is not None
@@ -85,7 +85,7 @@ def raced(measured: dict) -> list[list[str]]:
 
 
 def rates(results: dict) -> str:
-    """The table of final losses by learning rate, of the stages that were tuned."""
+    """The table of final losses by learning rate, for the stages that were tuned."""
     tuned = {name: row["tuned"]["tried"] for name, row in results["stages"].items() if "tuned" in row}
     tried = sorted({rate for row in tuned.values() for rate in row}, key=float)
     rows = []
@@ -98,14 +98,14 @@ def rates(results: dict) -> str:
 
 
 def crossover(measured: dict) -> str:
-    """The table of SDPA's time relative to attention written out, by context."""
+    """The table of SDPA's time relative to naive attention, by context."""
     contexts = list(measured["float32"])
     rows = ([dtype, *(f"{ratio:.2f}" for ratio in ratios.values())] for dtype, ratios in measured.items())
     return markdown.table(["context", *contexts], rows)
 
 
 def by_context(measured: dict) -> str:
-    """The table of training speed and memory by context, of each way to compute attention."""
+    """The table of training speed and memory by context, for each attention implementation."""
     contexts = list(next(iter(measured.values()))["memory"])
     rows = []
     for name, values in measured.items():
@@ -116,7 +116,7 @@ def by_context(measured: dict) -> str:
 
 
 def balancing(measured: dict) -> str:
-    """The table of the ways to balance experts."""
+    """The table of methods that balance experts."""
     rows = []
     for name, way in measured.items():
         loss = report.with_std(way["val_loss"], 3)
@@ -126,7 +126,7 @@ def balancing(measured: dict) -> str:
 
 
 def speeds(measured: dict) -> str:
-    """The table of one speed relative to others, a column a precision."""
+    """The table of one speed relative to others, with a column for each precision."""
     rows = []
     for name in next(iter(measured.values())):
         values = (f"{by_name[name]:.2f}×" for by_name in measured.values())
@@ -135,7 +135,7 @@ def speeds(measured: dict) -> str:
 
 
 def caches(results: dict) -> str:
-    """The table of the cache of a token, of the stages that change it."""
+    """The table of cache bytes per token, for the stages that change them."""
     sizes = {
         name: results["stages"][name]["cache_bytes_per_token"]
         for name in ("stage3_swiglu", "stage4_gqa", "stage7a_mla")
@@ -159,7 +159,7 @@ def mla_training(measured: dict) -> str:
 
 
 def drafts(measured: list[dict]) -> str:
-    """The table of drafting."""
+    """The table of decoding with drafts."""
     rows = []
     for row in measured:
         speeds = (f"{row[f'{way}_tokens_per_second']:,.0f}" for way in ("drafted", "plain"))
@@ -170,7 +170,7 @@ def drafts(measured: list[dict]) -> str:
 
 
 def transformers(measured: dict) -> str:
-    """The table of sampling beside transformers."""
+    """The table that compares sampling with transformers."""
     rows = []
     for name, row in measured.items():
         speeds = (f"{row[f'{way}_tokens_per_second']:,.0f}" for way in ("ours", "compiled", "theirs"))
@@ -180,7 +180,7 @@ def transformers(measured: dict) -> str:
 
 
 def filled(page: str, name: str, results: dict) -> str:
-    """The page with its generated parts made anew; name as in `pages`."""
+    """The page with its generated parts updated; name as in `pages`."""
     parts = generated_parts(name, results)
     for part, content in parts.items():
         page = re.sub(
@@ -193,7 +193,7 @@ def filled(page: str, name: str, results: dict) -> str:
 
 
 def generated_parts(name: str, results: dict) -> dict[str, str]:
-    """By marker: the generated parts of a page."""
+    """The generated parts of a page, by marker."""
     if name == "front":
         return {"ladder": short_ladder(results), "rates": rates(results)}
     if name == "scale":
@@ -221,7 +221,7 @@ def generated_parts(name: str, results: dict) -> dict[str, str]:
 
 
 def of_stage(name: str, results: dict) -> dict[str, str]:
-    """The diff of a stage from the stage before, and both in the ladder."""
+    """The diff from the previous stage, and the rows of both in the ladder."""
     before = diffs.origin(name)
     if before is None:
         return {"table": ladder([name], results)}
@@ -229,7 +229,7 @@ def of_stage(name: str, results: dict) -> dict[str, str]:
 
 
 def pages() -> dict[Path, str]:
-    """Every page with generated parts, and what `filled` calls it: a lesson by its stage."""
+    """Every page with generated parts, and its name in `filled`: for a lesson, its stage."""
     found = {stages.ROOT / "README.md": "front"}
     found |= {stages.ROOT / "docs" / f"{name}.md": name for name in ("scale", "benchmarks")}
     for name in stages.names():

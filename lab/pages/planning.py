@@ -1,7 +1,7 @@
-"""What a model of a given size will need, before anyone pays for it: the figures of docs/scale.md.
+"""Computes what a model of a given size needs, without training it: the figures of docs/scale.md.
 
-All are taken from the stages' own classes on PyTorch's meta device, whose tensors have shapes and types but
-no memory: parameters, FLOPs, caches and the memory of a step are those of the code, whatever the size.
+They come from the stages' own classes on PyTorch's meta device, whose tensors have shapes and types but no
+memory. So parameters, FLOPs, caches and the memory of a step are those of the real code, for any size.
 """
 
 import functools
@@ -19,15 +19,15 @@ from lab import device, parallel, stages
 from lab.training import cost, optim, presets
 
 GPUS = (1, 8, 64)
-UTILISATION = 0.4  # of the peak: what a well-kept run reaches, not a promise
-GPU_BYTES = 80e9  # of an H100, NVIDIA's data sheet
-USABLE = 0.9  # the rest is for the allocator's gaps, CUDA itself and what a step needs in passing
+UTILISATION = 0.4  # of the peak: what a well-tuned run reaches, not a guarantee
+GPU_BYTES = 80e9  # of an H100, from NVIDIA's data sheet
+USABLE = 0.9  # the rest is for fragmentation, CUDA itself and temporary tensors
 CACHE_LENGTH = 32 * 1024  # tokens
 
-# By size and stage: fields of GPTConfig. A mixture of experts is as large as the dense model by what a token
-# uses. Where the defaults are not meant, the shapes are those of Llama 3 (heads of 128, few of keys and
-# values, an MLP of 3.5 times the width at 8 B) and of DeepSeek's first mixtures (64 experts, 6 of them and 2
-# shared ones a token; a latent of 512).
+# Fields of GPTConfig, by size and stage. The size of a mixture of experts counts only the parameters that a
+# token uses. Shapes other than the defaults follow Llama 3 (heads of 128, few key/value heads, at 8 B an MLP
+# of 3.5 times the width) and DeepSeek's first mixtures (64 experts, of which a token uses 6, and 2 shared
+# ones; a latent of 512).
 GPT2 = presets.PRESETS["gpt2"]["model"]
 MIXTURE = {"n_routed_experts": 64, "num_experts_per_tok": 6, "n_shared_experts": 2}
 LATENT = {"kv_lora_rank": 512}
@@ -56,7 +56,7 @@ SHOWN = ("n_kv_head", "n_routed_experts", "num_experts_per_tok", "n_shared_exper
 
 
 def all_plans() -> dict[str, dict[str, dict]]:
-    """By size and stage: what `plan` says."""
+    """The result of `plan` for every size and stage."""
     return {
         size: {number: plan(number, sizes) for number, sizes in by_stage.items()}
         for size, by_stage in SIZES.items()
@@ -64,7 +64,7 @@ def all_plans() -> dict[str, dict[str, dict]]:
 
 
 def plan(number: str, sizes: dict) -> dict:
-    """What a model of the stage with these sizes needs; memory in bytes, speeds in tokens a second."""
+    """What the stage's model needs with these sizes: memory in bytes, speeds in tokens/s."""
     model = bare(number, sizes)
     flops = cost.flops_per_token(model)
     speed = UTILISATION * device.PEAK_FLOPS["NVIDIA H100 80GB HBM3"] / flops
@@ -94,12 +94,12 @@ def plan(number: str, sizes: dict) -> dict:
 
 
 def bare(number: str, sizes: dict) -> torch.nn.Module:
-    """The stage's model without memory, in training mode."""
+    """The stage's model on the meta device, in training mode."""
     stage = stages.load(stages.find(number))
     with torch.device("meta"):
         model = stage.GPT(stage.GPTConfig(**sizes))
     cost.group_experts(model)
-    for layer in model.model.layers:  # for itself, so that the backward pass repeats it in the same precision
+    for layer in model.model.layers:  # one by one, so that recomputing a block uses the same precision
         layer.forward = functools.partial(under_autocast, layer.forward)
     return model
 
@@ -110,18 +110,18 @@ def under_autocast(forward: Callable, *inputs):
 
 
 def state_bytes(model: torch.nn.Module, n_gpus: int) -> int:
-    """Bytes of weights, gradients and AdamW's state on each of n_gpus that divide them (FSDP2).
+    """Bytes of weights, gradients and AdamW's state per GPU if n_gpus divide them (FSDP2).
 
-    FSDP2 divides the first dimension of each tensor, rounding up: the experts of a mixture, say. Of 8 of them
-    on 64 GPUs, 8 GPUs have one each, and the largest part is what must fit.
+    FSDP2 divides the first dimension of each tensor and rounds up. For instance, of 64 GPUs with 8 experts, 8
+    have one expert each; the largest part must fit.
     """
     part = sum(math.ceil(len(p) / n_gpus) * p[0].numel() for p in model.parameters())
     weight = next(model.parameters()).element_size()
-    return part * (weight + weight + optimizer_bytes())  # a gradient is like its weight
+    return part * (weight + weight + optimizer_bytes())  # a gradient has its weight's type
 
 
 def optimizer_bytes() -> int:
-    """Bytes that our AdamW keeps for a parameter, of a real one after a step."""
+    """Bytes per parameter in the state of our AdamW, counted on a real one after a step."""
     parameter = torch.nn.Parameter(torch.zeros(1000))
     parameter.grad = torch.zeros_like(parameter)
     optimizer = optim.adamw_of([parameter], 1e-3, 0.1, (0.9, 0.95))
@@ -130,22 +130,22 @@ def optimizer_bytes() -> int:
 
 
 def whole_bytes(model: torch.nn.Module) -> int:
-    """Bytes of what FSDP2 puts together in passing (lab.parallel.shard).
+    """Bytes of the tensors that FSDP2 gathers temporarily (lab.parallel.shard).
 
-    Of a block the weights in 16 bits and, in the backward pass, the gradients in 16 and, as they are sent, in
-    32 bits, with the weights of the next block, fetched meanwhile. What is outside of the blocks is whole
-    from the forward to the end of the backward pass: weights, gradients, and the weights in 16 bits.
+    In the backward pass, these are a block's weights in 16 bits, its gradients in 16 bits and, while they are
+    sent, in 32 bits, and the next block's weights, which are prefetched. Tensors outside the blocks are whole
+    from the forward pass to the end of the backward pass: weights, gradients, and the weights in 16 bits.
     """
     blocks = [sum(p.numel() for p in layer.parameters()) for layer in model.model.layers]
     return (2 + 2 + 4 + 2) * max(blocks) + (4 + 4 + 2) * (cost.parameters(model) - sum(blocks))
 
 
 def step_bytes(model: torch.nn.Module) -> tuple[int, int]:
-    """Bytes that a forward and backward pass needs: for each sequence, and whatever their number.
+    """Bytes that a forward and backward pass needs: per sequence, and independent of their number.
 
-    The second are mostly copies of the weights in 16 bits. Where the peak is depends on the number of
-    sequences, so the first are those of many; both together are exact for one sequence, else at least as
-    large as the peak, a largest of sums that are linear in the number.
+    The second number is mostly 16-bit copies of the weights. When memory peaks depends on the number of
+    sequences, so the first number is measured with many. Together they are exact for one sequence and an
+    upper bound otherwise, because the peak is a maximum of functions that are linear in that number.
     """
     one, some, many = (peak_bytes(model, batch_size, CudaAutocast()) for batch_size in (1, 8, 16))
     each = (many - some) // 8
@@ -153,11 +153,11 @@ def step_bytes(model: torch.nn.Module) -> tuple[int, int]:
 
 
 def peak_bytes(model: torch.nn.Module, batch_size: int, autocast) -> int:
-    """Bytes of all tensors at the peak of a forward and backward pass, but for weights and gradients."""
+    """Peak bytes of all tensors in a forward and backward pass, except weights and gradients."""
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    where = model.lm_head.weight.device
-    idx = torch.zeros(batch_size, model.config.block_size, dtype=torch.int64, device=where)
+    meta = model.lm_head.weight.device
+    idx = torch.zeros(batch_size, model.config.block_size, dtype=torch.int64, device=meta)
     with LiveMemory() as memory:
         with autocast:
             _, losses = model(idx, targets=idx)
@@ -166,7 +166,7 @@ def peak_bytes(model: torch.nn.Module, batch_size: int, autocast) -> int:
 
 
 class LiveMemory(TorchDispatchMode):
-    """Adds up the memory of tensors as operations make them and as they are deleted."""
+    """Tracks the memory of tensors as operations create them and as they are deleted."""
 
     def __init__(self):
         super().__init__()
@@ -177,7 +177,7 @@ class LiveMemory(TorchDispatchMode):
         made = function(*args, **(kwargs or {}))
         for tensor in tensors_in(made):
             storage = tensor.untyped_storage()
-            if storage._cdata not in known | self.alive:  # not a view, nor changed in place
+            if storage._cdata not in known | self.alive:  # neither a view nor changed in place
                 self.alive.add(storage._cdata)
                 self.now += storage.nbytes()
                 self.peak = max(self.peak, self.now)
@@ -195,10 +195,10 @@ def tensors_in(tree) -> list[torch.Tensor]:
 
 
 class CudaAutocast(TorchFunctionMode):
-    """What torch.autocast("cuda", torch.bfloat16) does, for the meta device, which autocast does not know.
+    """Does what torch.autocast("cuda", torch.bfloat16) does, on the meta device, which autocast lacks.
 
-    Matrix products take bfloat16, softmax, norms and losses float32; a weight is copied once. SDPA is
-    FlashAttention, which keeps its inputs, its output and a number a row, never the scores.
+    Matrix products use bfloat16; softmax, norms and losses use float32; a weight is copied once. SDPA is
+    FlashAttention, which keeps its inputs, its output and one number per row, but never the scores.
     """
 
     PRODUCTS = (F.linear, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.matmul)
@@ -209,7 +209,7 @@ class CudaAutocast(TorchFunctionMode):
         self.copies = {}
 
     def __enter__(self):
-        # Regions that switch autocast off, as routers do, switch it off on this device for a meta tensor.
+        # With meta tensors, code that switches autocast off (such as a router) does so for the CPU.
         self.autocast = torch.autocast("cpu", dtype=torch.bfloat16)
         self.autocast.__enter__()
         return super().__enter__()
@@ -241,10 +241,10 @@ class CudaAutocast(TorchFunctionMode):
 
 
 def is_floating(value) -> bool:
-    """Whether it is a tensor of floating-point numbers."""
+    """Whether the value is a floating-point tensor."""
     return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 def fitting(fixed: int, each: int) -> int:
-    """Sequences that fit into a GPU beside what is there whatever their number."""
+    """How many sequences of `each` bytes fit into a GPU, beside `fixed` bytes."""
     return max(0, int((USABLE * GPU_BYTES - fixed) // each))

@@ -1,4 +1,4 @@
-"""The tables of docs/scale.md, of what lab/planning.py computed and results/gpt2_preset.py measured."""
+"""The tables of docs/scale.md: what planning.py computes and benchmarks/gpt2_preset.py measured."""
 
 from lab import device, stages
 from lab.comparison import markdown
@@ -8,13 +8,13 @@ HOW = {"1": "one GPU", "ddp": "DDP", "fsdp 8": "FSDP, 8", "fsdp 64": "FSDP, 64"}
 
 
 def tables(results: dict) -> dict[str, str]:
-    """By marker: the generated parts of the page."""
+    """The generated parts of the page, by marker."""
     every = [
         ([size, stages.label(stages.find(number))], plan)
         for size, by_stage in results["scale"].items()
         for number, plan in by_stage.items()
     ]
-    fifth = stages.label("stage5_flash")  # but for a step it is stage 4
+    fifth = stages.label("stage5_flash")  # differs from stage 4 only in the memory of a step
     plans = [(name, plan) for name, plan in every if name[1] != fifth]
     parts = {
         "sizes": sizes(plans),
@@ -30,19 +30,19 @@ def tables(results: dict) -> dict[str, str]:
 
 
 def count(number: float) -> str:
-    """A number of parameters or FLOPs in millions or billions."""
+    """A number of parameters or FLOPs, in millions or billions."""
     return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.0f} M"
 
 
 def gigabytes(nbytes: float) -> str:
-    """Bytes in GB, as GPUs' memory is sold."""
+    """Bytes in GB (10⁹ bytes), as in data sheets of GPUs."""
     if nbytes >= 1e11:
         return f"{nbytes / 1e9:,.0f}"
     return f"{nbytes / 1e9:.1f}" if nbytes >= 1e8 else f"{nbytes / 1e9:.2f}"
 
 
 def rounded(number: float) -> str:
-    """A number to three digits."""
+    """A number rounded to three significant digits."""
     return f"{float(f'{number:.3g}'):,.0f}"
 
 
@@ -56,7 +56,7 @@ def duration(seconds: float) -> str:
 
 
 def sizes(plans: list[tuple[list[str], dict]]) -> str:
-    """Shapes, parameters, FLOPs and caches."""
+    """The table of shapes, parameters, FLOPs and caches."""
     rows = []
     for name, plan in plans:
         config, active = plan["config"], plan["active_parameters"]
@@ -75,7 +75,7 @@ def sizes(plans: list[tuple[list[str], dict]]) -> str:
 
 
 def state(plans: list[tuple[list[str], dict]]) -> str:
-    """What a GPU holds whatever the batch."""
+    """The table of the memory that a GPU needs for any batch."""
     rows = []
     for name, plan in plans:
         parts = [gigabytes(nbytes) for nbytes in plan["state"].values()]
@@ -92,7 +92,7 @@ def state(plans: list[tuple[list[str], dict]]) -> str:
 
 
 def steps(plans: list[tuple[list[str], dict]]) -> str:
-    """What a sequence adds, and how many fit."""
+    """The table of the memory per sequence, and of how many sequences fit."""
     rows = []
     for name, plan in plans:
         each = [gigabytes(plan["sequence"][way]) for way in ("kept", "recomputed")]
@@ -103,17 +103,17 @@ def steps(plans: list[tuple[list[str], dict]]) -> str:
 
 
 def assumptions() -> str:
-    """What speeds and fits rest on, in words."""
+    """The assumptions behind the speeds and the numbers of sequences, as a paragraph."""
     memory, peak = planning.GPU_BYTES / 1e9, device.PEAK_FLOPS["NVIDIA H100 80GB HBM3"] / 1e12
     return (
-        f"An H100 is taken to have {memory:.0f} GB, {planning.USABLE:.0%} of them for all this: CUDA, NCCL "
-        "and gaps between tensors take the\nrest. Below it computes "
-        f"{planning.UTILISATION:.0%} of {peak:.0f} TFLOP/s, its peak in bfloat16 by the data sheet."
+        f"We assume an H100 with {memory:.0f} GB, of which {planning.USABLE:.0%} are usable: CUDA, NCCL and "
+        "fragmentation take the rest.\nThe speeds below assume "
+        f"{planning.UTILISATION:.0%} of {peak:.0f} TFLOP/s, its peak in bfloat16 according to the data sheet."
     )
 
 
 def speed(plans: list[tuple[list[str], dict]]) -> str:
-    """Tokens a second, and how long a training takes."""
+    """The table of tokens/s, and of how long training takes."""
     rows = []
     for name, plan in plans:
         speeds, tokens = plan["tokens_per_second"], 20 * plan["active_parameters"]
@@ -124,7 +124,7 @@ def speed(plans: list[tuple[list[str], dict]]) -> str:
 
 
 def command(size: str, number: int, plan: dict) -> str:
-    """What trains a size of a stage on 64 GPUs, with as many sequences at once as fit, a power of two."""
+    """The command that trains this size on 64 GPUs; its micro-batch is the largest power of two that fits."""
     micro_batch = 1 << plan["fits"]["fsdp 64"][1].bit_length() - 1
     flags = [f"--model.{name.replace('_', '-')} {n}" for name, n in planning.SIZES[size][number].items()]
     lines = [
@@ -139,7 +139,7 @@ def command(size: str, number: int, plan: dict) -> str:
 
 
 def measured(by_stage: dict) -> str:
-    """The short runs at the gpt2 preset on a CPU."""
+    """The table of the short runs with the gpt2 preset on a CPU."""
     rows = []
     for name, run in by_stage["stages"].items():
         sizes = [count(run["parameters"]), count(run["active_parameters"])]

@@ -1,1 +1,1 @@
-"""Logits to tokens, and tokens out of a model."""
+"""Generating tokens with a model: sampling, drafts, and a compiled decoding step."""

@@ -1,27 +1,27 @@
-"""Decoding with shapes that never change, so that one compiled step makes every token (as gpt-fast does)."""
+"""Decoding with static shapes, so that one compiled step generates every token (as in gpt-fast)."""
 
 import itertools
 import time
 
 import torch
 
-from lab import device
+from lab import device as devices
 from lab.errors import UserError
 
 
 class StaticCache:
-    """What a stage asks of its KVCache for the next token, with shapes that do not depend on its length.
+    """What decoding one token needs of a stage's KVCache, with shapes that do not depend on its length.
 
-    It shares the tensors of a plain cache of one sequence, hands out all of their slots, and masks
-    those that hold no token yet. Where the next token goes is a tensor, so that compiled code need
-    not know it.
+    It shares the tensors of a plain cache of one sequence, returns all of their slots, and masks the slots
+    that hold no token yet. The position of the next token is a tensor, so it is not a constant in compiled
+    code.
     """
 
-    length = 0  # stage 0 adds it to the new tokens, to see that there are positions for all
+    length = 0  # stage 0 adds it to the number of new tokens, to check that there are enough positions
 
     def __init__(self, cache):
         stored = [value for value in vars(cache).values() if isinstance(value, torch.Tensor)]
-        # A tensor a layer: compiled code copies the whole of a tensor that it stores a part of.
+        # One tensor per layer, because compiled code copies a whole tensor to store a part of it.
         self.layers = list(zip(*(tensor.unbind() for tensor in stored), strict=True))
         self.slots = torch.arange(cache.max_length, device=stored[0].device)
         self.position = torch.zeros(1, dtype=torch.int64, device=stored[0].device)
@@ -31,37 +31,37 @@ class StaticCache:
         return self.position
 
     def mask(self, n_new):
-        """Additive mask of the new token against all slots: (1, max_length)."""
+        """Additive mask of the new token over all slots: (1, max_length)."""
         return torch.where(self.slots <= self.position, 0.0, -torch.inf).unsqueeze(0)
 
     def update(self, layer_idx, *new):
-        """Stores the token's (B, heads, 1, width); returns all of it, (B, heads, max_length, width)."""
+        """Stores the new token's tensors (B, heads, 1, width); returns all (B, heads, max_length, width)."""
         for stored, value in zip(self.layers[layer_idx], new, strict=True):
             stored.index_copy_(2, self.position, value.type_as(stored))
         return self.layers[layer_idx]
 
     def advance(self, n_new):
-        """Whoever sets the position counts."""
+        """Does nothing: CompiledStep sets the position."""
 
 
 class CompiledStep:
-    """One token further with a compiled model: logits (1, 1, vocab_size) = step(idx (1, 1)).
+    """Decodes one token with a compiled model: logits (1, 1, vocab_size) = step(idx (1, 1)).
 
-    `cache` is the plain cache that the model fills with a prompt; step goes on from it and counts. It holds
-    `length` tokens (None: block_size).
-    Compiling happens here, at once, and takes seconds to minutes; `seconds` tells how many.
+    `cache` is a plain cache for `length` tokens (None: block_size), which the model fills with a prompt. Each
+    step continues from it and increases its length. The constructor compiles the model, which takes seconds
+    to minutes; `seconds` is the time it took.
     """
 
-    @torch.inference_mode()  # as generate does: code is compiled for one mode of autograd
+    @torch.inference_mode()  # as in generate: code is compiled for one autograd mode
     def __init__(self, model, length=None):
         started = time.perf_counter()
         self.cache = model.new_cache(1, model.config.block_size if length is None else length)
         static = StaticCache(self.cache)
-        where = static.position.device
+        device = static.position.device
         for tensor in (*itertools.chain(*static.layers), static.position):
-            torch._dynamo.mark_static_address(tensor)  # or CUDA makes no graph of what writes to it
+            torch._dynamo.mark_static_address(tensor)  # else writing to it prevents CUDA graphs
 
-        @torch.compile(dynamic=False, options=device.step_options(where))
+        @torch.compile(dynamic=False, options=devices.step_options(device))
         def forward(idx):
             return model(idx, cache=static)[0]
 
@@ -69,9 +69,9 @@ class CompiledStep:
         try:
             for _ in range(3):  # a CUDA graph is recorded in the second call
                 self.cache.length = 0
-                self(torch.zeros(1, 1, dtype=torch.int64, device=where))
+                self(torch.zeros(1, 1, dtype=torch.int64, device=device))
         except Exception as error:
-            # inductor has an exception of its own for each way to fail, most of them wrapped in another
+            # inductor has many types of exceptions, and most are wrapped in others
             message = str(error).strip() or type(error).__name__
             raise UserError(f"--compile failed ({message.splitlines()[0][:200]}); leave it out") from error
         self.cache.length = 0

@@ -1,4 +1,4 @@
-"""Logits to tokens, and tokens one by one out of a model."""
+"""Turns logits into tokens, and generates text token by token."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from lab.errors import UserError
 from lab.sampling.compiled import CompiledStep
 
-SMALLEST = torch.finfo(torch.float32).tiny  # a temperature below it may be 0 in float32
+SMALLEST = torch.finfo(torch.float32).tiny  # temperatures below it may be 0 in float32
 
 
 def next_token_probs(
@@ -17,26 +17,26 @@ def next_token_probs(
 ) -> torch.Tensor:
     """The distribution to sample from: (vocab_size,) logits -> (vocab_size,) probabilities.
 
-    top_k keeps the k most likely tokens; then top_p the fewest of the most likely whose probabilities
-    sum to at least top_p (arXiv 1904.09751, section 3.1). temperature 0 is greedy: all of it on the
-    most likely token. UserError where the logits are not numbers.
+    top_k keeps the k most likely tokens. Then top_p keeps the smallest set of most likely tokens whose
+    probabilities sum to at least top_p (arXiv 1904.09751, section 3.1). At temperature 0, the most likely
+    token has all of the probability (greedy). Raises UserError if the logits are not finite numbers.
     """
     logits = logits.float()
     largest = logits.max()
-    if not largest.isfinite():  # NaN if one of them is
+    if not largest.isfinite():  # the maximum is NaN if any logit is
         raise UserError(
             f"the model's output is not a number ({largest.item()})\n"
             "its weights are damaged, or it diverged in training: use another run or checkpoint"
         )
     if is_greedy(temperature):
         return F.one_hot(logits.argmax(), len(logits)).float()
-    probs = F.softmax((logits - largest) / temperature, dim=-1)  # no infinity, however low it is
+    probs = F.softmax((logits - largest) / temperature, dim=-1)  # never infinite, however low the temperature
     if top_k is not None and top_k < len(probs):
         kept, tokens = probs.topk(top_k)
         probs = torch.zeros_like(probs).scatter(0, tokens, kept / kept.sum())
     if top_p < 1:
         kept, tokens = probs.sort(descending=True)
-        more_likely = kept.cumsum(0) - kept  # the probability of all tokens before this one
+        more_likely = kept.cumsum(0) - kept  # total probability of the more likely tokens
         dropped = more_likely >= top_p
         dropped[0] = False
         kept[dropped] = 0
@@ -45,16 +45,16 @@ def next_token_probs(
 
 
 def is_greedy(temperature: float) -> bool:
-    """Whether the temperature leaves the most likely token alone: 0, or too small to divide by in float32."""
+    """Whether only the most likely token can be drawn: at 0, or a value too small to divide by in float32."""
     return temperature < SMALLEST
 
 
 @dataclass
 class Sampler:
-    """How tokens are chosen from logits; `next_token_probs` says what the options mean."""
+    """Draws tokens from logits; `next_token_probs` explains the options."""
 
     vocab_size: int
-    """Only the first vocab_size logits count (the rest pads the vocabulary)."""
+    """Only the first vocab_size logits count (the others pad the vocabulary)."""
     temperature: float
     top_k: int | None
     top_p: float
@@ -67,7 +67,7 @@ class Sampler:
         return [next_token_probs(row, self.temperature, self.top_k, self.top_p) for row in rows]
 
     def draw(self, probs: torch.Tensor) -> int:
-        """A token by its probability; the most likely one at temperature 0."""
+        """Draws a token by its probability; at temperature 0, returns the most likely one."""
         if is_greedy(self.temperature):
             return int(probs.argmax())
         return int(torch.multinomial(probs, 1, generator=self.generator))
@@ -86,11 +86,11 @@ def generate(
     context: int | None = None,
     step: CompiledStep | None = None,
 ) -> Iterator[int]:
-    """Yields up to max_new_tokens tokens that continue the prompt (at least one token).
+    """Yields max_new_tokens tokens that continue the prompt, which has at least one token.
 
-    The model sees at most `context` tokens (None: block_size); `last_half` says what happens past them.
-    `Sampler` describes the options from vocab_size to generator. step, made of the model, makes the tokens
-    that follow a prefill faster; its cache must have room for cache_length of these tokens.
+    The model sees at most `context` tokens (None: block_size); `last_half` explains what happens after that.
+    `Sampler` explains the options from vocab_size to generator. step, compiled from the model, generates the
+    tokens after a prefill faster; its cache needs room for `cache_length` of these arguments.
     """
     if context is None:
         context = model.config.block_size
@@ -113,21 +113,21 @@ def generate(
 
 
 def cache_length(context: int, prompt: list[int], max_new_tokens: int) -> int:
-    """How many tokens are in the cache at most: no more than the context, however long that is."""
+    """The largest number of tokens in the cache, which is never more than the context."""
     return min(context, len(prompt) + max_new_tokens)
 
 
 def last_half(window: list[int], context: int) -> list[int]:
-    """Where to go on, with an empty cache, when the window is longer than the context: its last half context.
+    """The tokens to continue from, with an empty cache, once the window exceeds the context: its last half.
 
-    So positions that were never trained are never used, and the cost is one short prefill per half context.
+    So untrained positions are never used, and the cost is one short prefill per half context.
     """
     return window[-max(1, context // 2) :]  # at least one token, from which the next one is predicted
 
 
 @dataclass
 class DraftCounts:
-    """What became of the drafts."""
+    """How many tokens were drafted, and how many of them accepted."""
 
     drafted: int = 0
     accepted: int = 0
@@ -147,11 +147,11 @@ def generate_with_drafts(
     context: int | None = None,
     counts: DraftCounts | None = None,
 ) -> Iterator[int]:
-    """generate, but the model's block of multi-token prediction drafts n_drafts tokens at a time.
+    """Like generate, but the model's MTP block drafts n_drafts tokens at a time (stage 7).
 
-    The model checks them in one forward pass and keeps those that it could have drawn itself: speculative
-    sampling (arXiv 2211.17192, algorithm 1). So tokens follow the model's own distribution, and at
-    temperature 0 they are those of generate. counts is kept up to date. For stage 7.
+    The model verifies the drafts in one forward pass: speculative sampling (arXiv 2211.17192, algorithm 1).
+    So the tokens follow the model's own distribution, and at temperature 0 they equal those of generate.
+    counts is updated after every pass.
     """
     if context is None:
         context = model.config.block_size
@@ -162,10 +162,10 @@ def generate_with_drafts(
     length = cache_length(context, prompt, max_new_tokens + n_drafts)
     cache, draft_cache = model.new_cache(1, length), model.new_cache(1, length, drafting=True)
     window = prompt[-context:]
-    drafts, guessed = [], []  # tokens, and the distribution that each was drawn from
+    drafts, guessed = [], []  # tokens, and the distributions that they were drawn from
     n_made = 0
     while n_made < max_new_tokens:
-        # The model sees what it has not seen of the window, and the drafts behind it.
+        # The model gets the tokens of the window that it has not seen, and the drafts after them.
         n_seen = cache.length
         new = torch.tensor([[*window[n_seen:], *drafts]], device=device)
         logits, hidden = model(new, cache=cache, return_hidden=True)
@@ -182,24 +182,24 @@ def generate_with_drafts(
             drafts, guessed = [], []
             cache.length = draft_cache.length = 0
             continue
-        # The block gets the hidden states of the tokens that are certain, each with the token after it.
+        # The MTP block gets the hidden states of the tokens that are certain, each with its following token.
         n_certain = len(window) - 1
         following = torch.tensor([window[n_seen + 1 :]], device=device)
         room = context - len(window)
         drafts, guessed = draft_tokens(
             model, hidden[:, : n_certain - n_seen], following, draft_cache, min(n_drafts, room), sampler
         )
-        # Forget what was computed for tokens that are not certain; it is overwritten later.
+        # Drop the cache entries of uncertain tokens; they are overwritten later.
         cache.length = draft_cache.length = n_certain
 
 
 def draft_tokens(
     model: torch.nn.Module, hidden: torch.Tensor, idx: torch.Tensor, cache, n_drafts: int, sampler: Sampler
 ) -> tuple[list[int], list[torch.Tensor]]:
-    """n_drafts tokens that the block of multi-token prediction draws, and the distribution of each.
+    """Drafts n_drafts tokens with the MTP block; returns them and the distribution of each.
 
     hidden (1, T, n_embd) are the hidden states that are new to the block; idx (1, T) are the tokens that
-    follow each of them.
+    follow them.
     """
     drafts, guessed = [], []
     for _ in range(n_drafts):
@@ -207,7 +207,7 @@ def draft_tokens(
         (probs,) = sampler.distributions(logits[:, -1:])
         drafts.append(sampler.draw(probs))
         guessed.append(probs)
-        # A further draft goes on from the block's own hidden state and token.
+        # The next draft continues from the block's own hidden state and token.
         hidden, idx = hidden[:, -1:], idx.new_tensor([drafts[-1:]])
     return drafts, guessed
 
@@ -215,10 +215,11 @@ def draft_tokens(
 def verified(
     probs: list[torch.Tensor], drafts: list[int], guessed: list[torch.Tensor], sampler: Sampler
 ) -> list[int]:
-    """The drafts up to the first that is rejected, and one token more that the model draws.
+    """The drafts before the first rejected one, and one more token, drawn by the model.
 
-    probs: the model's distribution at each draft and after the last. A draft drawn from q is kept with
-    probability p/q; the token in place of a rejected one is drawn from what p has more than q.
+    probs: the model's distributions p at each draft and after the last; guessed: the drafts' distributions q.
+    A draft is accepted with probability min(1, p/q). A rejected one is replaced by a token drawn from
+    max(0, p - q), normalized.
     """
     made = []
     for draft, p, q in zip(drafts, probs, guessed, strict=False):
@@ -233,9 +234,9 @@ def verified(
 
 
 def default_prompt(tokenizer) -> list[int]:
-    """The tokens to start from where no text is asked for.
+    """The tokens to start from if no prompt is given.
 
-    What the tokenizer puts before every text (BOS), else a newline, or token 0 where there is none.
+    They are the tokenizer's prefix (BOS), else a newline, else token 0.
     """
     if tokenizer.prefix:
         return list(tokenizer.prefix)

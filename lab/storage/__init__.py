@@ -1,1 +1,1 @@
-"""What a run leaves on the disk: its folder, checkpoints, locks, and the hash of its code."""
+"""What a run stores on disk: its folder, its checkpoints, its lock, and the hash of its code."""

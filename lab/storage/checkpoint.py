@@ -1,9 +1,9 @@
-"""Saves and loads a run's checkpoints so that a kill or a full disk at any moment loses nothing.
+"""Saves and loads a run's checkpoints. A kill or a full disk at any moment loses nothing.
 
-A run holds two: last/ to resume from and best/, the one of the lowest validation loss. Each has
-model.safetensors (the weights under Hugging Face's names, with the step and the loss as metadata);
-last/ has state.pt as well (optimizer, random generators, clock). With FSDP last/ has, instead of the model
-and the optimizer in one file, a file of each process's part (see sharded.py), and metadata.json.
+A run has two: last/, to resume from, and best/, which has the lowest validation loss. Each has
+model.safetensors: the weights under Hugging Face's names, with the step and the loss as metadata. last/ also
+has state.pt: the optimizer, the random generators and the progress. With FSDP, the model and the optimizer in
+last/ are in one file per process (see sharded.py), and the metadata is in metadata.json.
 """
 
 import io
@@ -35,23 +35,24 @@ def save(
     state: dict | None = None,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> None:
-    """Writes the checkpoint run/name ("last" or "best"), or leaves the one before as it was.
+    """Writes the checkpoint run/name ("last" or "best"). If that fails, the previous one is kept.
 
-    Every process calls it, and the first one writes. Of a sharded model and its optimizer each process writes
-    its part; otherwise the optimizer's state goes into state.pt. Raises UserError where the disk is full.
+    Every process must call this. If the model is sharded, each process writes its part of the model and the
+    optimizer; otherwise the first process writes, and the optimizer's state goes into state.pt. Raises
+    UserError if the disk is full.
     """
     folder, unfinished, old = run / name, run / f"{name}.tmp", run / f"{name}.old"
     in_parts = optimizer is not None and parallel.is_sharded(model)
     tensors = {} if in_parts else whole_weights(model)
     if optimizer is not None and not in_parts:
         state = state | {"optimizer": optimizer.state_dict()}
-    metadata = metadata | {"run_format": str(formats.RUN)}  # to others "format" is "pt"
+    metadata = metadata | {"run_format": str(formats.RUN)}  # Hugging Face's "format" is "pt"
     try:
         if parallel.RANK == 0:
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir()
         if in_parts:
-            parallel.from_first(lambda: None)  # waits until the first process has made the folder
+            parallel.from_first(lambda: None)  # waits until the folder exists
             sharded.save(unfinished, weights(model), model, optimizer)
         if parallel.RANK:
             return
@@ -69,12 +70,12 @@ def save(
         raise UserError(
             f"could not save step {metadata['step']} in {folder}: {error.strerror}\n"
             + (
-                f"the checkpoint before it is intact; make room, then: {resume_command(run)}"
+                f"the previous checkpoint is intact; free some space, then: {resume_command(run)}"
                 if exists(run)
-                else "make room and start again"
+                else "free some space and start again"
             )
         ) from None
-    # A folder can't be replaced in one go. Between these two renames `old` is the checkpoint: see `find`.
+    # A folder cannot be replaced atomically. Between these two renames `old` is the checkpoint: see `find`.
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
@@ -83,7 +84,7 @@ def save(
 
 
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The model's tensors by name, a tied head not a second time."""
+    """The model's tensors by name, without a tied head."""
     tensors = dict(model.state_dict())
     if model.config.tie_word_embeddings:
         del tensors["lm_head.weight"]
@@ -91,17 +92,17 @@ def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def whole_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The model's tensors, gathered in the first process where they are in parts; empty in the others."""
+    """The model's whole tensors, gathered in the first process if they are sharded; empty in the others."""
     tensors = {}
     for name, tensor in weights(model).items():
-        tensor = parallel.whole(tensor)  # by all of them, one tensor at a time
+        tensor = parallel.whole(tensor)  # by all processes, one tensor at a time
         if parallel.RANK == 0:
             tensors[name] = tensor.cpu()
     return tensors
 
 
 def find(run: Path, name: str) -> Path | None:
-    """The folder of the checkpoint run/name, None where there is none."""
+    """The folder of the checkpoint run/name, or None if there is none."""
     for folder in (run / name, run / f"{name}.old"):
         if folder.exists():
             return folder
@@ -109,7 +110,7 @@ def find(run: Path, name: str) -> Path | None:
 
 
 def exists(run: Path) -> bool:
-    """Whether the run has a checkpoint."""
+    """Whether the run has a last checkpoint."""
     return find(run, "last") is not None
 
 
@@ -124,7 +125,7 @@ def step(run: Path) -> int:
 
 
 def metadata(folder: Path) -> dict[str, str]:
-    """What was saved with the weights: stage, step, val_loss."""
+    """The metadata saved with the weights: stage, step, val_loss."""
     path = folder / (METADATA if is_in_parts(folder) else WEIGHTS)
     try:
         if path.name == METADATA:
@@ -140,7 +141,7 @@ def metadata(folder: Path) -> dict[str, str]:
 
 
 def is_in_parts(folder: Path) -> bool:
-    """Whether a checkpoint was written by several processes."""
+    """Whether a checkpoint was written in parts, by several processes."""
     return (folder / METADATA).exists()
 
 
@@ -166,15 +167,15 @@ def load_weights(run: Path, name: str, model: torch.nn.Module) -> dict[str, str]
         key = min(differing)
         raise UserError(
             f"{shown(path)} ({saved.get('stage', 'of an unknown stage')}) does not fit this model: {key} "
-            f"is {shape(tensors, key)} there and {shape(expected, key)} here"
+            f"is {shape(tensors, key)} in the file and {shape(expected, key)} in the model"
         )
     tensors = {name: parallel.my_part(tensor, expected[name]) for name, tensor in tensors.items()}
-    model.load_state_dict(tensors, strict=False)  # strict but for the tied head: checked above
+    model.load_state_dict(tensors, strict=False)  # a tied head is missing; the rest is checked above
     return saved
 
 
 def load_last(run: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict:
-    """Fills the model and the optimizer from the last checkpoint, whoever wrote it; returns its state.pt."""
+    """Fills the model and the optimizer from the last checkpoint, sharded or not; returns its state.pt."""
     if is_in_parts(find(run, "last")):
         load_parts(run, model, optimizer)
         return load_state(run)
@@ -184,67 +185,67 @@ def load_last(run: Path, model: torch.nn.Module, optimizer: torch.optim.Optimize
     options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(sharded.divided(saved, optimizer) if parallel.is_sharded(model) else saved)
-    except (KeyError, ValueError) as error:  # of other groups of parameters than today's
+    except (KeyError, ValueError) as error:  # its parameter groups are not today's
         path = find(run, "last") / STATE
         raise UserError(
             f"the optimizer's state in {shown(path)} does not fit this model: {error}\n"
             f"start a new run from its weights with --init-from {shlex.quote(shown(run))}"
         ) from None
     for group, given in zip(optimizer.param_groups, options, strict=True):
-        group.update(given)  # what the command line says now, not what it said then
+        group.update(given)  # today's command line overrides the saved options
     return state
 
 
 def load_parts(run: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-    """Fills the model, and the optimizer unless None, from the last checkpoint of a run with FSDP."""
+    """Fills the model and the optimizer (unless None) from the last checkpoint of a run with FSDP."""
     folder = find(run, "last")
     parts, n_parts = sorted(folder.glob("*.safetensors")), metadata(folder)["parts"]
     if len(parts) != int(n_parts):
-        raise damaged(folder, f"{len(parts)} of {n_parts} parts (*.safetensors) are there")
+        raise damaged(folder, f"{len(parts)} of {n_parts} parts (*.safetensors) were found")
     for path in parts:
         try:
-            safetensors.safe_open(path, "pt")  # compares the length with what the header says
+            safetensors.safe_open(path, "pt")  # checks the file's length against its header
         except (OSError, SafetensorError) as error:
             raise damaged(path, error) from None
     try:
         sharded.load(folder, weights(model), model, optimizer)
-    except Exception as error:  # another shape, say: torch raises a different kind for each
+    except Exception as error:  # a wrong shape, for instance; torch raises many types
         raise damaged(folder, error) from None
 
 
 def shape(tensors: dict[str, torch.Tensor], key: str) -> str:
-    """The shape of a tensor, in words where it is missing."""
+    """The shape of a tensor as text, or "missing"."""
     return str(tuple(tensors[key].shape)) if key in tensors else "missing"
 
 
 def load_state(run: Path) -> dict:
-    """The optimizer, the generators and the clock of the last checkpoint, on the CPU."""
+    """The state.pt of the last checkpoint, on the CPU: optimizer, random generators, progress."""
     path = find(run, "last") / STATE
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a different kind for each way a file can be broken
+    except Exception as error:  # torch raises many types for broken files
         raise damaged(path, error) from None
     formats.check(state, formats.RUN, shown(path))
-    if "rng" in state:  # format 1, when a run had one process
+    if "rng" in state:  # early files of format 1, when a run had one process
         state["rngs"] = [state.pop("rng")]
     return state
 
 
 def not_resumable(run: Path, missing: str) -> UserError:
-    """The error for a last checkpoint whose state.pt lacks what training needs."""
+    """The error for a last checkpoint whose state.pt lacks an entry that training needs."""
     path = find(run, "last") / STATE
     return UserError(
-        f"{shown(path)} is by older code, without {missing}: it cannot be resumed\n"
+        f"{shown(path)} was written by older code, without {missing}: it cannot be resumed\n"
         f"start a new run from its weights with --init-from {shlex.quote(shown(run))}"
     )
 
 
 def damaged(path: Path, error: Exception | str) -> UserError:
-    """The error for a file that can't be read."""
+    """The error for a file that cannot be read."""
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return UserError(f"{shown(path)} is damaged or incomplete: {reason}")
 
 
 def resume_command(run: Path) -> str:
-    """The command that goes on with the run."""
+    """The command that resumes the run."""
     return f"{parallel.command()} train.py --resume --out {shlex.quote(shown(run))}"

@@ -1,7 +1,7 @@
-"""Whether the code that a run was trained with is still the code that is here.
+"""Tells whether the code that a run was trained with has changed since.
 
-A run's config.json holds a hash of what defines the model: the stage's file and the files of ours that it
-imports. Comments, docstrings and formatting do not count.
+A run's config.json holds a hash of the code that defines its model: the stage's file and the files of this
+repository that it imports. Comments, docstrings and formatting do not count.
 """
 
 import ast
@@ -14,9 +14,9 @@ from lab.errors import UserError, shown
 
 
 def code_hash(stage: str) -> str:
-    """The sha256 of the code of a stage, 16 hexadecimal digits of it."""
+    """The first 16 hexadecimal digits of the sha256 of a stage's code."""
     digest, files = hashlib.sha256(), [stages.path(stage)]
-    for path in files:  # which grows while it is read
+    for path in files:  # the list grows during the loop
         code, imported = read(path, modified(path))
         digest.update(code.encode() + b"\n")
         files += [file for file in imported if file not in files]
@@ -24,7 +24,7 @@ def code_hash(stage: str) -> str:
 
 
 def modified(path: Path) -> int:
-    """When a file was last modified; a UserError where it cannot be read."""
+    """When a file was last modified (nanoseconds since the epoch). Raises UserError if it cannot be read."""
     try:
         return path.stat().st_mtime_ns
     except OSError as error:
@@ -33,9 +33,9 @@ def modified(path: Path) -> int:
 
 @functools.cache
 def read(path: Path, modified: int) -> tuple[str, list[Path]]:
-    """What `described` makes of a file, and the files of ours that it imports.
+    """A file's syntax tree as text (see `described`), and the files of this repository that it imports.
 
-    modified only tells versions of the file apart, so that each is read once. UserError if it is not Python.
+    modified is only a cache key: each version of a file is read once. Raises UserError for a syntax error.
     """
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -45,7 +45,7 @@ def read(path: Path, modified: int) -> tuple[str, list[Path]]:
 
 
 def imports(tree: ast.Module, path: Path) -> list[Path]:
-    """The files in this repository that the import statements of a file name."""
+    """The files of this repository that a file imports."""
     names = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -63,9 +63,9 @@ def imports(tree: ast.Module, path: Path) -> list[Path]:
 
 
 def described(node: ast.AST) -> str:
-    """A syntax tree as text, without docstrings and positions, the same in every version of Python.
+    """A syntax tree as text, without docstrings and positions; it is the same in every version of Python.
 
-    (ast.dump is not: versions differ in the empty fields that they print.)
+    (The output of ast.dump is not: which empty fields it prints depends on the version.)
     """
     parts = []
     for name, value in ast.iter_fields(node):
@@ -80,28 +80,28 @@ def described(node: ast.AST) -> str:
 
 
 def is_docstring(node: ast.AST) -> bool:
-    """Whether a statement is a string alone: the docstring of a module, class, function or field."""
+    """Whether a statement is only a string: the docstring of a module, class, function or field."""
     return (
         isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and type(node.value.value) is str
     )
 
 
 def trained_with(config: dict) -> set[str | None]:
-    """The hashes of the code that a run was trained with, by its config.json; None: it does not say."""
+    """The hashes of the code that a run was trained with. None is among them if config.json has none."""
     resumed = {part["code"] for part in config.get("resumed", []) if "code" in part}
     return {config.get("code")} | resumed
 
 
 def difference(config: dict) -> str | None:
-    """What differs between a run's code and today's, in words; None where they are the same."""
+    """How a run's code differs from today's, in words; None if it does not."""
     name, hashes = config["stage"], trained_with(config)
     if name not in stages.names():
-        return f"its stage, {name}, is not here"
+        return f"its stage, {name}, does not exist here"
     if None in hashes:
         return "it was made before runs recorded their code"
     today = code_hash(name)
     if hashes == {today}:
         return None
     if today in hashes:
-        return f"{shown(stages.path(name))} changed while it was trained"
-    return f"{shown(stages.path(name))} has changed since it was trained"
+        return f"{shown(stages.path(name))} changed during training"
+    return f"{shown(stages.path(name))} has changed since training"

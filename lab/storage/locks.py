@@ -1,4 +1,4 @@
-"""A lock that one process at a time can hold, and that ends with the process, however it ends."""
+"""A lock that one process at a time can hold. It is released when the process ends, however it ends."""
 
 import os
 from collections.abc import Iterator
@@ -7,23 +7,23 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # Windows: nothing is locked there
+except ImportError:  # Windows, where nothing is locked
     fcntl = None
 
 
 class Taken(Exception):
-    """Another process holds the lock; .pid is its number, as text."""
+    """Another process holds the lock; .pid is its process ID, as text."""
 
     def __init__(self, pid: str):
-        super().__init__(f"process {pid} has it")
+        super().__init__(f"process {pid} holds the lock")
         self.pid = pid
 
 
 @contextmanager
 def held(path: Path) -> Iterator[None]:
-    """Holds the lock file at path; raises Taken where another process has it.
+    """Holds the lock file at path; raises Taken if another process holds it.
 
-    The file stays: whoever deleted it could lock a new one while the old one is still locked.
+    The file is never deleted: a process could then lock a new file while another still holds the old one.
     """
     with open(path, "a+") as file:
         if fcntl:

@@ -1,4 +1,4 @@
-"""The folders of runs: their names, the newest of them, and the config.json in each."""
+"""Run folders: how they are named, found, locked and read."""
 
 import json
 import os
@@ -26,24 +26,24 @@ RUNS = Path(os.environ.get("RUNS_DIR", stages.ROOT / "runs")).expanduser()
 def create(out: str | None, stage: str, dataset: Dataset, seed: int, config: dict) -> Path:
     """Makes the folder of a new run, with its config.json and the meta.json of its data.
 
-    It is `out`, or else runs/<stage>-<dataset>-seed<k>, with -2, -3 … where that is taken.
+    It is `out`, or else runs/<stage>-<dataset>-seed<k>, with -2, -3 … appended if that exists.
     """
     if out and (Path(out) / "config.json").exists():
-        with locked(Path(out)):  # or it is being trained just now
+        with locked(Path(out)):  # a UserError of its own if the run is being trained now
             pass
-        raise UserError(f"{out} already holds a run; --resume continues it, another --out keeps it")
+        raise UserError(f"{out} already holds a run; continue it with --resume, or choose another --out")
     folder, number = Path(out) if out else RUNS / f"{stage}-{dataset.name}-seed{seed}", 1
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=bool(out))
             break
-        except FileExistsError:  # taken, perhaps by a run that started at the same moment
+        except FileExistsError:  # perhaps made by a run that started at the same moment
             if out:
                 raise
             number += 1
             folder = RUNS / f"{stage}-{dataset.name}-seed{seed}-{number}"
     with locked(folder):
-        if (folder / "config.json").exists():  # made by another process since we looked
+        if (folder / "config.json").exists():  # made by another process in the meantime
             raise UserError(f"{shown(folder)} already holds a run; use another --out")
         write_json(folder / "meta.json", dataset.meta)
         write_json(folder / "config.json", config)
@@ -52,9 +52,9 @@ def create(out: str | None, stage: str, dataset: Dataset, seed: int, config: dic
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keeps every other process from training the run; a UserError where one is at it already.
+    """Keeps other processes from training the run; raises UserError if one already is.
 
-    Of torchrun's processes the first holds the lock for all.
+    Under torchrun, the first process holds the lock for all.
     """
     if parallel.RANK:
         yield
@@ -71,9 +71,9 @@ def locked(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def nothing_left_without_a_checkpoint(folder: Path) -> Iterator[None]:
-    """Removes a run that ends within the block, by an error or Ctrl-C, before its first checkpoint.
+    """Removes a run that an error or Ctrl-C ends within the block, before its first checkpoint.
 
-    Nothing could go on with it. Other files in its folder stay, and then the folder does too.
+    Such a run could not be resumed. If its folder holds other files, they and the folder stay.
     """
     try:
         yield
@@ -84,17 +84,17 @@ def nothing_left_without_a_checkpoint(folder: Path) -> Iterator[None]:
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
             with suppress(OSError):  # it holds something else
                 folder.rmdir()
-            print(f"nothing is saved: {shown(folder)} had no checkpoint yet")
+            print(f"nothing was saved: {shown(folder)} had no checkpoint yet")
         raise
 
 
 def lock_file(folder: Path) -> Path:
-    """The file that is locked while a run is trained."""
+    """The file that is locked while the run is trained."""
     return folder / ".lock"
 
 
 def note_resumed(folder: Path, config: dict, step: int) -> None:
-    """Adds to config.json where a run was resumed: the machine, the code, and which settings changed."""
+    """Records in config.json where a run was resumed: the step, changed settings, the code, the machine."""
     before = read_config(folder)
     changed = {
         key: value
@@ -111,14 +111,14 @@ def note_resumed(folder: Path, config: dict, step: int) -> None:
 
 
 def folders() -> list[Path]:
-    """The folders of all runs: those of train.py, and a level down those of compare.py."""
+    """The folders of all runs: those of train.py and, one level deeper, those of compare.py."""
     return sorted(path.parent for at in ("*", "compare/*/*") for path in RUNS.glob(f"{at}/config.json"))
 
 
 def all_configs() -> list[tuple[Path, dict]]:
-    """The runs that have a checkpoint, the newest first, each with its config.
+    """The runs that have a checkpoint, newest first, each with its config.
 
-    A run whose config.json cannot be read is left out, with a line on stderr.
+    A run whose config.json cannot be read is left out, and a line on stderr says so.
     """
     found = [folder for folder in folders() if checkpoint.exists(folder)]
     found.sort(key=checkpoint.written_at, reverse=True)
@@ -132,7 +132,7 @@ def all_configs() -> list[tuple[Path, dict]]:
 
 
 def newest(stage: str | None) -> Path:
-    """The newest run of a stage (its number or name), or of any."""
+    """The newest run of a stage (its number or name), or of any stage if None."""
     name = stages.find(stage) if stage else None
     for folder, config in all_configs():
         if name in (None, config["stage"]):
@@ -142,7 +142,7 @@ def newest(stage: str | None) -> Path:
 
 
 def newest_unfinished(stage: str | None, data: str, seed: int) -> Path:
-    """The newest run of this stage, data and seed that stopped before its last step."""
+    """The newest run of this stage, data and seed that has not reached its last step."""
     name = stages.find(stage) if stage else None
     for folder, config in all_configs():
         same = (config["settings"]["data"], config["settings"]["seed"]) == (data, seed)
@@ -150,16 +150,16 @@ def newest_unfinished(stage: str | None, data: str, seed: int) -> Path:
             return folder
     raise UserError(
         f"no unfinished run of {name or 'any stage'} on {data} with seed {seed} in {shown(RUNS)} to resume\n"
-        "name one with --out FOLDER, or leave --resume out to start anew"
+        "name one with --out FOLDER, or start a new run without --resume"
     )
 
 
 def read_config(folder: Path) -> dict:
-    """config.json of a run; a UserError where it is another program's."""
+    """The config.json of a run. Raises UserError if another program wrote it."""
     config = read_json(folder / "config.json")
     if not isinstance(config, dict) or not {"stage", "model"} <= config.keys():
         raise UserError(
-            f"{shown(folder)} is not a run: its config.json is not of train.py\n"
+            f"{shown(folder)} is not a run: train.py did not write its config.json\n"
             f"if it is a Hugging Face folder: python -m deploy.import_hf {shown(folder)} --out runs/NAME"
         )
     formats.check(config, formats.RUN, shown(folder / "config.json"))
@@ -167,17 +167,17 @@ def read_config(folder: Path) -> dict:
 
 
 def tokenizer(folder: Path):
-    """The tokenizer that a run was trained with."""
+    """The tokenizer that the run was trained with."""
     return from_meta(read_meta(folder), folder)
 
 
 def read_meta(folder: Path) -> dict:
-    """meta.json of a run: its tokenizer, and the data it was trained on."""
+    """The meta.json of a run: its tokenizer, and the data it was trained on."""
     return read_json(folder / "meta.json")
 
 
 def read_json(path: Path) -> dict:
-    """A JSON file of a run; a UserError where it is missing or damaged."""
+    """A JSON file of a run. Raises UserError if it is missing or damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -187,7 +187,7 @@ def read_json(path: Path) -> dict:
 
 
 def check_stage(folder: Path, stage: str | None) -> dict:
-    """The run's config; a UserError if a stage is asked for and the run is of another."""
+    """The run's config. Raises UserError if a stage is given and the run is of another stage."""
     config = read_config(folder)
     if stage and stages.find(stage) != config["stage"]:
         raise UserError(f"{shown(folder)} is a run of {config['stage']}, not of {stages.find(stage)}")
@@ -200,9 +200,9 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def load(run: Path, name: str, device: torch.device) -> tuple[torch.nn.Module, dict]:
-    """The trained model of a run in evaluation mode, and the run's config.
+    """The trained model of a run, in evaluation mode, and the run's config.
 
-    name is "best" or "last"; a run too young for a best checkpoint gives its last.
+    name is "best" or "last"; if there is no best checkpoint yet, the last one is loaded.
     """
     config = read_config(run)
     sizes = model_config(run, config)
@@ -212,9 +212,9 @@ def load(run: Path, name: str, device: torch.device) -> tuple[torch.nn.Module, d
 
 
 def model_config(run: Path, config: dict):
-    """The GPTConfig of a run; a UserError where its stage is not here or has no such sizes any more."""
+    """The GPTConfig of a run. Raises UserError if its stage does not exist, or no longer has these fields."""
     if config["stage"] not in stages.names():
-        raise UserError(f"{shown(run)} is a run of {config['stage']}, and no folder of that name is here")
+        raise UserError(f"{shown(run)} is a run of {config['stage']}, but there is no stage of that name")
     known = stages.load(config["stage"]).GPTConfig
     sizes = {name: value for name, value in config["model"].items() if not is_former(name, value)}
     unknown = sizes.keys() - {field.name for field in fields(known)}
@@ -227,27 +227,27 @@ def model_config(run: Path, config: dict):
 
 
 def is_former(name: str, value) -> bool:
-    """Whether a size of an older run is one that stages no longer have, with a value that changes nothing."""
+    """Whether a field of an older run no longer exists, and its value changed nothing."""
     switched_off = {"n_group": 1, "topk_group": 1, "q_lora_rank": None, "rope_scaling": None}  # of stage 7
     return name == "attention" or (name in switched_off and value == switched_off[name])
 
 
 def warn_of_edits(run: Path, config: dict) -> None:
-    """Says on stderr if the code that a run was trained with is not the code that is here."""
+    """Warns on stderr if the code that a run was trained with has changed."""
     difference = edits.difference(config)
     if difference and parallel.RANK == 0:
         print(f"warning: {shown(run)}: {difference}", file=sys.stderr)
 
 
 def load_weights(run: Path, name: str, model: torch.nn.Module) -> None:
-    """Fills the model from a run's checkpoint "best" or "last", a run without a best one from its last."""
+    """Fills the model from a run's checkpoint "best" or "last"; from the last if there is no best."""
     if not any(checkpoint.find(run, kind) for kind in ("best", "last")):
         raise UserError(f"{shown(run)} has no checkpoint yet: train it further")
     checkpoint.load_weights(run, name if checkpoint.find(run, name) else "last", model)
 
 
 def machine(device: torch.device) -> dict:
-    """What a number must be read together with: the hardware, the versions, the commit."""
+    """What a measurement depends on: the hardware, the versions, the commit."""
     packages = ("numpy", "tiktoken", "safetensors")
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
@@ -261,7 +261,7 @@ def machine(device: torch.device) -> dict:
 
 
 def processor() -> str:
-    """The processor's name, with its SIMD extensions as torch sees them."""
+    """The processor's name, with the SIMD extensions that torch uses."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -270,7 +270,7 @@ def processor() -> str:
 
 
 def installed(package: str) -> str | None:
-    """The version of a package, None where it is not installed."""
+    """The version of a package, or None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -278,7 +278,7 @@ def installed(package: str) -> str | None:
 
 
 def commit() -> str | None:
-    """The commit of the code, with -dirty where files differ from it; None outside a repository."""
+    """The commit of the code, with -dirty if files differ from it; None outside a repository."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         return subprocess.run(

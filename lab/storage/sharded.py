@@ -1,8 +1,8 @@
-"""Checkpoints of a model that is in parts (FSDP): each process writes its own, any number of them reads.
+"""Checkpoints of a sharded model (FSDP): each process writes its part; any number of processes can read them.
 
-torch.distributed.checkpoint does it, into safetensors: a file a process, with the weights under their usual
-names and what the optimizer keeps of a weight under optimizer.<name>.<what>. A single process reads them,
-too, so the last checkpoint of a sharded run is a plain model wherever one is wanted.
+torch.distributed.checkpoint writes them as safetensors, one file per process. Weights have their usual names;
+the optimizer's state of a weight is stored as optimizer.<name>.<key>. A single process can read them too, so
+the last checkpoint of a sharded run can be loaded like that of any other run.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from lab import parallel
 
 
 def save(folder: Path, weights: dict, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Writes this process's part into folder; every process must call it. weights: the model's, by name."""
+    """Writes this process's part into folder; every process must call this. weights: the model's, by name."""
     import torch.distributed.checkpoint as dcp
 
     writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
@@ -27,7 +27,7 @@ def save(folder: Path, weights: dict, model: torch.nn.Module, optimizer: torch.o
 def load(
     folder: Path, weights: dict, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None
 ) -> None:
-    """Fills the model, whole or in parts, and the optimizer unless None, from the parts in folder."""
+    """Fills the model, sharded or not, and the optimizer (unless None) from the parts in folder."""
     import torch.distributed.checkpoint as dcp
 
     tensors = dict(weights)
@@ -36,13 +36,13 @@ def load(
         tensors |= optimizer_state(model, optimizer)
     reader = dcp.HuggingFaceStorageReader(str(folder))
     with warnings.catch_warnings(), plain_errors():
-        warnings.simplefilter("ignore")  # one process: "assuming the intent is to load in a single process"
+        warnings.simplefilter("ignore")  # "assuming the intent is to load in a single process"
         dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
 
 
 @contextlib.contextmanager
 def plain_errors():
-    """One process's error is that of all; torch wraps it into what is not even an Exception."""
+    """Raises the error of one process itself: torch wraps it in a class that is not even an Exception."""
     from torch.distributed.checkpoint.api import CheckpointException
 
     try:
@@ -53,7 +53,7 @@ def plain_errors():
 
 
 def divided(whole: dict, optimizer: torch.optim.Optimizer) -> dict:
-    """An optimizer's whole state, as state_dict gives it, in the parts that this process holds."""
+    """The part of an optimizer's whole state_dict that this process holds."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     mine = {
         number: {what: parallel.my_part(value, parameters[number]) for what, value in state.items()}
@@ -63,7 +63,7 @@ def divided(whole: dict, optimizer: torch.optim.Optimizer) -> dict:
 
 
 def optimizer_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The optimizer's tensors by name, the very ones that it computes with."""
+    """The optimizer's state tensors by name (not copies of them)."""
     return {
         f"optimizer.{name}.{what}": value
         for name, parameter in model.named_parameters()
@@ -72,7 +72,7 @@ def optimizer_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) ->
 
 
 def make_state(optimizer: torch.optim.Optimizer) -> None:
-    """Lets an optimizer that has not stepped yet make its state, without moving a weight."""
+    """Makes an optimizer that has not stepped yet create its state, without changing any weight."""
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["lr"] = 0.0

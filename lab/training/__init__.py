@@ -1,1 +1,1 @@
-"""What a training run is made of: its settings, batches, optimizer, evaluation, log and costs."""
+"""The parts of a training run: settings, batches, optimizer, evaluation, log and costs."""

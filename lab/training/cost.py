@@ -1,4 +1,4 @@
-"""What a model costs: parameters and FLOPs, counted on the real model and never by a formula."""
+"""What a model costs: its parameters and FLOPs, counted on the real model, not computed by a formula."""
 
 import torch
 
@@ -9,9 +9,9 @@ def parameters(model: torch.nn.Module) -> int:
 
 
 def active_parameters(model: torch.nn.Module) -> int:
-    """Number of parameters that compute one token's logits: of the routed experts those that a token uses.
+    """Number of parameters used for one token's logits; of the routed experts only those that it uses count.
 
-    The blocks of multi-token prediction, which follow the model's own n_layer, do not count.
+    The MTP blocks, which follow the model's own n_layer blocks, do not count.
     """
     used = 1.0
     if hasattr(model.config, "n_routed_experts"):
@@ -22,22 +22,22 @@ def active_parameters(model: torch.nn.Module) -> int:
 
 
 def grouped_mm_flops(a_shape, b_shape, *args, out_shape=None, **kwargs) -> int:
-    """FLOPs of a grouped matrix product, which FlopCounterMode does not know: a row meets one expert."""
+    """FLOPs of a grouped matrix product (one expert per row), which FlopCounterMode does not know."""
     if len(b_shape) == 3:  # (N, in) @ (E, in, out)
         return 2 * a_shape[0] * b_shape[1] * b_shape[2]
-    return 2 * a_shape[0] * a_shape[1] * b_shape[1]  # (in, N) @ (N, out), a product for each expert
+    return 2 * a_shape[0] * a_shape[1] * b_shape[1]  # (in, N) @ (N, out), one product per expert
 
 
 def flops_per_token(model: torch.nn.Module) -> float:
-    """FLOPs of a forward and backward pass, per token, at the full context: those of a real step.
+    """FLOPs per token of a forward and backward pass at the full context, as in a real training step.
 
-    Counted on the same model without memory (the meta device), and so the same on every device. There SDPA is
-    the matrix products that it stands for; of a fused kernel the counter may know nothing.
+    They are counted on the meta device, which stores no data, so they are the same on every device. There,
+    SDPA counts as its matrix products; on a real device it may be a fused kernel unknown to the counter.
     """
-    from torch.utils.flop_counter import FlopCounterMode  # imports Triton, where there is one
+    from torch.utils.flop_counter import FlopCounterMode  # imports Triton if it is installed
 
     with torch.device("meta"):
-        bare = type(model)(model.config).eval()  # without dropout no random number is drawn
+        bare = type(model)(model.config).eval()  # no dropout, so no random numbers are drawn
         idx = torch.zeros(1, model.config.block_size, dtype=torch.int64)
     group_experts(bare)
     unknown = {torch.ops.aten._grouped_mm: grouped_mm_flops}
@@ -48,7 +48,7 @@ def flops_per_token(model: torch.nn.Module) -> float:
 
 
 def group_experts(bare: torch.nn.Module) -> None:
-    """Makes a model on the meta device compute only the chosen experts, which there takes bfloat16."""
+    """Makes a model on the meta device compute only the chosen experts; this requires bfloat16 there."""
     for layer in bare.model.layers:
         if hasattr(layer.mlp, "experts"):
             layer.mlp.experts.register_forward_pre_hook(lambda _, given: (given[0].bfloat16(), *given[1:]))

@@ -13,29 +13,29 @@ from lab.training import batches
 def next_token_loss(
     model: torch.nn.Module, tokens: np.ndarray, limit: int, batch_size: int, autocast, device: torch.device
 ) -> float:
-    """Mean cross-entropy in nats over the first `limit` targets of tokens, in windows of the context.
+    """Mean cross-entropy in nats over the first `limit` targets of tokens, in windows of block_size tokens.
 
-    Several processes share the batches; each gets the same number.
+    Several processes share the batches; each returns the same number.
     """
     was_training = model.training
     model.eval()
-    everything = list(batches.eval_batches(tokens, limit, batch_size, model.config.block_size))
+    all_batches = list(batches.eval_batches(tokens, limit, batch_size, model.config.block_size))
     sums, sizes = [], []
-    for first in range(0, len(everything), parallel.WORLD_SIZE):
-        mine = first + parallel.RANK
-        # With FSDP all must compute in step: who has no batch left repeats the last one, uncounted.
-        idx, targets = everything[min(mine, len(everything) - 1)]
+    for first in range(0, len(all_batches), parallel.WORLD_SIZE):
+        number = first + parallel.RANK
+        # FSDP needs a forward pass from every process: one without a batch repeats the last one, uncounted.
+        idx, targets = all_batches[min(number, len(all_batches) - 1)]
         with autocast:
             _, losses = model(idx.to(device), targets.to(device))
-        size = (targets != -1).sum().item() if mine < len(everything) else 0
+        size = (targets != -1).sum().item() if number < len(all_batches) else 0
         sizes.append(size)
         sums.append(losses["next_token"] * size)
     model.train(was_training)
-    found = torch.stack([torch.stack(sums).cpu().double().sum(), torch.tensor(sum(sizes)).double()])
-    loss, n_targets = parallel.total(found)
+    totals = torch.stack([torch.stack(sums).cpu().double().sum(), torch.tensor(sum(sizes)).double()])
+    loss, n_targets = parallel.total(totals)
     return (loss / n_targets).item()
 
 
 def bits_per_byte(loss: float, meta: dict) -> float:
-    """A loss in nats a token as bits per byte of text: comparable between tokenizers."""
+    """Converts a loss in nats per token to bits per byte of text, which can be compared across tokenizers."""
     return loss / math.log(2) * meta["tokens"]["val"] / meta["bytes"]["val"]

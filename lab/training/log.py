@@ -1,4 +1,4 @@
-"""What a run reports while it trains: metrics.jsonl, a live line or plain lines, and wandb."""
+"""Reports the metrics of a run during training: to metrics.jsonl, the terminal and wandb."""
 
 import json
 import os
@@ -58,13 +58,13 @@ class RunLog:
             self.wandb.finish()
 
     def write(self, record: dict, mfu: float | None) -> None:
-        """One line of metrics, on every channel. mfu: model FLOPs utilisation, where known."""
+        """Writes one record to all outputs. mfu: model FLOPs utilisation, or None if unknown."""
         self.file.write(json.dumps(record) + "\n")
         if self.wandb:
             self.wandb.log(record, step=record["step"])
         self.val_loss = record.get("val_loss", self.val_loss)
         report = f"loss {record['loss']:.4f}"
-        if self.val_loss is not None and (self.live or "val_loss" in record):  # a line is read on its own
+        if self.val_loss is not None and (self.live or "val_loss" in record):  # plain lines repeat no value
             report += f"  val {self.val_loss:.4f}"
         report += f"  {record['tokens_per_second']:,.0f} tokens/s"
         if mfu is not None:
@@ -77,17 +77,17 @@ class RunLog:
             self.console.print(f"step {record['step']}/{self.steps}  {report}", soft_wrap=True)
 
 
-def expert_load(watched: dict) -> dict:
-    """What a mixture of experts did in a step, ready for a line of metrics; empty for other models.
+def expert_load(statistics: dict) -> dict:
+    """A step's statistics of a mixture of experts, ready for metrics.jsonl; empty for other models.
 
-    expert_tokens: the tokens of each expert, a list for each layer; router_entropy: the mean entropy of a
-    token's scores (nats) by layer; busiest_expert: the largest share of a layer's tokens that one expert had.
+    expert_tokens: tokens per expert, one list per layer; router_entropy: mean entropy of a token's scores
+    (nats), by layer; busiest_expert: the largest share of a layer's tokens that went to one expert.
     """
-    if not watched:
+    if not statistics:
         return {}
-    tokens = watched["expert_tokens"]
+    tokens = statistics["expert_tokens"]
     shares = tokens / tokens.sum(1, keepdim=True)
-    return {name: value.tolist() for name, value in watched.items()} | {"busiest_expert": shares.max().item()}
+    return {name: t.tolist() for name, t in statistics.items()} | {"busiest_expert": shares.max().item()}
 
 
 def keep_until(path: Path, step: int) -> None:
@@ -97,14 +97,14 @@ def keep_until(path: Path, step: int) -> None:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl; a last line that a kill cut short is left out."""
+    """The records of a metrics.jsonl, without a last line that a kill cut short."""
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
 def log_in_to_wandb() -> None:
-    """Asks for the key where wandb has none and can ask; a UserError where it cannot, or is not installed."""
+    """Lets wandb ask for its key if it has none. Raises UserError if it cannot ask, or is not installed."""
     with wandb_errors() as wandb:
         if parallel.RANK == 0:
             wandb.login()
@@ -112,7 +112,7 @@ def log_in_to_wandb() -> None:
 
 @contextmanager
 def wandb_errors() -> Iterator[ModuleType]:
-    """The module wandb; what it raises becomes a UserError."""
+    """Yields the module wandb, and turns its errors into UserErrors."""
     wandb = optional.load("wandb", extra="wandb", needed_for="--wandb")
     try:
         yield wandb

@@ -1,4 +1,4 @@
-"""What a training step does: gradients, the learning rate, the optimizer."""
+"""The parts of a training step: gradients, the learning rate, the optimizer."""
 
 import math
 from collections import defaultdict
@@ -19,15 +19,15 @@ def adamw(
     model: torch.nn.Module, lr: float, weight_decay: float, betas: tuple[float, float]
 ) -> torch.optim.AdamW:
     """Fused AdamW for all parameters of the model."""
-    return adamw_of(list(model.parameters()), lr, weight_decay, betas)  # a tied matrix comes once
+    return adamw_of(list(model.parameters()), lr, weight_decay, betas)  # contains a tied matrix once
 
 
 def adamw_of(
     parameters: list[torch.nn.Parameter], lr: float, weight_decay: float, betas: tuple[float, float]
 ) -> torch.optim.AdamW:
-    """Fused AdamW (arXiv 1711.05101); only parameters of two dimensions or more decay.
+    """Fused AdamW (arXiv 1711.05101); only parameters with two or more dimensions decay.
 
-    A norm's weight or a bias has its best value away from zero; pulling it there helps nothing.
+    Norm weights and biases have no reason to be close to zero, so decaying them does not help.
     """
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
@@ -37,22 +37,22 @@ def adamw_of(
 
 
 class BatchedMuon(torch.optim.Muon):
-    """torch's Muon, but matrices of equal shape are orthogonalized as one batch, stacks of them too.
+    """torch's Muon, but it orthogonalizes all matrices of one shape, and stacks of them, as one batch.
 
-    A model has many small matrices of few shapes; one after the other they would leave the processor idle.
+    A model has many small matrices of few shapes; one at a time, they would not keep the processor busy.
     """
 
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
-            by_shape = defaultdict(list)  # parameters, by the shape of the matrix or matrices that each is
+            by_shape = defaultdict(list)  # parameters, by the shape of their matrices
             for p in group["params"]:
                 if p.grad is not None:
                     by_shape[p.shape[-2:]].append(p)
             for shape, parameters in by_shape.items():
                 updates = [self.nesterov(p, group["momentum"]).view(-1, *shape) for p in parameters]
                 updates = orthogonalized(torch.cat(updates), group["ns_coefficients"], group["ns_steps"])
-                # As large, by root mean square, as AdamW's: the same learning rate fits both.
+                # The updates' root mean square matches AdamW's, so the same learning rate suits both.
                 size = 0.2 * math.sqrt(max(shape))
                 sizes = [p.numel() // shape.numel() for p in parameters]
                 for p, update in zip(parameters, updates.split(sizes), strict=True):
@@ -60,7 +60,7 @@ class BatchedMuon(torch.optim.Muon):
                     p.add_(update.view_as(p), alpha=-group["lr"] * size)
 
     def nesterov(self, p: torch.nn.Parameter, momentum: float) -> torch.Tensor:
-        """Counts p's gradient into its running mean; returns their mix, which looks a step ahead."""
+        """Updates the running mean of p's gradient; returns a mix of both (Nesterov momentum)."""
         state = self.state[p]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(p.grad)
@@ -69,8 +69,8 @@ class BatchedMuon(torch.optim.Muon):
 
 
 def orthogonalized(x: torch.Tensor, coefficients: tuple[float, float, float], steps: int) -> torch.Tensor:
-    """Newton and Schulz's iteration on each matrix of x (N, rows, columns): singular values become near 1."""
-    if x.size(1) > x.size(2):  # the products are of rows with rows: the fewer the better
+    """Newton–Schulz iteration on each matrix of x (N, rows, columns): brings singular values close to 1."""
+    if x.size(1) > x.size(2):  # the products are (rows, rows): fewer rows are cheaper
         return orthogonalized(x.mT, coefficients, steps).mT
     a, b, c = coefficients
     x = x.bfloat16()
@@ -82,7 +82,7 @@ def orthogonalized(x: torch.Tensor, coefficients: tuple[float, float, float], st
 
 
 class MuonAndAdamW:
-    """Muon (arXiv 2502.16982) for the matrices of the blocks, AdamW for the rest, as one optimizer."""
+    """Muon (arXiv 2502.16982) for the matrices of the blocks and AdamW for the rest, as one optimizer."""
 
     def __init__(self, model: torch.nn.Module, lr: float, weight_decay: float, betas: tuple[float, float]):
         matrices = {id(p) for p in model.model.layers.parameters() if p.dim() >= 2}
@@ -129,14 +129,14 @@ def cosine_lr(step: int, steps: int, warmup_steps: int, lr: float, min_lr: float
 
 
 def accumulate_gradients(model, idx, targets, micro_batch: int, autocast) -> dict[str, torch.Tensor]:
-    """Adds the batch's gradient to the parameters; returns each loss, averaged over all of the batch.
+    """Adds the batch's gradient to the parameters; returns each loss, averaged over the batch.
 
-    With several processes the gradient is the mean of theirs, the losses are this one's.
+    With several processes, the gradient is the mean over all of them, but the losses are this process's own.
     """
     parts = list(zip(idx.split(micro_batch), targets.split(micro_batch), strict=True))
     totals = defaultdict(float)
     for number, (idx_part, targets_part) in enumerate(parts, 1):
-        parallel.synchronize_gradients(model, number == len(parts))  # once, when the last part is added
+        parallel.synchronize_gradients(model, number == len(parts))  # only with the last part
         with autocast:
             _, losses = model(idx_part, targets_part)
         (sum(losses.values()) / len(parts)).backward()
@@ -148,7 +148,7 @@ def accumulate_gradients(model, idx, targets, micro_batch: int, autocast) -> dic
 def update(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, lr: float, grad_clip: float
 ) -> torch.Tensor:
-    """One optimizer step with the gradients at hand, which it clears; returns their norm before clipping."""
+    """Takes an optimizer step and clears the gradients; returns their norm before clipping."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or float("inf"))

@@ -1,10 +1,10 @@
-"""Sizes and schedules to start from, one a machine; every number is also a flag of train.py."""
+"""Default sizes and schedules for different machines; every number is also a flag of train.py."""
 
 from dataclasses import fields
 
 # model: fields of GPTConfig; the rest: fields of lab.training.settings.Settings.
 PRESETS = {
-    # nanoGPT's setting for a CPU, to compare number with number: minutes on a laptop.
+    # nanoGPT's settings for a CPU, so that results can be compared directly; takes minutes on a laptop.
     "laptop": {
         "model": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64},
         "batch_size": 12,
@@ -14,7 +14,7 @@ PRESETS = {
         "warmup_steps": 100,
         "beta2": 0.99,
     },
-    # nanoGPT's setting for one GPU and TinyShakespeare.
+    # nanoGPT's settings for one GPU and TinyShakespeare.
     "baby": {
         "model": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "dropout": 0.2},
         "batch_size": 64,
@@ -40,17 +40,17 @@ PRESETS = {
 
 
 def choose(data: str, device_type: str) -> str:
-    """The preset's name where --preset says auto."""
+    """The name of the preset that --preset auto selects."""
     if data == "openwebtext":
         return "gpt2"
     return "baby" if device_type == "cuda" else "laptop"
 
 
 def model_defaults(config_class: type, sizes: dict):
-    """These sizes as the defaults of the --model flags: a config_class in which nothing is derived yet.
+    """The defaults of the --model flags: a config_class with these sizes, which derives nothing yet.
 
-    What a config derives from its sizes (such as a width from n_embd) must wait for the command line: after
-    `--model.n-embd 256` the width follows from 256.
+    Sizes that are derived from others (such as a width from n_embd) must wait for the command line: after
+    `--model.n-embd 256` the width is derived from 256.
     """
 
     class Defaults(config_class):

@@ -7,8 +7,8 @@ import numpy as np
 
 from lab import stages
 
-# One colour a stage, in every picture, that shows on white and on black: most are Okabe and Ito's, which the
-# colour-blind can tell apart.
+# One colour per stage, the same in every picture, visible on white and on black. Most are from Okabe and
+# Ito's palette, which colour-blind readers can tell apart.
 STAGE_COLORS = [
     "#888888",
     "#E69F00",
@@ -23,20 +23,20 @@ STAGE_COLORS = [
 RUN_COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#888888"]
 VARIANT_COLORS = ["#C0392B", "#17A2A2", "#8C6D1F", "#2ECC71"]
 
-# Neighbouring experts, in turn; which is which does not matter, how wide each band is does.
+# Colours of experts, repeated as needed: what matters is how wide each band is, not which expert it shows.
 EXPERT_COLORS = ["#0072B2", "#56B4E9", "#009E73", "#F0E442", "#E69F00", "#D55E00", "#CC79A7", "#999999"]
 
 
 def new_figure(width: float, height: float, columns: int = 1, rows: int = 1):
-    """An empty figure (inches) and its axes. For files alone: it needs no window and no display."""
-    from matplotlib.figure import Figure  # loading it takes most of a second
+    """An empty figure (sizes in inches) and its axes. It is only saved to files, so it needs no display."""
+    from matplotlib.figure import Figure  # this import takes most of a second
 
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     return figure, figure.subplots(rows, columns)
 
 
 def loss_curves(metrics: list[dict], title: str, path: Path) -> None:
-    """Training and validation loss against tokens, as a PNG."""
+    """Plots training and validation loss against tokens, as a PNG."""
     figure, axes = new_figure(7, 4.3)
     millions = [record["tokens"] / 1e6 for record in metrics]
     axes.plot(
@@ -71,10 +71,10 @@ def loss_curves(metrics: list[dict], title: str, path: Path) -> None:
 
 
 def several_runs(histories: dict[str, list[dict]], loss: str, path: Path) -> None:
-    """Validation loss of runs against tokens and against seconds of training, as a PNG.
+    """Plots the validation loss of runs against tokens and against seconds of training, as a PNG.
 
-    histories: by the run's name, the lines of metrics.jsonl; loss: "val_loss", or "bits_per_byte", which can
-    be compared across tokenizers.
+    histories: the records of metrics.jsonl, by the run's name; loss: "val_loss", or "bits_per_byte", which
+    can be compared across tokenizers.
     """
     figure, panels = new_figure(11, 4.8, columns=2)
     scales = [("tokens", 1e6, "tokens trained on (millions)"), ("seconds", 1, "seconds of training")]
@@ -99,8 +99,8 @@ def several_runs(histories: dict[str, list[dict]], loss: str, path: Path) -> Non
 
 
 def expert_load(metrics: list[dict], path: Path) -> None:
-    """Each expert's share of the tokens over the steps, a panel a layer, as a PNG."""
-    loads = [record["expert_tokens"] for record in metrics]  # by time, layer and expert
+    """Plots each expert's share of the tokens over the steps, one panel per layer, as a PNG."""
+    loads = [record["expert_tokens"] for record in metrics]  # (times, layers, experts)
     steps = [record["step"] for record in metrics]
     n_layers = len(loads[0])
     columns = min(n_layers, 4)
@@ -125,9 +125,9 @@ def expert_load(metrics: list[dict], path: Path) -> None:
 
 
 def balancing(histories: dict[str, list[dict]], path: Path) -> None:
-    """The share of each layer's busiest expert over the steps, a panel a way to balance, as a PNG.
+    """Plots the token share of each layer's busiest expert, one panel per balancing method, as a PNG.
 
-    histories: by way, the lines of metrics.jsonl.
+    histories: the records of metrics.jsonl, by balancing method.
     """
     figure, axes = new_figure(3.1 * len(histories) + 0.6, 3.2, len(histories))
     for panel, (name, metrics) in zip(np.atleast_1d(axes), histories.items(), strict=True):
@@ -149,9 +149,9 @@ def balancing(histories: dict[str, list[dict]], path: Path) -> None:
 
 
 def against_context(measured: dict[str, dict], contexts: list[int], path: Path) -> None:
-    """Training tokens/s and memory of several ways to compute attention, against the context, as a PNG.
+    """Plots training tokens/s and memory of attention implementations against the context, as a PNG.
 
-    measured: by name, the stage, and tokens_per_second and memory (bytes) by context.
+    measured: for each name the stage, and tokens_per_second and memory (bytes) by context.
     """
     from matplotlib.ticker import LogLocator, NullLocator
 
@@ -178,6 +178,6 @@ def against_context(measured: dict[str, dict], contexts: list[int], path: Path) 
 
 
 def stage_color(name: str) -> str:
-    """The colour of a stage, by its folder's name; those of variants are others, in turn."""
-    place, course = stages.names().index(name), len(stages.course())
-    return STAGE_COLORS[place] if place < course else VARIANT_COLORS[(place - course) % len(VARIANT_COLORS)]
+    """The colour of a stage. Relatives and variants have colours of their own, repeated as needed."""
+    i, n_stages = stages.names().index(name), len(stages.course())
+    return STAGE_COLORS[i] if i < n_stages else VARIANT_COLORS[(i - n_stages) % len(VARIANT_COLORS)]

@@ -1,4 +1,4 @@
-"""Every setting of a training run: from the command line, a preset, or the run that is resumed."""
+"""The settings of a training run: from the command line, a preset, or the run to resume."""
 
 import math
 from dataclasses import asdict, dataclass, fields, replace
@@ -19,70 +19,71 @@ ModelConfig = TypeVar("ModelConfig")
 
 @dataclass
 class Settings(Generic[ModelConfig]):
-    """Trains one stage of the course and leaves the run in runs/."""
+    """Trains one stage of the course and saves the run in runs/."""
 
     model: ModelConfig
-    """Sizes of the model; what is left out follows from the rest."""
+    """Sizes of the model; those left out are derived from the others."""
     stage: str
-    """Stage to train: its number or name. With --resume or --init-from that of the run."""
+    """Stage to train: its number or name. Default with --resume or --init-from: the run's."""
     data: str = "tinyshakespeare"
     """tinyshakespeare, openshakespeare, openwebtext, or a path: a file of UTF-8 text, .jsonl or .parquet, or
-    a folder of them."""
+    a folder of such files."""
     tokenizer: Literal["char", "gpt2"] = "char"
-    """What a token is: a character, or one of GPT-2's 50257 pieces of words (openwebtext knows no other)."""
+    """char: tokens are characters; gpt2: GPT-2's 50257 word pieces (the only choice for openwebtext)."""
     preset: Literal["auto", "laptop", "baby", "gpt2"] = "auto"
-    """Sizes and schedule to start from; auto: baby on CUDA, else laptop (gpt2 for openwebtext)."""
+    """Default sizes and schedule; auto: baby on CUDA, else laptop (gpt2 for openwebtext)."""
     seed: int = 0
-    """Seed of the weights, the batches and the dropout."""
+    """Seed of the weights, the batches and dropout."""
     device: str = "auto"
-    """cuda, mps or cpu; auto: the first of these that is present."""
+    """cuda, mps or cpu; auto: the first of these that is available."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of matrix products; auto: bfloat16 where the hardware has it, else float32."""
+    """Precision of matrix products; auto: bfloat16 if the hardware supports it, else float32."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    """What torchrun's processes share: ddp: gradients; fsdp: weights and the optimizer's state, too."""
+    """For torchrun's processes. ddp: each one holds the whole model; fsdp: each holds a part of it."""
     activation_checkpointing: bool = False
-    """Keep only the inputs of blocks for the backward pass: less memory, a third more arithmetic."""
+    """Keep only the inputs of blocks and recompute the rest: less memory, a third more arithmetic."""
     compile: bool = False
-    """Compile the model with torch.compile; by default on CUDA only."""
+    """Compile the model with torch.compile. Default: only on CUDA."""
     attention_kernel: Literal["auto", "explicit", "sdpa", "tiled", "triton"] = "auto"
-    """What computes attention from stage 5 on. auto: what the stage's own code chooses; tiled and triton:
-    stage5_flash/tiled.py and kernel.py."""
+    """What computes attention, from stage 5 on. auto: what the stage's code chooses; tiled and triton are
+    tiled.py and kernel.py in stage5_flash/."""
     steps: int = 2000
     """Optimizer steps."""
     batch_size: int = 12
-    """Sequences in an optimizer step."""
+    """Sequences per optimizer step."""
     micro_batch_size: int | None = None
-    """Sequences that a process computes at once; gradients add up to batch_size. None: all of its share."""
+    """Sequences that a process computes at once (gradient accumulation). None: its share of the batch."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """adamw, or muon for the matrices of the blocks and adamw for the rest."""
+    """adamw; or muon: Muon for the matrices of the blocks and AdamW for the rest."""
     lr: float = 1e-3
     """Highest learning rate, reached after the warm-up."""
     min_lr: float = 1e-4
-    """Learning rate at the last step, along a cosine. Default: the preset's; of a lower --lr a tenth."""
+    """Learning rate at the last step of the cosine. Default: the preset's, or lr/10 if lr is below that."""
     warmup_steps: int = 100
-    """Steps over which the learning rate rises from 0. Default: the preset's; of fewer --steps a tenth."""
+    """Steps over which the learning rate rises from 0. Default: the preset's, or steps/10 if there are fewer
+    steps than that."""
     weight_decay: float = 0.1
     """Weight decay of matrices and embeddings; norms and biases have none."""
     beta1: float = 0.9
-    """AdamW's decay of the average gradient."""
+    """AdamW's decay rate for the running mean of gradients."""
     beta2: float = 0.99
-    """AdamW's decay of the average squared gradient."""
+    """AdamW's decay rate for the running mean of squared gradients."""
     grad_clip: float = 1.0
-    """Largest norm of the gradient; 0: no limit."""
+    """Gradients with a larger norm are scaled down to it; 0: no limit."""
     eval_every: int = 250
-    """Steps between evaluations on the validation split, each followed by a checkpoint."""
+    """Steps between evaluations on the validation split; each is followed by a checkpoint."""
     eval_tokens: int = 1_000_000
-    """Validation tokens to evaluate on, from the start of the split; all of it where it is shorter."""
+    """Validation tokens to evaluate on, from the start of the split; all of it if it is shorter."""
     log_every: int = 10
     """Steps between lines in metrics.jsonl."""
     out: str | None = None
     """Folder of the run. None: a new one, runs/<stage>-<data>-seed<k>."""
     init_from: str | None = None
-    """Folder of a run whose best weights to start from (fine-tuning); its sizes become the defaults."""
+    """Folder of a run to fine-tune, starting from its best weights; its sizes become the defaults."""
     resume: bool = False
-    """Continue the run in --out, or else the newest unfinished one of this stage, data and seed."""
+    """Continue the run in --out, or else the newest unfinished run of this stage, data and seed."""
     wandb: bool = False
-    """Mirror the metrics to Weights & Biases: pip install -e '.[wandb]'."""
+    """Also send the metrics to Weights & Biases; needs pip install -e '.[wandb]'."""
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "micro_batch_size", "eval_every", "eval_tokens", "log_every"):
@@ -109,7 +110,7 @@ class Settings(Generic[ModelConfig]):
 
 @dataclass
 class Choice:
-    """The flags that decide the defaults of the others, read before them."""
+    """The flags that determine the defaults of the other flags, so they are parsed first."""
 
     stage: str | None = None
     data: str = "tinyshakespeare"
@@ -124,21 +125,21 @@ class Choice:
 
 
 def parse(argv: list[str]) -> Settings:
-    """What a command line asks for: its flags over a preset, or over the resumed run's own settings.
+    """The settings of a command line; its flags override a preset, or the resumed run's own settings.
 
-    Raises UserError for an unknown flag, an impossible value, or a run that is not there.
+    Raises UserError for an unknown flag, an invalid value, or a run that does not exist.
     """
     wants_help = "-h" in argv or "--help" in argv
     choice, _ = parse_flags(Choice, argv, return_unknown_args=True, add_help=False)
     if choice.resume and choice.init_from:
-        raise UserError("--resume goes on with a run's own weights: leave out --init-from")
+        raise UserError("--resume continues from the run's own weights: leave out --init-from")
     if choice.resume and not wants_help:
         default = resumed_settings(choice)
     elif choice.init_from and not wants_help:
         default = fine_tuning_settings(choice)
     else:
         if not choice.stage and not wants_help:
-            raise UserError(f"which stage? --stage N, one of: {stages.listing()}")
+            raise UserError(f"--stage is missing; use one of: {stages.listing()}")
         default = preset_settings(choice, stages.find(choice.stage or "0"))
     stage = default.stage
     if wants_help:
@@ -154,27 +155,27 @@ def parse(argv: list[str]) -> Settings:
             before = getattr(default, name)
             if getattr(settings, name) != before:
                 raise UserError(f"the run has --{name} {before}, which cannot change: leave --{name} out")
-    if schedule(settings) != schedule(default) or not choice.resume:  # runs of older code may have any
+    if schedule(settings) != schedule(default) or not choice.resume:  # older code did not check it
         check_schedule(settings)
     return settings
 
 
 def schedule(settings: Settings) -> tuple:
-    """What the learning rate of each step follows from."""
+    """The settings that determine the learning rate of each step."""
     return settings.steps, settings.warmup_steps, settings.lr, settings.min_lr
 
 
 def check_schedule(settings: Settings) -> None:
-    """A UserError where the learning rate could not go up to its highest and then down to its lowest."""
+    """Raises UserError if the warm-up is longer than the run, or the lowest rate is above the highest."""
     steps, warmup_steps, lr, min_lr = schedule(settings)
     if warmup_steps > steps:
         raise UserError(f"--warmup-steps {warmup_steps} is more than --steps {steps}: change one of them")
     if min_lr > lr:
-        raise UserError(f"--min-lr {min_lr:g} is above --lr {lr:g}, which is the highest: change one of them")
+        raise UserError(f"--min-lr {min_lr:g} is above --lr {lr:g}, the highest rate: change one of them")
 
 
 def preset_settings(choice: Choice, stage: str) -> Settings:
-    """Settings of a new run."""
+    """Default settings of a new run."""
     device_type = device.choose(choice.device).type
     name = presets.choose(choice.data, device_type) if choice.preset == "auto" else choice.preset
     preset = dict(presets.PRESETS[name])
@@ -189,11 +190,11 @@ def preset_settings(choice: Choice, stage: str) -> Settings:
 
 
 def fine_tuning_settings(choice: Choice) -> Settings:
-    """Settings of a new run that starts from another's weights: a preset's, with that run's sizes."""
+    """Default settings of a run that starts from another run's weights: a preset's, with that run's sizes."""
     run = Path(choice.init_from)
     config, tokenizer = runs.read_config(run), runs.read_meta(run)["tokenizer"]
     if tokenizer == "hf":
-        raise UserError(f"{choice.init_from} has a tokenizer.json that only sample.py can use, not train.py")
+        raise UserError(f"{choice.init_from} has a tokenizer.json, which sample.py can use, but not train.py")
     settings = preset_settings(choice, stages.find(choice.stage or config["stage"]))
     settings.model = presets.model_defaults(stages.load(settings.stage).GPTConfig, config["model"])
     settings.tokenizer = tokenizer
@@ -201,7 +202,7 @@ def fine_tuning_settings(choice: Choice) -> Settings:
 
 
 def resumed_settings(choice: Choice) -> Settings:
-    """Settings of the run that --resume continues, as its config.json has them."""
+    """Settings of the run that --resume continues, from its config.json."""
     folder = (
         Path(choice.out) if choice.out else runs.newest_unfinished(choice.stage, choice.data, choice.seed)
     )
@@ -212,21 +213,21 @@ def resumed_settings(choice: Choice) -> Settings:
             f"to train it: python train.py --init-from {shown(folder)}"
         )
     if not checkpoint.exists(folder):
-        with runs.locked(folder):  # or it is being trained just now
+        with runs.locked(folder):  # a UserError of its own if the run is being trained now
             pass
-        raise UserError(f"{shown(folder)} stopped before its first checkpoint: delete it and start anew")
+        raise UserError(f"{shown(folder)} stopped before its first checkpoint: delete it and start again")
     unknown = config["settings"].keys() - {field.name for field in fields(Settings)}
     if unknown:
         raise UserError(
-            f"{shown(folder)} was made by another version of train.py: it has {', '.join(sorted(unknown))}, "
-            "which this one does not know\nresume it with that version, or train a new run"
+            f"{shown(folder)} was made by another version of train.py, with {', '.join(sorted(unknown))}, "
+            "which this one does not have\nresume it with that version, or train a new run"
         )
     model = runs.model_config(folder, config)
     return Settings(**config["settings"] | {"model": model, "out": str(folder)})
 
 
 def fit_to_data(config, dataset: Dataset):
-    """The model's sizes with the vocabulary of the data; a UserError where they do not go together."""
+    """The model's sizes with the vocabulary of the data. Raises UserError if the data does not suit them."""
     needed = dataset.tokenizer.vocab_size
     if config.vocab_size == type(config).vocab_size and needed < 50257:
         config = replace(config, vocab_size=needed)  # only GPT-2's vocabulary is padded, to 50304
@@ -244,5 +245,5 @@ def fit_to_data(config, dataset: Dataset):
 
 
 def as_json(settings: Settings) -> dict:
-    """The settings without the model's sizes and what belongs to one invocation alone."""
+    """The settings, except the model's sizes and what only concerns one invocation."""
     return {key: value for key, value in asdict(settings).items() if key not in ("model", "resume", "out")}
