@@ -1061,7 +1061,7 @@ def test_fine_tuning_names_a_character_that_the_run_does_not_know(fine_tune, cap
 
 def test_data_in_other_tokens_than_the_run_is_refused(workshop):
     dataset = data.load("words.txt")
-    with pytest.raises(UserError, match="words is in tokens of 'char', the run in those of 'gpt2'"):
+    with pytest.raises(UserError, match="words uses the tokenizer 'char', but the run uses 'gpt2'"):
         data.recode(dataset, {"tokenizer": "gpt2", "vocab_size": 50257})
 
 
