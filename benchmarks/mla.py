@@ -1,8 +1,8 @@
-"""Measures stage 7: what each of its two ideas does to the loss, decoding in both forms, and drafting.
+"""Measures stage 7: the effect of each of its two ideas on the loss, decoding in both forms, and drafting.
 
-python -m benchmarks.mla            writes the part "mla" of results/results.json, training what is missing in
-                                 runs/mla/; then python -m lab.pages.lessons
-It reads the runs of stage 7 that compare.py made, and those of stage 6 with the bias of moe.py.
+python -m benchmarks.mla trains the missing runs in runs/mla/ and writes the section "mla" of
+results/results.json; afterwards run python -m lab.pages.lessons. It also reads compare.py's runs of stage 7,
+and the runs of stage 6 with the bias that benchmarks/moe.py trains.
 """
 
 import json
@@ -27,10 +27,10 @@ from lab.training import log, presets
 CPU = torch.device("cpu")
 VARIANTS = {
     "mla-alone": ["--model.num-nextn-predict-layers", "0"],
-    "mtp-alone": ["--model.qk-rope-head-dim", "32"],  # stage 6's attention rotates all of a head
+    "mtp-alone": ["--model.qk-rope-head-dim", "32"],  # stage 6's attention rotates all dimensions of a head
 }
 PROMPTS = ("ROMEO:\n", "JULIET:\n", "What, ", "KING RICHARD III:\nNow is the ", "The ")
-DRAFTED = 400  # tokens after each
+DRAFTED = 400  # tokens to generate after each prompt
 
 
 @dataclass
@@ -38,15 +38,15 @@ class Settings:
     """Measures stage 7."""
 
     seeds: int = 3
-    """Runs of each variant."""
+    """Number of runs of each variant."""
     rounds: int = 7
-    """Times that each speed is measured, in turn; medians are reported."""
+    """Number of interleaved measurements of each speed; medians are reported."""
     variant: str | None = None
-    """Train this variant alone (mla-alone or mtp-alone) with seed --seed, and measure nothing."""
+    """Only train this variant (mla-alone or mtp-alone) with seed --seed, and measure nothing."""
     seed: int = 0
     """Seed of --variant."""
     drafts_of: str | None = None
-    """Measure the drafts of this run of stage 7 alone, and keep the other figures."""
+    """Only measure drafting with this run of stage 7, and keep the other figures."""
 
 
 def main():
@@ -81,15 +81,15 @@ def main():
 
 
 def folder_of(variant: str, seed: int) -> Path:
-    """Where a variant's run is."""
+    """The folder of a variant's run."""
     return runs.RUNS / "mla" / f"{variant}-seed{seed}"
 
 
 def train_variant(variant: str, seed: int) -> None:
-    """Trains stage 7 with one of its ideas alone, laptop preset."""
+    """Trains stage 7 with only one of its ideas, on the laptop preset."""
     if variant == "mtp-alone":
         module, six = stages.load("stage7_mla_mtp"), stages.load("stage6_moe")
-        module.Attention = six.Attention  # every block makes its attention of this name
+        module.Attention = six.Attention  # every block looks its attention up by this name
         module.GPTConfig.n_kv_head = 2
     flags = ["--stage", "7", "--preset", "laptop", "--device", "cpu", "--seed", str(seed)]
     sys.argv = ["train.py", *flags, "--out", str(folder_of(variant, seed)), *VARIANTS[variant]]
@@ -97,13 +97,13 @@ def train_variant(variant: str, seed: int) -> None:
 
 
 def train_without_sample() -> None:
-    """train.py but for its sample: the cache of stage 7 does not fit stage 6's attention."""
+    """Runs train.py without the final sample, because stage 7's cache does not fit stage 6's attention."""
     train.report = lambda folder, *_: (folder / "sample.txt").write_text("")
     train.main()
 
 
 def losses(seeds: int) -> dict:
-    """Final validation losses with neither idea, each alone, and both; all with the sigmoid router."""
+    """Final validation losses with neither idea, each alone, and both, always with the sigmoid router."""
     folders = {
         "stage 6 with the bias": [runs.RUNS / "moe" / f"bias-seed{seed}" for seed in range(seeds)],
         "with MLA alone": [folder_of("mla-alone", seed) for seed in range(seeds)],
@@ -123,7 +123,7 @@ def losses(seeds: int) -> dict:
 
 
 def training(rounds: int) -> dict:
-    """Training speed as a multiple of stage 6's, with the block of multi-token prediction and without."""
+    """Training speed relative to stage 6's, with and without multi-token prediction."""
     dtype = device.choose_dtype("auto", CPU)
     six = moe.training_step("stage6_moe", dtype, router="sigmoid")
     return {
@@ -133,7 +133,7 @@ def training(rounds: int) -> dict:
 
 
 def decoding(rounds: int) -> dict:
-    """Tokens a second of one token at a time behind so long a context: absorbed, expanded, and stage 5."""
+    """Tokens per second of decoding, by context length: absorbed, expanded, and stage 5."""
     by_context = {}
     for context in (64, 256, 1024, 2048):
         steppers = {
@@ -175,7 +175,7 @@ def stepper(name: str, context: int, absorbs: bool | None):
 
 
 def drafts(trained: Path, rounds: int) -> list[dict]:
-    """Acceptance and speed of drafting with the trained stage 7, by temperature and drafts at a time."""
+    """Acceptance rate and speed of drafting with a trained stage 7, by temperature and number of drafts."""
     model, _ = runs.load(trained, "best", CPU)
     tokenizer = runs.tokenizer(trained)
     vocab_size = tokenizer.vocab_size
