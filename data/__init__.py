@@ -40,7 +40,7 @@ def load(data: str, tokenizer: str = "char") -> Dataset:
         close = get_close_matches(data, ("tinyshakespeare", "openshakespeare", "openwebtext"), n=1)
         guess = f"; did you mean {close[0]}?" if close else ""
         raise UserError(
-            f"no dataset or file {data!r}{guess}\n"
+            f"there is no dataset or file {data!r}{guess}\n"
             f"use tinyshakespeare, openshakespeare, openwebtext, or the path of a UTF-8 text, .jsonl or "
             f".parquet file, or of a folder of .txt, .jsonl or .parquet files"
         )

@@ -1,4 +1,4 @@
-"""Finds places where a long text can be split without changing how GPT-2's pattern splits it into pieces."""
+"""Finds places where a long text can be cut without changing the pieces that GPT-2's pattern finds in it."""
 
 import re
 from collections.abc import Iterator

@@ -225,11 +225,11 @@ class _Writer:
         """Appends tokens. Closes a full shard and begins the next one."""
         counts = self.state["tokens"]
         while len(tokens):
-            here, tokens = np.split(tokens, [self.shard_tokens - counts[split] % self.shard_tokens])
-            content = memoryview(here.tobytes())
+            head, tokens = np.split(tokens, [self.shard_tokens - counts[split] % self.shard_tokens])
+            content = memoryview(head.tobytes())
             while content:
                 content = content[self.files[split].write(content) :]
-            counts[split] += len(here)
+            counts[split] += len(head)
             if counts[split] % self.shard_tokens == 0:
                 self._close(split)
                 number = counts[split] // self.shard_tokens

@@ -74,6 +74,6 @@ def newlines(text: str) -> str:
 
 
 def say(message: str) -> None:
-    """Prints a line on stderr, under torchrun in the first process only."""
+    """Prints a line on stderr; under torchrun, only in the first process."""
     if os.environ.get("RANK", "0") == "0":
         print(message, file=sys.stderr)

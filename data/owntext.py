@@ -7,7 +7,7 @@ from data.prepare import Dataset, open_prepared, prepare, sha256_of, tokens_fold
 from lab.errors import UserError
 
 IN_MEMORY = 100 * 2**20  # bytes: larger folders of .txt files become shards with the tokenizer gpt2
-HELD_OUT = 4 * 2**20  # bytes to hold out for validation: enough for --eval-tokens
+HELD_OUT = 4 * 2**20  # bytes to hold out for validation, from 40 MiB of files on: enough for --eval-tokens
 # How to convert a file that is not text, with the suffixes that the advice is for.
 REMEDIES = {
     "unpack it first": ".gz .tgz .bz2 .xz .zst .zip .7z .rar .tar",

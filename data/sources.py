@@ -1,6 +1,6 @@
 """Reads documents from parquet, JSONL or text files, on this machine or in a dataset on the hub.
 
-Documents are streamed, so memory use stays constant. Reading can start at any document, so an interrupted
+Documents are streamed, so memory use stays constant. Reading can start anywhere, so an interrupted
 preparation can resume.
 """
 
@@ -60,12 +60,12 @@ class Source:
                     for text, ends, after, share in read(file, offset, self.sizes[number]):
                         done = before + int(share * self.sizes[number])
                         try:
-                            *begun, last = cuts.parts(text, PART)
+                            *full_parts, last_part = cuts.parts(text, PART)
                         except cuts.Unbroken as error:
                             place = f"row {after - 1:,}" if self.kind == ".parquet" else f"byte {after:,}"
                             raise BadDocument(f"the text that ends at {place}: {error}") from None
-                        yield from (Part(part, False, None, done) for part in begun)
-                        yield Part(last, ends, (number, after), done)
+                        yield from (Part(part, False, None, done) for part in full_parts)
+                        yield Part(last_part, ends, (number, after), done)
             except BadDocument as error:
                 raise BadDocument(f"{named}: {error}") from None
             except self.failures as error:
@@ -83,7 +83,7 @@ def in_folder(folder: Path) -> Source:
     """
     folder = folder.expanduser().resolve()
     if not folder.is_dir():
-        raise UserError(f"no folder {folder}")
+        raise UserError(f"there is no folder {folder}")
     return of_files(folder, *files_of(folder))
 
 
@@ -130,43 +130,43 @@ def _walk(folder: Path) -> tuple[list[Path], dict[str, list[Path]]]:
     Follows links, but lists each file once.
     """
     found, left_out = [], defaultdict(list)
-    again = "duplicate"
-    folders, linked, entered = deque([folder]), deque(), set()
-    while folders or linked:
-        here = (folders or linked).popleft()  # linked folders last: prefer a file's own path to a linked one
-        real = here.resolve()
-        if real in entered:
-            left_out[again].append(here)
+    duplicate = "duplicate"
+    folders, linked_folders, visited = deque([folder]), deque(), set()
+    while folders or linked_folders:
+        current = (folders or linked_folders).popleft()  # links last: prefer a file's own path
+        real = current.resolve()
+        if real in visited:
+            left_out[duplicate].append(current)
             continue
-        entered.add(real)
+        visited.add(real)
         try:
-            paths = sorted(here.iterdir())
+            paths = sorted(current.iterdir())
         except OSError:
-            left_out["unreadable"].append(here)
+            left_out["unreadable"].append(current)
             continue
         for path in paths:
             try:
-                about = path.stat()
+                status = path.stat()
             except OSError:
-                left_out["broken link" if path.is_symlink() else "unreadable"].append(path)
+                left_out["linked to a missing file" if path.is_symlink() else "unreadable"].append(path)
                 continue
             if path.name.startswith("."):
                 left_out["hidden"].append(path)
-            elif stat.S_ISDIR(about.st_mode):
-                later = linked if path.is_symlink() else folders
+            elif stat.S_ISDIR(status.st_mode):
+                later = linked_folders if path.is_symlink() else folders
                 later.append(path)
-            elif not stat.S_ISREG(about.st_mode):
+            elif not stat.S_ISREG(status.st_mode):
                 left_out["neither a file nor a folder"].append(path)
             elif path.suffix.lower() not in KINDS:
                 left_out["not .parquet, .jsonl or .txt"].append(path)
-            elif about.st_size == 0:
+            elif status.st_size == 0:
                 left_out["empty"].append(path)
             else:
                 found.append((path, path.resolve() if path.is_symlink() else real / path.name))
     kept = {}
     for path, real in sorted(found, key=lambda pair: (pair[0] != pair[1], pair[0])):  # links come last
         if real in kept:
-            left_out[again].append(path)
+            left_out[duplicate].append(path)
         else:
             kept[real] = path
     return sorted(kept.values()), left_out

@@ -60,9 +60,7 @@ class CharTokenizer:
         unknown = np.flatnonzero(self._code_points.take(ids, mode="clip") != points)
         if unknown.size:
             character = text[unknown[0]]
-            known = (
-                repr(self.characters) if self.vocab_size <= 100 else f"{self.vocab_size:,} other characters"
-            )
+            known = repr(self.characters) if self.vocab_size <= 100 else f"{self.vocab_size:,} characters"
             raise UserError(
                 f"the character {character!r} (U+{ord(character):04X}) is not in the model's vocabulary\n"
                 f"the vocabulary is {known}"
@@ -106,8 +104,7 @@ class GPT2Tokenizer:
     def encode(self, text: str) -> np.ndarray:
         """uint16 ids. There are no special tokens: "<|endoftext|>" is encoded like any other text.
 
-        Raises cuts.Unbroken, a UserError, if millions of characters have no space or other break between
-        them.
+        Raises cuts.Unbroken, a UserError, if millions of characters have no space or other break in between.
         """
         return np.concatenate([self._encode(part) for part in cuts.parts(text, self.part)])
 
@@ -153,8 +150,7 @@ class HuggingFaceTokenizer:
         self.vocab_size = max(self._tokenizer.get_vocab().values(), default=-1) + 1
         described = json.loads(self._tokenizer.to_str())
         self._byte_fallback = '"ByteFallback"' in json.dumps(described["decoder"])
-        # A BPE model without an unknown token drops characters it has no token for; other models raise an
-        # error.
+        # BPE without an unknown token drops characters it has no token for; other models raise an error.
         model = described["model"]
         self._may_drop = model["type"] == "BPE" and model["unk_token"] is None
         try:
@@ -183,11 +179,10 @@ class HuggingFaceTokenizer:
         return self._tokenizer.decode(_integers(ids).tolist(), skip_special_tokens=False)
 
     def stream(self, prompt: Iterable[int] = ()) -> Callable[[int | None], str]:
-        """Returns a function that maps each next token to the text it completes; call it with None to flush.
+        """A function that maps each next token to the text that it completes; call it with None to flush.
 
-        The concatenated texts are what decode(prompt + tokens) has after decode(prompt).
-        The library's own DecodeStream raises an error if a later token changes earlier text, and cannot
-        flush.
+        The concatenated texts are what decode(prompt + tokens) has after decode(prompt). The library's own
+        DecodeStream cannot flush, and raises an error if a later token changes earlier text.
         """
         window = _integers(prompt).tolist()  # tokens whose text was returned, then the pending ones
         n_given, given = len(window), self.decode(window)
@@ -278,7 +273,7 @@ def library_tokenizer(folder: Path):
             file = "tokenizer_config.json" if "added_tokens_decoder" in config else "added_tokens.json"
             raise UserError(
                 f"{shown(folder / file)} gives {token.content!r} the id {number}, but with tokenizer.json "
-                f"its id is {found}\nadded tokens must have the ids after those of tokenizer.json, without a gap"
+                f"it is {found}\nadded tokens must have the ids after those of tokenizer.json, without a gap"
             )
     tokenizer.encode_special_tokens = bool(config.get("split_special_tokens"))
     return tokenizer

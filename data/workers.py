@@ -43,9 +43,7 @@ class Workers:
         self.idle = queue.SimpleQueue()
         for process in self.processes:
             self.idle.put(process)
-        self.threads = ThreadPoolExecutor(
-            n
-        )  # each thread sends a block to a process and waits for the result
+        self.threads = ThreadPoolExecutor(n)  # each thread sends blocks to a process and waits for the tokens
 
     def map(self, blocks: Iterable) -> Iterator[tuple]:
         """Yields each block with the result of `encode` for its parts, by split, in order.

@@ -257,9 +257,9 @@ def test_what_a_folder_has_that_is_not_read_is_counted_and_named_in_one_line(odd
     assert said.count("\n") == 1
     listed = said.removeprefix(f"ignored in {odd_folder}: ").strip().split("; ")
     assert sorted(listed) == [
-        "1 broken link (gone.txt)",
         "1 empty (empty.txt)",
         "1 hidden (.git)",
+        "1 linked to a missing file (gone.txt)",
         "1 neither a file nor a folder (pipe.txt)",
         "4 not .parquet, .jsonl or .txt (a.pdf, b.md, c.csv, …)",
     ]
