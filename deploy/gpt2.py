@@ -74,13 +74,13 @@ def from_config(config: dict) -> tuple[str, dict]:
 def modules(n_layer: int) -> Iterator[tuple[list[str], str]]:
     """Pairs of our modules and theirs. Theirs stacks the weights and biases of ours along the output."""
     for i in range(n_layer):
-        here, there = f"model.layers.{i}", f"transformer.h.{i}"
-        yield [f"{here}.input_layernorm"], f"{there}.ln_1"
-        yield [f"{here}.self_attn.{name}_proj" for name in "qkv"], f"{there}.attn.c_attn"
-        yield [f"{here}.self_attn.o_proj"], f"{there}.attn.c_proj"
-        yield [f"{here}.post_attention_layernorm"], f"{there}.ln_2"
-        yield [f"{here}.mlp.up_proj"], f"{there}.mlp.c_fc"
-        yield [f"{here}.mlp.down_proj"], f"{there}.mlp.c_proj"
+        ours, theirs = f"model.layers.{i}", f"transformer.h.{i}"
+        yield [f"{ours}.input_layernorm"], f"{theirs}.ln_1"
+        yield [f"{ours}.self_attn.{name}_proj" for name in "qkv"], f"{theirs}.attn.c_attn"
+        yield [f"{ours}.self_attn.o_proj"], f"{theirs}.attn.c_proj"
+        yield [f"{ours}.post_attention_layernorm"], f"{theirs}.ln_2"
+        yield [f"{ours}.mlp.up_proj"], f"{theirs}.mlp.c_fc"
+        yield [f"{ours}.mlp.down_proj"], f"{theirs}.mlp.c_proj"
     yield ["model.norm"], "transformer.ln_f"
 
 
@@ -93,26 +93,26 @@ EMBEDDINGS = {
 
 def to_tensors(ours: dict[str, torch.Tensor], sizes: dict) -> dict[str, torch.Tensor]:
     """Converts our tensors to theirs. Biases that the run lacks become zero."""
-    theirs = {there: ours[here] for here, there in EMBEDDINGS.items() if here in ours}
-    for here, there in modules(sizes["n_layer"]):
-        weights = [ours[f"{name}.weight"] for name in here]
+    theirs = {their_name: ours[name] for name, their_name in EMBEDDINGS.items() if name in ours}
+    for names, their_name in modules(sizes["n_layer"]):
+        weights = [ours[f"{name}.weight"] for name in names]
         biases = [
-            ours.get(f"{name}.bias", w.new_zeros(w.size(0))) for name, w in zip(here, weights, strict=True)
+            ours.get(f"{name}.bias", w.new_zeros(w.size(0))) for name, w in zip(names, weights, strict=True)
         ]
         weight = torch.cat(weights)
-        theirs[f"{there}.weight"] = weight.t() if weight.dim() == 2 else weight  # Conv1D: (in, out)
-        theirs[f"{there}.bias"] = torch.cat(biases)
+        theirs[f"{their_name}.weight"] = weight.t() if weight.dim() == 2 else weight  # Conv1D: (in, out)
+        theirs[f"{their_name}.bias"] = torch.cat(biases)
     return theirs
 
 
 def from_tensors(theirs: dict[str, torch.Tensor], sizes: dict) -> dict[str, torch.Tensor]:
     """Converts their tensors to ours: the inverse of to_tensors."""
-    ours = {here: theirs[there] for here, there in EMBEDDINGS.items() if there in theirs}
-    for here, there in modules(sizes["n_layer"]):
-        weight = theirs[f"{there}.weight"]
-        weights = (weight.t() if weight.dim() == 2 else weight).chunk(len(here))
-        biases = theirs[f"{there}.bias"].chunk(len(here))
-        for name, part, bias in zip(here, weights, biases, strict=True):
+    ours = {name: theirs[their_name] for name, their_name in EMBEDDINGS.items() if their_name in theirs}
+    for names, their_name in modules(sizes["n_layer"]):
+        weight = theirs[f"{their_name}.weight"]
+        weights = (weight.t() if weight.dim() == 2 else weight).chunk(len(names))
+        biases = theirs[f"{their_name}.bias"].chunk(len(names))
+        for name, part, bias in zip(names, weights, biases, strict=True):
             ours[f"{name}.weight"], ours[f"{name}.bias"] = part, bias
     return ours
 

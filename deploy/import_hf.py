@@ -132,11 +132,11 @@ def read_weights(
                 "tie_word_embeddings = true: set it to false if the head has weights of its own"
             )
     for name in sorted(expected.keys() | theirs.keys()):
-        here, there = checkpoint.shape(theirs, name), checkpoint.shape(expected, name)
-        if there == "missing":
-            raise UserError(f"{shown(folder)} has an unexpected tensor, {name} of shape {here}")
-        if here != there:
-            raise UserError(f"{shown(folder)}: {name} is {here}, but config.json requires {there}")
+        shape, required = checkpoint.shape(theirs, name), checkpoint.shape(expected, name)
+        if required == "missing":
+            raise UserError(f"{shown(folder)} has an unexpected tensor, {name} of shape {shape}")
+        if shape != required:
+            raise UserError(f"{shown(folder)}: {name} is {shape}, but config.json requires {required}")
         if theirs[name].dtype not in DTYPES:
             raise UserError(
                 f"{shown(folder)}: {name} has dtype {str(theirs[name].dtype).removeprefix('torch.')}; "
