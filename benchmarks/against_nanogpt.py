@@ -249,7 +249,7 @@ def muon_step(name: str, dataset: data.Dataset, rounds: int = 11, steps: int = 3
             done[kind] += 1
 
     seconds = timing.in_turn({kind: partial(train, kind) for kind in models}, rounds, CPU, warm_ups=1)
-    milliseconds = {kind: 1e3 * statistics.median(of) / steps for kind, of in seconds.items()}
+    milliseconds = {kind: 1e3 * statistics.median(times) / steps for kind, times in seconds.items()}
     ratio = timing.median_ratio(seconds["muon"], seconds["adamw"])
     return {"stage": name} | milliseconds | {"ratio": ratio, "rounds": rounds}
 
@@ -357,7 +357,7 @@ def sampling_speed(nanogpt: Path, name: str, rounds: int, n_tokens: int = 500) -
 
     ways = {"nanogpt": their_way, "ours": our_way, "compiled": lambda: our_way(step)}
     seconds = timing.in_turn(ways, rounds, CPU)
-    speed = {name: [n_tokens / one for one in of] for name, of in seconds.items()}
+    speed = {name: [n_tokens / one for one in times] for name, times in seconds.items()}
     compiled = compare(speed["nanogpt"], speed["compiled"]) | {"compile_seconds": step.seconds}
     return compare(speed["nanogpt"], speed["ours"]) | {"compiled": compiled, "machine": runs.machine(CPU)}
 

@@ -61,7 +61,7 @@ def compare(name: str, settings: Settings) -> dict:
     texts = {key: function() for key, function in sample.items()}  # also the warm-up
     same = sum(a == b for a, b in zip(texts["ours"], texts["theirs"], strict=True)) / settings.tokens
     seconds = timing.in_turn(sample, settings.rounds, CPU)
-    speeds = {key: [settings.tokens / one for one in of] for key, of in seconds.items()}
+    speeds = {key: [settings.tokens / one for one in times] for key, times in seconds.items()}
     measured = {f"{key}_tokens_per_second": statistics.median(values) for key, values in speeds.items()}
     for key, prefix in (("ours", ""), ("compiled", "compiled_")):
         ratios = [a / b for a, b in zip(speeds[key], speeds["theirs"], strict=True)]

@@ -39,10 +39,10 @@ def attention_at(run: Run, context: int, sizes: dict, part: str) -> None:
     shape = {"batch_size": batch, **{key: sizes[key] for key in ("n_head", "n_kv_head", "head_dim")}}
     torch.manual_seed(0)
     q, d_out = torch.randn(
-        2, batch, sizes["n_head"], context, sizes["head_dim"], device=run.where, dtype=run.dtype
+        2, batch, sizes["n_head"], context, sizes["head_dim"], device=run.device, dtype=run.dtype
     )
     k, v = torch.randn(
-        2, batch, sizes["n_kv_head"], context, sizes["head_dim"], device=run.where, dtype=run.dtype
+        2, batch, sizes["n_kv_head"], context, sizes["head_dim"], device=run.device, dtype=run.dtype
     )
     inputs = [tensor.requires_grad_() for tensor in (q, k, v)]
     exact = attention_reference(*inputs, d_out)
@@ -56,7 +56,7 @@ def attention_at(run: Run, context: int, sizes: dict, part: str) -> None:
             continue
         with run.attempt(f"{part} {name}"):
             torch.autograd.grad(way(*inputs), inputs, d_out)  # lets Triton autotune
-            with Memory(run.where) as memory:
+            with Memory(run.device) as memory:
                 out = way(*inputs)
                 gradients = torch.autograd.grad(out, inputs, d_out)
             group = sizes["n_head"] // sizes["n_kv_head"]
@@ -73,7 +73,7 @@ def attention_at(run: Run, context: int, sizes: dict, part: str) -> None:
     for number in range(sizes["repeats"] + 2):
         for name, way in ways.items():
             out = []
-            timed = partial(seconds_of, times=1, where=run.where, queued=True)
+            timed = partial(seconds_of, times=1, target_device=run.device, queued=True)
             forward = timed(lambda way=way, out=out: out.append(way(*inputs)))
             backward = timed(lambda out=out: torch.autograd.grad(out[0], inputs, d_out))
             if number >= 2:
@@ -94,21 +94,21 @@ def attention_ways(run: Run, sizes: dict, context: int) -> dict[str, Callable | 
 
     def in_training(function):
         def attend(q, k, v):
-            with device.autocast(run.where, run.dtype):  # as in training, where the mask is in float32
+            with device.autocast(run.device, run.dtype):  # as in training, where the mask is in float32
                 return function(q, k, v, None, 0.0)
 
         return attend
 
     batch = max(1, sizes["batch_tokens"] // context)
     needed = 24 * batch * sizes["n_head"] * context**2  # bytes: scores, attention weights and their gradients
-    free = torch.cuda.mem_get_info()[0] if run.where.type == "cuda" else 2**30
+    free = torch.cuda.mem_get_info()[0] if run.device.type == "cuda" else 2**30
     ways = {"explicit": in_training(stage.explicit_attention), "sdpa": in_training(sdpa)}
     if needed > 0.8 * free:
         ways["explicit"] = f"it may need {needed / 2**30:.0f} GiB, but only {free / 2**30:.0f} GiB are free"
     try:
         from stage5_flash.kernel import INTERPRETED, triton_attention
 
-        on_cuda = run.where.type == "cuda"
+        on_cuda = run.device.type == "cuda"
         ways["triton"] = (
             triton_attention if on_cuda or INTERPRETED else "on a CPU it needs TRITON_INTERPRET=1"
         )
@@ -116,7 +116,7 @@ def attention_ways(run: Run, sizes: dict, context: int) -> dict[str, Callable | 
         ways["triton"] = str(error)
     if stage.flash_attn_func is None:
         ways["flash_attn"] = "flash_attn is not installed"
-    elif run.where.type != "cuda" or run.dtype == torch.float32:
+    elif run.device.type != "cuda" or run.dtype == torch.float32:
         ways["flash_attn"] = "it needs CUDA and a 16-bit dtype"
     else:
         ways["flash_attn"] = in_training(stage.attention)  # which chooses it
@@ -162,46 +162,46 @@ def mixture_of(run: Run, part: str, n_experts: int, per_token: int, n_embd: int,
     stage = stages.load("stage6_moe")
     fields = {"n_embd": n_embd, "n_head": 2, "n_routed_experts": n_experts, "num_experts_per_tok": per_token}
     torch.manual_seed(0)
-    made = stage.MoE(stage.GPTConfig(n_shared_experts=0, **fields)).eval()
-    for parameter in made.parameters():
+    moe = stage.MoE(stage.GPTConfig(n_shared_experts=0, **fields)).eval()
+    for parameter in moe.parameters():
         torch.nn.init.normal_(parameter, std=0.02 if parameter.dim() == 3 else 1.0)
-    made = made.to(run.where, run.dtype)
-    x, gradient = torch.randn(2, 1, sizes["tokens"], n_embd, device=run.where, dtype=run.dtype)
+    moe = moe.to(run.device, run.dtype)
+    x, gradient = torch.randn(2, 1, sizes["tokens"], n_embd, device=run.device, dtype=run.dtype)
     x.requires_grad_()
-    leaves = [x, *made.experts.parameters()]
-    exact_made = copy.deepcopy(made).float()
+    leaves = [x, *moe.experts.parameters()]
+    exact_moe = copy.deepcopy(moe).float()
     exact_x = x.detach().float().requires_grad_()
     torch.set_float32_matmul_precision("highest")
     exact = with_gradients(
-        loop_over_experts(exact_made), exact_x, [exact_x, *exact_made.experts.parameters()], gradient
+        loop_over_experts(exact_moe), exact_x, [exact_x, *exact_moe.experts.parameters()], gradient
     )
-    width = made.experts.down_proj.size(2)
+    width = moe.experts.down_proj.size(2)
     ways = {
-        "grouped_mm": made,
-        "loop": loop_over_experts(made),
-        "every expert for every token": batched(stage, made),
+        "grouped_mm": moe,
+        "loop": loop_over_experts(moe),
+        "every expert for every token": batched(stage, moe),
     }
     figures = {
         "expert_width": width,
-        "grouped_mm_is_used": stage.grouped_mm_takes(x, made.experts.down_proj.mT),
+        "grouped_mm_is_used": stage.grouped_mm_takes(x, moe.experts.down_proj.mT),
     }
     steps = {}
     for name, way in ways.items():
         if run.broke(name):
             continue
         with run.attempt(f"{part}: {name}"):
-            with Memory(run.where) as memory:
+            with Memory(run.device) as memory:
                 found = with_gradients(way, x, leaves, gradient)
             found = differences(found, exact)
             figures[name] = {"peak_memory": memory.bytes, "differences": found}
             steps[name] = partial(lambda way: torch.autograd.grad(way(x), leaves, gradient), way)
             run.record(part, **figures)
             check(found, run.dtype)
-    in_turn(steps, 2, run.where)
-    seconds = in_turn(steps, sizes["repeats"], run.where, queued=True)
-    for name, of in seconds.items():
-        figures[name] |= milliseconds(of)
-        figures[name]["tokens_per_second"] = sizes["tokens"] / statistics.median(of)
+    in_turn(steps, 2, run.device)
+    seconds = in_turn(steps, sizes["repeats"], run.device, queued=True)
+    for name, times in seconds.items():
+        figures[name] |= milliseconds(times)
+        figures[name]["tokens_per_second"] = sizes["tokens"] / statistics.median(times)
     run.record(part, **figures)
 
 
@@ -212,14 +212,14 @@ def with_gradients(way, x, leaves, gradient) -> dict[str, torch.Tensor]:
     return dict(zip(("out", "dx", "d_gate_up", "d_down"), (out.detach(), *gradients), strict=True))
 
 
-def batched(stage, made):
+def batched(stage, moe):
     """Stage 6's fallback, which it uses where grouped_mm is not available."""
 
     def forward(x):
         real = stage.grouped_mm_takes
         stage.grouped_mm_takes = lambda x, weight: False
         try:
-            return made(x)
+            return moe(x)
         finally:
             stage.grouped_mm_takes = real
 
@@ -252,14 +252,14 @@ def decoder(run: Run, name: str, batch_size: int) -> torch.nn.Module:
     torch.manual_seed(0)
     stage = stages.load(name)
     model = stage.GPT(stage.GPTConfig(**run.sizes.preset["model"] | {"vocab_size": 65}))
-    return Sequences(model, batch_size).to(run.where).eval()
+    return Sequences(model, batch_size).to(run.device).eval()
 
 
 @torch.inference_mode()
 def decoding_seconds(run: Run, step: Callable, cache, tokens: int) -> list[float]:
     """Seconds per token of greedy decoding from the middle of the context on, after a warm-up."""
     context, idx = run.sizes.preset["model"]["block_size"], torch.zeros(1, 1, dtype=torch.int64)
-    state = {"idx": idx.to(run.where)}
+    state = {"idx": idx.to(run.device)}
     cache.length = context // 2
 
     def one():
@@ -267,13 +267,13 @@ def decoding_seconds(run: Run, step: Callable, cache, tokens: int) -> list[float
             cache.length = context // 2
         state["idx"] = step(state["idx"])[:1, -1:].argmax(-1)
 
-    seconds_of(one, max(2, tokens // 10), run.where)
-    return seconds_of(one, tokens, run.where)
+    seconds_of(one, max(2, tokens // 10), run.device)
+    return seconds_of(one, tokens, run.device)
 
 
 def decoding(run: Run) -> None:
     """Measures decoding, eager and with CUDA graphs (as in sample.py --compile), and MLA in both forms."""
-    device.prepare(run.where)
+    device.prepare(run.device)
     sizes = run.sizes.mla
     for part in run.parts(f"MLA, batch {batch}" for batch in sizes["batch_sizes"]):
         with run.attempt(part):
@@ -338,12 +338,12 @@ def mla(run: Run, part: str, context: int, batch_size: int) -> None:
     """Measures stage 7a's decoding after a long context, with absorbed and with expanded keys and values."""
     stage = stages.load("stage7a_mla")
     sizes = run.sizes.preset["model"] | {"vocab_size": 65, "block_size": context + 1}
-    model = stage.GPT(stage.GPTConfig(**sizes)).to(run.where).eval()
+    model = stage.GPT(stage.GPTConfig(**sizes)).to(run.device).eval()
     form = {"absorbed": True}
     for module in model.modules():
         if isinstance(module, stage.Attention):
             module.absorbing_is_cheaper = lambda T, S: form["absorbed"]
-    idx = torch.zeros(batch_size, 1, dtype=torch.int64, device=run.where)
+    idx = torch.zeros(batch_size, 1, dtype=torch.int64, device=run.device)
     with torch.inference_mode():
         cache = model.new_cache(batch_size, context + 1)
         cache.keys.normal_()
@@ -355,14 +355,14 @@ def mla(run: Run, part: str, context: int, batch_size: int) -> None:
 
         calls = {"absorbed": partial(step, True), "expanded": partial(step, False)}
         found = differences({"logits": calls["absorbed"]()}, {"logits": calls["expanded"]()})
-        in_turn(calls, 2, run.where)
-        seconds = in_turn(calls, max(2, run.sizes.tokens // 3), run.where)
+        in_turn(calls, 2, run.device)
+        seconds = in_turn(calls, max(2, run.sizes.tokens // 3), run.device)
         figures = {
-            name: milliseconds(of) | {"tokens_per_second": batch_size / statistics.median(of)}
-            for name, of in seconds.items()
+            name: milliseconds(times) | {"tokens_per_second": batch_size / statistics.median(times)}
+            for name, times in seconds.items()
         }
         for name, call in calls.items():
-            with Memory(run.where) as memory:
+            with Memory(run.device) as memory:
                 call()
             figures[name]["peak_memory"] = memory.bytes
     run.record(part, context=context, **figures, differences=found, cache_bytes=cache.nbytes)

@@ -46,22 +46,22 @@ def summary(report: dict) -> str:
         if state["figures"]:
             lines.append(tables[name](state["figures"]))
         apart = {
-            why: [part for part, of in state["skipped"].items() if of == why]
+            why: [part for part, entry in state["skipped"].items() if entry == why]
             for why in state["skipped"].values()
         }
         lines += [f"skipped, {len(parts)}: {why}" for why, parts in apart.items() if state["figures"]]
     if report["failed"]:
         lines += ["", "## Failed (tracebacks in gpu.json)", ""]
-        lines += [f"- {of['section']} {of['part']}: {of['error']}" for of in report["failed"]]
+        lines += [f"- {entry['section']} {entry['part']}: {entry['error']}" for entry in report["failed"]]
     return "\n".join(lines) + "\n"
 
 
 def machine(report: dict) -> list[str]:
-    of = report["machine"]
-    if not of:
+    entry = report["machine"]
+    if not entry:
         return ["The machine has not been identified yet."]
-    versions = ", ".join(f"{name} {version}" for name, version in of["versions"].items() if version)
-    found = f"{of['device']}, {of['processor']}; {versions}; commit {of['commit']}"
+    versions = ", ".join(f"{name} {version}" for name, version in entry["versions"].items() if version)
+    found = f"{entry['device']}, {entry['processor']}; {versions}; commit {entry['commit']}"
     figures = report["sections"]["machine"]["figures"]
     if "matrix product" in figures:
         found += f"; matrix product {figures['matrix product']['flops_per_second'] / 1e12:,.1f} TFLOP/s"
@@ -76,20 +76,24 @@ def number(value: float | None, form: str = ",.0f", unit: float = 1) -> str | No
 
 def tests_table(figures: dict) -> str:
     slowest = sorted(figures.items(), key=lambda item: -item[1]["seconds"])[:3]
-    said = ", ".join(f"{name.split('::')[-1]} {of['seconds']:.0f} s" for name, of in slowest)
+    said = ", ".join(f"{name.split('::')[-1]} {entry['seconds']:.0f} s" for name, entry in slowest)
     return f"{len(figures)} tests ran; the slowest: {said}\n"
 
 
 def training_table(figures: dict) -> str:
     head = ["stage", "tokens/s", "ms per step", "MFU", "peak memory, MiB", "loss"]
-    compiled = any("speed_up" in of for of in figures.values())
+    compiled = any("speed_up" in entry for entry in figures.values())
     rows = []
-    for name, of in figures.items():
-        row = [name, number(of["tokens_per_second"]), number(of["median_ms"], ".2f")]
-        row += [number(of.get("mfu"), ".1%"), number(of["peak_memory"], unit=2**20)]
-        row += [number(of.get("loss"), ".3f")]
+    for name, entry in figures.items():
+        row = [name, number(entry["tokens_per_second"]), number(entry["median_ms"], ".2f")]
+        row += [number(entry.get("mfu"), ".1%"), number(entry["peak_memory"], unit=2**20)]
+        row += [number(entry.get("loss"), ".3f")]
         if compiled:
-            row += [number(of["speed_up"], ".2f"), number(of["compile_seconds"], ".1f"), of["graph_breaks"]]
+            row += [
+                number(entry["speed_up"], ".2f"),
+                number(entry["compile_seconds"], ".1f"),
+                entry["graph_breaks"],
+            ]
         rows.append(row)
     return markdown.table(head + ["speed-up over eager", "s to compile", "graph breaks"] * compiled, rows)
 
@@ -99,12 +103,12 @@ def float32_table(figures: dict) -> str:
     rows = [
         [
             name,
-            len(of["cpu"]),
-            f"{of['cpu'][-1]:.5f}",
-            f"{of['device'][-1]:.5f}",
-            f"{of['largest_difference']:.1e}",
+            len(entry["cpu"]),
+            f"{entry['cpu'][-1]:.5f}",
+            f"{entry['device'][-1]:.5f}",
+            f"{entry['largest_difference']:.1e}",
         ]
-        for name, of in figures.items()
+        for name, entry in figures.items()
     ]
     return markdown.table(head, rows)
 
@@ -121,33 +125,36 @@ def attention_table(figures: dict) -> str:
     ]
     rows = []
     for context, by_way in figures.items():
-        for way, of in ways(by_way).items():
-            if "skipped" in of:
-                rows.append([context, way, of["skipped"], *[None] * 4])
+        for way, entry in ways(by_way).items():
+            if "skipped" in entry:
+                rows.append([context, way, entry["skipped"], *[None] * 4])
                 continue
             row = [
                 context,
                 way,
-                *(number(of.get(key, {}).get("median_ms"), ".3f") for key in ("forward", "backward")),
+                *(number(entry.get(key, {}).get("median_ms"), ".3f") for key in ("forward", "backward")),
             ]
-            row += [number(of.get("flops_per_second"), ",.1f", 1e12), number(of["peak_memory"], unit=2**20)]
-            rows.append([*row, f"{max(one['relative'] for one in of['differences'].values()):.1e}"])
+            row += [
+                number(entry.get("flops_per_second"), ",.1f", 1e12),
+                number(entry["peak_memory"], unit=2**20),
+            ]
+            rows.append([*row, f"{max(one['relative'] for one in entry['differences'].values()):.1e}"])
     return markdown.table(head, rows)
 
 
 def ways(figures: dict) -> dict[str, dict]:
     """The figures of each implementation, without those that they share."""
-    return {name: of for name, of in figures.items() if name in WAY_COLORS}
+    return {name: entry for name, entry in figures.items() if name in WAY_COLORS}
 
 
 def mixture_table(figures: dict) -> str:
     head = ["mixture", "implementation", "ms", "tokens/s", "memory, MiB", "relative error"]
     rows = []
     for part, by_way in figures.items():
-        for way, of in ways(by_way).items():
-            row = [part, way, number(of.get("median_ms"), ".3f"), number(of.get("tokens_per_second"))]
-            row += [number(of["peak_memory"], unit=2**20)]
-            rows.append([*row, f"{max(one['relative'] for one in of['differences'].values()):.1e}"])
+        for way, entry in ways(by_way).items():
+            row = [part, way, number(entry.get("median_ms"), ".3f"), number(entry.get("tokens_per_second"))]
+            row += [number(entry["peak_memory"], unit=2**20)]
+            rows.append([*row, f"{max(one['relative'] for one in entry['differences'].values()):.1e}"])
     return markdown.table(head, rows)
 
 
@@ -155,21 +162,26 @@ def decoding_table(figures: dict) -> str:
     head = ["model", "implementation", "tokens/s", "ms per token", "speed-up over eager", "s to compile"]
     rows = []
     for part, by_way in figures.items():
-        for way, of in by_way.items():
-            if isinstance(of, dict) and "tokens_per_second" in of:
-                row = [part, way.replace("_", " "), number(of["tokens_per_second"])]
-                row += [number(of.get("median_ms"), ".3f"), number(of.get("speed_up"), ".2f")]
-                rows.append([*row, number(of.get("compile_seconds"), ".1f")])
+        for way, entry in by_way.items():
+            if isinstance(entry, dict) and "tokens_per_second" in entry:
+                row = [part, way.replace("_", " "), number(entry["tokens_per_second"])]
+                row += [number(entry.get("median_ms"), ".3f"), number(entry.get("speed_up"), ".2f")]
+                rows.append([*row, number(entry.get("compile_seconds"), ".1f")])
     return markdown.table(head, rows)
 
 
 def run_table(figures: dict) -> str:
     head = ["run", "data", "steps", "best val loss", "last val loss", "tokens/s", "training, s", "total, s"]
     rows = []
-    for name, of in figures.items():
-        row = [name, of["dataset"], f"{of['step']} of {of['steps']}", number(of["best_val_loss"], ".4f")]
-        row += [number(of["last_val_loss"], ".4f"), number(of["tokens_per_second"])]
-        rows.append([*row, number(of["training_seconds"]), number(of["whole_seconds"])])
+    for name, entry in figures.items():
+        row = [
+            name,
+            entry["dataset"],
+            f"{entry['step']} of {entry['steps']}",
+            number(entry["best_val_loss"], ".4f"),
+        ]
+        row += [number(entry["last_val_loss"], ".4f"), number(entry["tokens_per_second"])]
+        rows.append([*row, number(entry["training_seconds"]), number(entry["whole_seconds"])])
     return markdown.table(head, rows)
 
 
@@ -178,8 +190,8 @@ def nanogpt_table(figures: dict) -> str:
     return markdown.table(
         head,
         [
-            [name, number(of["nanogpt"]), number(of["ours"]), f"{of['ratio']:.2f}"]
-            for name, of in figures.items()
+            [name, number(entry["nanogpt"]), number(entry["ours"]), f"{entry['ratio']:.2f}"]
+            for name, entry in figures.items()
         ],
     )
 
@@ -189,17 +201,17 @@ def nanogpt_table(figures: dict) -> str:
 
 def pictures(report: dict, out: Path) -> None:
     """Draws a picture for each section that has figures."""
-    of = {name: state["figures"] for name, state in report["sections"].items()}
-    if of.get("eager"):
-        draw_training(of["eager"], of.get("compiled", {}), out / "training.png")
-    if any("forward" in by for figures in of.get("attention", {}).values() for by in ways(figures).values()):
-        draw_attention(of["attention"], out / "attention.png")
-    if any("median_ms" in by for figures in of.get("mixture", {}).values() for by in ways(figures).values()):
-        draw_mixture(of["mixture"], out / "mixture.png")
-    if of.get("decoding"):
-        draw_decoding(of["decoding"], out / "decoding.png")
-    if of.get("training", {}).get("stage 4", {}).get("curve"):
-        draw_run(of["training"]["stage 4"], out / "loss.png")
+    figures = {name: state["figures"] for name, state in report["sections"].items()}
+    if figures.get("eager"):
+        draw_training(figures["eager"], figures.get("compiled", {}), out / "training.png")
+    if any("forward" in by for part in figures.get("attention", {}).values() for by in ways(part).values()):
+        draw_attention(figures["attention"], out / "attention.png")
+    if any("median_ms" in by for part in figures.get("mixture", {}).values() for by in ways(part).values()):
+        draw_mixture(figures["mixture"], out / "mixture.png")
+    if figures.get("decoding"):
+        draw_decoding(figures["decoding"], out / "decoding.png")
+    if figures.get("training", {}).get("stage 4", {}).get("curve"):
+        draw_run(figures["training"]["stage 4"], out / "loss.png")
 
 
 def draw_training(eager: dict, compiled: dict, path: Path) -> None:
@@ -234,13 +246,17 @@ def draw_attention(figures: dict, path: Path) -> None:
     figure, panels = new_figure(12, 4.2, columns=3)
     contexts = [int(context) for context in figures]
     measures = {
-        "forward (ms)": lambda of: of["forward"]["median_ms"],
-        "backward (ms)": lambda of: of["backward"]["median_ms"],
-        "memory, forward and backward (MiB)": lambda of: of["peak_memory"] and of["peak_memory"] / 2**20,
+        "forward (ms)": lambda entry: entry["forward"]["median_ms"],
+        "backward (ms)": lambda entry: entry["backward"]["median_ms"],
+        "memory, forward and backward (MiB)": lambda entry: (
+            entry["peak_memory"] and entry["peak_memory"] / 2**20
+        ),
     }
     for panel, (title, measure) in zip(panels, measures.items(), strict=True):
         for way in ("explicit", "sdpa", "triton", "flash_attn"):
-            points = {int(c): measure(of[way]) for c, of in figures.items() if "forward" in of.get(way, {})}
+            points = {
+                int(c): measure(entry[way]) for c, entry in figures.items() if "forward" in entry.get(way, {})
+            }
             points = {context: value for context, value in points.items() if value}
             if points:
                 panel.plot(points.keys(), points.values(), "o-", color=WAY_COLORS[way], label=way)
@@ -259,7 +275,7 @@ def draw_mixture(figures: dict, path: Path) -> None:
     names = ["grouped_mm", "loop", "every expert for every token"]
     places, height = np.arange(len(figures)), 0.26
     for place, name in enumerate(names):
-        values = [of.get(name, {}).get("tokens_per_second", 0) / 1e6 for of in figures.values()]
+        values = [entry.get(name, {}).get("tokens_per_second", 0) / 1e6 for entry in figures.values()]
         panel.barh(places + (place - 1) * height, values, height, color=WAY_COLORS[name], label=name)
     panel.set_yticks(places, list(figures))
     panel.invert_yaxis()
@@ -271,15 +287,15 @@ def draw_mixture(figures: dict, path: Path) -> None:
 
 
 def draw_decoding(figures: dict, path: Path) -> None:
-    rows = {part: {k: v for k, v in of.items() if k in WAY_COLORS} for part, of in figures.items()}
+    rows = {part: {k: v for k, v in entry.items() if k in WAY_COLORS} for part, entry in figures.items()}
     figure, panel = new_figure(8, 1.2 + 0.5 * len(rows))
     named, height = set(), 0.38
     for place, by_way in enumerate(rows.values()):
-        for way, of in by_way.items():
+        for way, entry in by_way.items():
             shift = -height / 2 if way in ("eager", "absorbed") else height / 2
             label = None if way in named else {"graph": "CUDA graph"}.get(way, way)
             named.add(way)
-            panel.barh(place + shift, of["tokens_per_second"], height, color=WAY_COLORS[way], label=label)
+            panel.barh(place + shift, entry["tokens_per_second"], height, color=WAY_COLORS[way], label=label)
     panel.set_yticks(range(len(rows)), list(rows))
     panel.invert_yaxis()
     panel.set_xscale("log")

@@ -95,8 +95,8 @@ class Run:
     def __init__(self, options: argparse.Namespace):
         self.smoke = options.smoke
         self.sizes = SMOKE if options.smoke else FULL
-        self.where = torch.device("cpu" if options.smoke else "cuda")
-        self.dtype = device.choose_dtype("auto", self.where)
+        self.device = torch.device("cpu" if options.smoke else "cuda")
+        self.dtype = device.choose_dtype("auto", self.device)
         self.until = time.monotonic() + options.seconds
         self.nanogpt = options.nanogpt
         self.scratch = Path(options.scratch)
@@ -127,11 +127,11 @@ class Run:
             yield
         except Exception as error:
             self.note("failed", part, error=first_line(error), traceback=traceback.format_exc())
-            if is_broken(self.where):
+            if is_broken(self.device):
                 os._exit(BROKEN)
         self.note("ended", part)
         gc.collect()
-        if self.where.type == "cuda":
+        if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def parts(self, names) -> Iterator[str]:
@@ -149,10 +149,10 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def is_broken(where: torch.device) -> bool:
+def is_broken(target_device: torch.device) -> bool:
     """Whether the device no longer responds in this process, as after an illegal memory access."""
     try:
-        device.synchronize(where)
+        device.synchronize(target_device)
     except RuntimeError:
         return True
     return False
@@ -162,15 +162,15 @@ def is_broken(where: torch.device) -> bool:
 
 
 def seconds_of(
-    call: Callable, times: int, where: torch.device, limit: float = float("inf"), queued: bool = False
+    call: Callable, times: int, target_device: torch.device, limit: float = float("inf"), queued: bool = False
 ) -> list[float]:
     """Seconds of each of up to `times` calls, by the device's clock. Stops once `limit` seconds have passed.
 
     queued: first keep the device busy for a millisecond, while Python launches the kernels to be timed, so
     that only the device's own time counts.
     """
-    if where.type != "cuda":
-        return timing.seconds_of(call, times, where, limit=limit)
+    if target_device.type != "cuda":
+        return timing.seconds_of(call, times, target_device, limit=limit)
     started = time.monotonic()
     if queued:
         torch.cuda._sleep(2_000_000)  # cycles
@@ -182,18 +182,18 @@ def seconds_of(
         marks[-1].record()
         if time.monotonic() - started > limit:
             break
-    torch.cuda.synchronize(where)
+    torch.cuda.synchronize(target_device)
     return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(marks)]
 
 
 def in_turn(
-    calls: dict[str, Callable], times: int, where: torch.device, queued: bool = False
+    calls: dict[str, Callable], times: int, target_device: torch.device, queued: bool = False
 ) -> dict[str, list[float]]:
     """Seconds of each call. The calls are interleaved, so that all see the same machine load."""
     seconds = {name: [] for name in calls}
     for _ in range(times):
         for name, call in calls.items():
-            seconds[name] += seconds_of(call, 1, where, queued=queued)
+            seconds[name] += seconds_of(call, 1, target_device, queued=queued)
     return seconds
 
 
@@ -206,22 +206,22 @@ def milliseconds(seconds: list[float]) -> dict:
 class Memory:
     """Measures the increase in peak memory during a block of code, in bytes; None on a CPU."""
 
-    def __init__(self, where: torch.device):
-        self.where, self.bytes = where, None
+    def __init__(self, target_device: torch.device):
+        self.device, self.bytes = target_device, None
 
     def __enter__(self):
-        if self.where.type == "cuda":
+        if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
             self.before = torch.cuda.memory_allocated()
         return self
 
     def forget_peak(self):
         """Discards the peak so far, such as that of compiling."""
-        if self.where.type == "cuda":
+        if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
 
     def __exit__(self, *exception):
-        if self.where.type == "cuda":
+        if self.device.type == "cuda":
             self.bytes = torch.cuda.max_memory_allocated() - self.before
 
 
@@ -238,7 +238,7 @@ def differences(found: dict, reference: dict) -> dict:
 def check(report: dict, dtype: torch.dtype) -> None:
     """Raises AssertionError if a relative difference is NaN or exceeds the tolerance for the dtype."""
     limit = LARGEST_DIFFERENCE[str(dtype).removeprefix("torch.")]
-    wrong = {name: of["relative"] for name, of in report.items() if not of["relative"] <= limit}
+    wrong = {name: entry["relative"] for name, entry in report.items() if not entry["relative"] <= limit}
     assert not wrong, f"relative difference from the reference above {limit}: {wrong}"
 
 

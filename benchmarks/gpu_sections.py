@@ -28,11 +28,11 @@ from lab.storage import runs
 
 def machine(run: Run) -> None:
     """Identifies the machine, and measures its speed of matrix products and of copying, for reference."""
-    figures = runs.machine(run.where)
+    figures = runs.machine(run.device)
     names = ("triton", "flash-attn", "transformers", "pytest", "matplotlib")
     figures["versions"] |= {name: runs.installed(name) for name in names}
-    if run.where.type == "cuda":
-        properties = torch.cuda.get_device_properties(run.where)
+    if run.device.type == "cuda":
+        properties = torch.cuda.get_device_properties(run.device)
         figures |= {
             "capability": f"{properties.major}.{properties.minor}",
             "multiprocessors": properties.multi_processor_count,
@@ -44,19 +44,19 @@ def machine(run: Run) -> None:
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             figures["driver"] = subprocess.run(smi, capture_output=True, text=True, timeout=20).stdout.strip()
     figures["dtype"] = str(run.dtype).removeprefix("torch.")
-    figures["peak_flops"] = device.peak_flops(run.where)
+    figures["peak_flops"] = device.peak_flops(run.device)
     run.record("machine", **figures)
     with run.attempt("matrix product"):
-        a, b = torch.randn(2, run.sizes.product, run.sizes.product, device=run.where, dtype=run.dtype)
-        seconds_of(lambda: a @ b, 3, run.where)
-        median = statistics.median(seconds_of(lambda: a @ b, 10, run.where))
+        a, b = torch.randn(2, run.sizes.product, run.sizes.product, device=run.device, dtype=run.dtype)
+        seconds_of(lambda: a @ b, 3, run.device)
+        median = statistics.median(seconds_of(lambda: a @ b, 10, run.device))
         run.record("matrix product", rows=run.sizes.product, flops_per_second=2 * len(a) ** 3 / median)
     with run.attempt("copy"):
-        free = torch.cuda.mem_get_info()[0] if run.where.type == "cuda" else 2**30
-        source = torch.ones(min(run.sizes.copied, free // 4), dtype=torch.uint8, device=run.where)
+        free = torch.cuda.mem_get_info()[0] if run.device.type == "cuda" else 2**30
+        source = torch.ones(min(run.sizes.copied, free // 4), dtype=torch.uint8, device=run.device)
         target = torch.empty_like(source)
-        seconds_of(lambda: target.copy_(source), 3, run.where)
-        median = statistics.median(seconds_of(lambda: target.copy_(source), 10, run.where))
+        seconds_of(lambda: target.copy_(source), 3, run.device)
+        median = statistics.median(seconds_of(lambda: target.copy_(source), 10, run.device))
         run.record("copy", bytes=len(source), bytes_per_second=2 * len(source) / median)
 
 
@@ -100,7 +100,7 @@ def tests(run: Run) -> None:
 
         def pytest_runtest_logfinish(self, nodeid):
             run.note("ended", nodeid)
-            if is_broken(run.where):
+            if is_broken(run.device):
                 os._exit(BROKEN)
 
     files = ["tests/test_gpu.py", "tests/test_flash.py", "tests/test_parallel.py"]
@@ -122,18 +122,18 @@ def warm_up(run: Run) -> None:
         with run.attempt(part):
             what, _, name = part.partition(": ")
             if what == "training":
-                device.prepare(run.where)
-                trainer = Trainer(run, name, run.where, run.dtype, compiled=True)
+                device.prepare(run.device)
+                trainer = Trainer(run, name, run.device, run.dtype, compiled=True)
                 trainer.must_learn()
             elif what == "decoding":
-                device.prepare(run.where)
+                device.prepare(run.device)
                 stage, _, batch_size = name.partition(" ")
                 CompiledStep(decoder(run, stage, int(batch_size)))
             elif what == "attention":
                 sizes = run.sizes.attention
                 triton = attention_ways(run, sizes, int(name))["triton"]
                 if callable(triton):
-                    q = torch.randn(1, sizes["n_head"], int(name), sizes["head_dim"], device=run.where)
+                    q = torch.randn(1, sizes["n_head"], int(name), sizes["head_dim"], device=run.device)
                     q = q.to(run.dtype).requires_grad_()
                     kv = q.detach()[:, : sizes["n_kv_head"]].clone().requires_grad_()
                     torch.autograd.grad(triton(q, kv, kv), (q, kv), torch.randn_like(q))

@@ -37,18 +37,18 @@ def made_up_text() -> np.ndarray:
 class Trainer:
     """A stage with its optimizer; each call runs a training step as in train.py."""
 
-    def __init__(self, run: Run, name: str, where, dtype, compiled=False, batch_size=None, **fields):
+    def __init__(self, run: Run, name: str, target_device, dtype, compiled=False, batch_size=None, **fields):
         stage, preset = stages.load(name), run.sizes.preset
         torch.manual_seed(0)
         config = stage.GPTConfig(**preset["model"] | {"vocab_size": 65} | fields)
-        self.model = stage.GPT(config).to(where).train()
-        self.joined = self.model
+        self.model = stage.GPT(config).to(target_device).train()
+        self.training_model = self.model
         if compiled:
-            self.joined = torch.compile(self.model, options=device.compile_options(where))
+            self.training_model = torch.compile(self.model, options=device.compile_options(target_device))
         self.optimizer = optim.make("adamw", self.model, preset["lr"], 0.1, (0.9, preset["beta2"]))
         self.batch_size, self.lr = batch_size or preset["batch_size"], preset["lr"]
         self.tokens_per_step = self.batch_size * config.block_size
-        self.where, self.autocast = where, device.autocast(where, dtype)
+        self.device, self.autocast = target_device, device.autocast(target_device, dtype)
         self.text, self.steps = made_up_text(), 0
 
     def __call__(self) -> tuple[dict, torch.Tensor]:
@@ -56,8 +56,8 @@ class Trainer:
         self.steps += 1
         block_size = self.model.config.block_size
         idx, targets = batches.train_batch(self.text, 0, self.steps, self.batch_size, block_size)
-        idx, targets = idx.to(self.where), targets.to(self.where)
-        losses = optim.accumulate_gradients(self.joined, idx, targets, self.batch_size, self.autocast)
+        idx, targets = idx.to(self.device), targets.to(self.device)
+        losses = optim.accumulate_gradients(self.training_model, idx, targets, self.batch_size, self.autocast)
         norm = optim.update(self.model, self.optimizer, self.lr, 1.0)
         if hasattr(self.model, "after_step"):
             self.model.after_step()
@@ -67,7 +67,7 @@ class Trainer:
         """The figures for steps that took these seconds each."""
         rate = self.tokens_per_step / statistics.median(seconds)
         figures = {"tokens_per_second": rate} | milliseconds(seconds)
-        peak = device.peak_flops(self.where)
+        peak = device.peak_flops(self.device)
         if peak:
             figures["mfu"] = rate * self.flops() / peak
         return figures
@@ -87,7 +87,7 @@ class Trainer:
 
 def eager(run: Run) -> None:
     """Measures speed and memory of every stage's training step, not compiled, in two interleaved rounds."""
-    device.prepare(run.where)
+    device.prepare(run.device)
     names = list(run.parts(stages.course()))
     trainers, seconds, kept = {}, {name: [] for name in names}, {}
     for number in range(2):
@@ -97,22 +97,22 @@ def eager(run: Run) -> None:
             share = run.left() * 0.9 / (2 * len(names) - place - number * len(names))
             with run.attempt(name):
                 if number == 0:
-                    with Memory(run.where) as memory:
-                        trainer = Trainer(run, name, run.where, run.dtype)
-                        seconds_of(trainer, max(2, run.sizes.steps // 20), run.where, share / 3)
+                    with Memory(run.device) as memory:
+                        trainer = Trainer(run, name, run.device, run.dtype)
+                        seconds_of(trainer, max(2, run.sizes.steps // 20), run.device, share / 3)
                     kept[name] = {"peak_memory": memory.bytes}
                     kept[name] |= {"parameters": cost.parameters(trainer.model)}
                     kept[name] |= {"flops_per_token": trainer.flops()}
                     trainers[name] = trainer
                 trainer = trainers[name]
-                seconds[name] += seconds_of(trainer, max(1, run.sizes.steps // 2), run.where, share / 2)
+                seconds[name] += seconds_of(trainer, max(1, run.sizes.steps // 2), run.device, share / 2)
                 loss = trainer.must_learn()
                 run.record(name, **kept[name], loss=loss, **trainer.speed(seconds[name]))
 
 
 def compiled(run: Run) -> None:
     """Measures speed and memory of every stage's compiled training step, interleaved with the eager one."""
-    device.prepare(run.where)
+    device.prepare(run.device)
     names = list(run.parts(stages.course()))
     for place, name in enumerate(names):
         share = run.left() * 0.9 / (len(names) - place)
@@ -120,25 +120,25 @@ def compiled(run: Run) -> None:
             torch._dynamo.reset()
             torch._dynamo.utils.counters.clear()
             started = time.perf_counter()
-            with Memory(run.where) as memory:
-                trainer = Trainer(run, name, run.where, run.dtype, compiled=True)
+            with Memory(run.device) as memory:
+                trainer = Trainer(run, name, run.device, run.dtype, compiled=True)
                 trainer.must_learn()
                 compile_seconds = time.perf_counter() - started
                 memory.forget_peak()
-                seconds_of(trainer, 3, run.where)
+                seconds_of(trainer, 3, run.device)
             breaks = sum(torch._dynamo.utils.counters["graph_break"].values())
             figures = {
                 "peak_memory": memory.bytes,
                 "compile_seconds": compile_seconds,
                 "graph_breaks": breaks,
             }
-            plain = Trainer(run, name, run.where, run.dtype)
-            seconds_of(plain, 3, run.where)
+            plain = Trainer(run, name, run.device, run.dtype)
+            seconds_of(plain, 3, run.device)
             seconds = {"eager": [], "compiled": []}
             block = max(1, run.sizes.steps // 5)
             for _ in range(5):
-                seconds["compiled"] += seconds_of(trainer, block, run.where, share / 10)
-                seconds["eager"] += seconds_of(plain, max(1, block // 2), run.where, share / 10)
+                seconds["compiled"] += seconds_of(trainer, block, run.device, share / 10)
+                seconds["eager"] += seconds_of(plain, max(1, block // 2), run.device, share / 10)
                 speed_up = statistics.median(seconds["eager"]) / statistics.median(seconds["compiled"])
                 speeds = trainer.speed(seconds["compiled"])
                 run.record(name, **figures, **speeds, speed_up=speed_up)
@@ -153,8 +153,8 @@ def float32(run: Run) -> None:
     for name in run.parts(stages.course()):
         with run.attempt(name):
             losses = []
-            for where in (cpu, run.where):
-                trainer = Trainer(run, name, where, **options)
+            for target_device in (cpu, run.device):
+                trainer = Trainer(run, name, target_device, **options)
                 steps = [trainer() for _ in range(STEPS_COMPARED)]
                 losses.append([sum(loss.values()).item() for loss, _ in steps])
             largest = max(abs(a - b) for a, b in zip(*losses, strict=True))
@@ -193,7 +193,7 @@ def training(run: Run) -> None:
     with run.attempt(part):
         folder, output = run.scratch / f"run-{os.getpid()}", run.scratch / "train.log"
         command = [sys.executable, "train.py", "--stage", "4", "--data", text, "--out", str(folder)]
-        command += ["--device", run.where.type, "--preset", "baby"]
+        command += ["--device", run.device.type, "--preset", "baby"]
         if run.smoke:
             model = run.sizes.preset["model"]
             command += [f"--model.{name.replace('_', '-')}={value}" for name, value in model.items()]
@@ -244,37 +244,37 @@ def nanogpt(run: Run) -> None:
     """Times training steps of nanoGPT's own model and of our stage 0, interleaved, eager and compiled."""
     from benchmarks.against_nanogpt import load_nanogpt
 
-    device.prepare(run.where)
+    device.prepare(run.device)
     for part in run.parts(("eager", "compiled")):
         with run.attempt(part):
             torch._dynamo.reset()
-            ours = Trainer(run, "stage0_gpt", run.where, run.dtype, compiled=part == "compiled")
+            ours = Trainer(run, "stage0_gpt", run.device, run.dtype, compiled=part == "compiled")
             module = load_nanogpt(Path(run.nanogpt))
             known = inspect.signature(module.GPTConfig).parameters
             sizes = run.sizes.preset["model"] | {"vocab_size": 65, "bias": False}
             model = module.GPT(module.GPTConfig(**{k: v for k, v in sizes.items() if k in known}))
-            model = model.to(run.where).train()
-            optimizer = model.configure_optimizers(0.1, ours.lr, (0.9, 0.99), run.where.type)
-            joined = torch.compile(model) if part == "compiled" else model
+            model = model.to(run.device).train()
+            optimizer = model.configure_optimizers(0.1, ours.lr, (0.9, 0.99), run.device.type)
+            training_model = torch.compile(model) if part == "compiled" else model
 
-            def theirs(ours=ours, joined=joined, model=model, optimizer=optimizer):
+            def theirs(ours=ours, training_model=training_model, model=model, optimizer=optimizer):
                 ours.steps += 1
                 block_size = ours.model.config.block_size
                 idx, targets = batches.train_batch(ours.text, 0, ours.steps, ours.batch_size, block_size)
                 with ours.autocast:
-                    _, loss = joined(idx.to(run.where), targets.to(run.where))
+                    _, loss = training_model(idx.to(run.device), targets.to(run.device))
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
 
             calls = {"nanogpt": theirs, "ours": ours}
-            in_turn(calls, 3, run.where)
+            in_turn(calls, 3, run.device)
             seconds = {name: [] for name in calls}
             for _ in range(5):
                 for name, call in calls.items():
                     seconds[name] += seconds_of(
-                        call, max(1, run.sizes.steps // 5), run.where, run.left() / 20
+                        call, max(1, run.sizes.steps // 5), run.device, run.left() / 20
                     )
-            rates = {name: ours.tokens_per_step / statistics.median(of) for name, of in seconds.items()}
+            rates = {name: ours.tokens_per_step / statistics.median(times) for name, times in seconds.items()}
             run.record(part, **rates, ratio=rates["ours"] / rates["nanogpt"])

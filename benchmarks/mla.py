@@ -60,9 +60,9 @@ def main():
 def training(rounds: int) -> dict:
     """Training speed as a multiple of stage 6's."""
     dtype = device.choose_dtype("auto", CPU)
-    six = moe.training_step("stage6_moe", dtype)
+    stage6_step = moe.training_step("stage6_moe", dtype)
     return {
-        f"stage {stages.number(name)}": moe.ratio(rounds, moe.training_step(name, dtype), six)
+        f"stage {stages.number(name)}": moe.ratio(rounds, moe.training_step(name, dtype), stage6_step)
         for name in ("stage7a_mla", "stage7_mla_mtp")
     }
 
@@ -77,7 +77,7 @@ def decoding(rounds: int) -> dict:
             "expanded": stepper("stage7a_mla", context, False),
         }
         seconds = timing.in_turn(steppers, rounds, CPU, warm_ups=1)
-        by_context[context] = {name: 20 / statistics.median(of) for name, of in seconds.items()}
+        by_context[context] = {name: 20 / statistics.median(times) for name, times in seconds.items()}
     return by_context
 
 

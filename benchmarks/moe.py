@@ -138,53 +138,53 @@ def mixtures(dtype: torch.dtype, n_experts: int, k: int, make_other, width: int 
     sizes = {"n_embd": 128, "n_head": 4, "n_routed_experts": n_experts, "num_experts_per_tok": k}
     width = width or stage.GPTConfig(**sizes).moe_intermediate_size
     sizes |= {"n_shared_experts": 0, "router": "softmax"}  # as in Mixtral
-    made = stage.MoE(stage.GPTConfig(moe_intermediate_size=width, **sizes)).eval()
-    for parameter in made.parameters():
+    moe = stage.MoE(stage.GPTConfig(moe_intermediate_size=width, **sizes)).eval()
+    for parameter in moe.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
-    made = made.to(dtype)
+    moe = moe.to(dtype)
     x = torch.randn(12, 64, 128, dtype=dtype, requires_grad=True)
     gradient = torch.randn(12, 64, 128, dtype=dtype)
-    other = make_other(made)
+    other = make_other(moe)
     with torch.no_grad():
-        torch.testing.assert_close(made(x), other(x), atol=0.05, rtol=0.05)
+        torch.testing.assert_close(moe(x), other(x), atol=0.05, rtol=0.05)
 
     def stepper(function):
         return lambda: function(x).backward(gradient)
 
-    return stepper(made), stepper(other)
+    return stepper(moe), stepper(other)
 
 
-def loop_over_experts(made):
+def loop_over_experts(moe):
     """The naive implementation: a loop over the experts, each with its tokens."""
 
     def forward(x):
         tokens = x.flatten(0, 1)
-        weights, indices = made.gate(tokens)
+        weights, indices = moe.gate(tokens)
         y = torch.zeros_like(tokens)
-        for expert in range(len(made.experts.down_proj)):
+        for expert in range(len(moe.experts.down_proj)):
             token, place = (indices == expert).nonzero(as_tuple=True)
-            gate, up = F.linear(tokens[token], made.experts.gate_up_proj[expert]).chunk(2, dim=-1)
-            output = F.linear(F.silu(gate) * up, made.experts.down_proj[expert])
+            gate, up = F.linear(tokens[token], moe.experts.gate_up_proj[expert]).chunk(2, dim=-1)
+            output = F.linear(F.silu(gate) * up, moe.experts.down_proj[expert])
             y = y.index_add(0, token, (output * weights[token, place, None]).to(y.dtype))
         return y.view_as(x)
 
     return forward
 
 
-def transformers_mixtral(made):
+def transformers_mixtral(moe):
     """transformers' Mixtral layer with our weights."""
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
-    sizes = made.gate.config
+    sizes = moe.gate.config
     config = MixtralConfig(
         hidden_size=sizes.n_embd,
         intermediate_size=sizes.moe_intermediate_size,
         num_local_experts=sizes.n_routed_experts,
         num_experts_per_tok=sizes.num_experts_per_tok,
     )
-    theirs = MixtralSparseMoeBlock(config).to(made.gate.weight.dtype).eval()
-    theirs.load_state_dict(made.state_dict())
+    theirs = MixtralSparseMoeBlock(config).to(moe.gate.weight.dtype).eval()
+    theirs.load_state_dict(moe.state_dict())
     return theirs
 
 
