@@ -57,7 +57,7 @@ class KVCache:
     """Keys and values of all tokens so far, so that a new token need not compute them again.
 
     The model asks the cache for the new tokens' positions and mask. Each layer passes its new keys and
-    values to `update` and gets those of all tokens back. How the cache stores them does not concern the model.
+    values to `update` and gets those of all tokens back. How it stores them is not the model's concern.
     """
 
     def __init__(self, config, batch_size, max_length, device, dtype):

@@ -124,7 +124,7 @@ class KVCache:
     """Rotated keys and latents of all tokens so far, so that a new token need not compute them again.
 
     The model asks the cache for the new tokens' positions and mask. Each layer passes its new keys and
-    latents to `update` and gets those of all tokens back. How the cache stores them does not concern the model.
+    latents to `update` and gets those of all tokens back. How it stores them is not the model's concern.
     """
 
     def __init__(self, config, n_layer, batch_size, max_length, device, dtype):
