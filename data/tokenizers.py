@@ -273,7 +273,7 @@ def library_tokenizer(folder: Path):
             file = "tokenizer_config.json" if "added_tokens_decoder" in config else "added_tokens.json"
             raise UserError(
                 f"{shown(folder / file)} gives {token.content!r} the id {number}, but with tokenizer.json "
-                f"it is {found}\nadded tokens must have the ids after those of tokenizer.json, without a gap"
+                f"its id is {found}\nthe ids of added tokens must continue those of tokenizer.json"
             )
     tokenizer.encode_special_tokens = bool(config.get("split_special_tokens"))
     return tokenizer

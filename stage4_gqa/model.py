@@ -1,6 +1,6 @@
 """Stage 4: grouped-query attention: several query heads share one head of keys and values.
 
-Idea: n_kv_head key/value heads serve n_head query heads, each its own group of neighbours.
+Idea: n_kv_head key/value heads serve n_head query heads, each one a group of neighbours.
 Paper: Ainslie et al. 2023, "GQA", arXiv 2305.13245.
 Changed: the widths of k_proj and v_proj, one repeat, the cache's shape.
 It should buy a cache smaller by n_head / n_kv_head, at nearly the same loss.
@@ -16,30 +16,30 @@ import torch.nn.functional as F
 
 @dataclass
 class GPTConfig:
-    """Sizes of the model; an impossible combination is a ValueError."""
+    """Sizes of the model. Raises ValueError for an impossible combination."""
 
     vocab_size: int = 50304
     """Number of different tokens."""
     block_size: int = 1024
-    """Context: the number of positions trained on."""
+    """Context length: the number of positions to train on."""
     n_layer: int = 12
     """Number of blocks."""
     n_head: int = 12
     """Number of query heads."""
     n_kv_head: int | None = None
-    """Number of key/value heads. None: half of n_head, or all of an odd number."""
+    """Number of key/value heads. None: half of n_head, or n_head if that is odd."""
     n_embd: int = 768
     """Width of the residual stream."""
     dropout: float = 0.0
     """Probability of dropping an activation in training."""
     norm_eps: float = 1e-5
-    """Added under the root of a norm, against division by zero."""
+    """Added under a norm's square root, against division by zero."""
     tie_word_embeddings: bool = True
     """Whether the head shares its weights with the token embedding."""
     intermediate_size: int | None = None
     """Width of the MLP. None: 8/3 of n_embd, rounded up to a multiple of 8."""
     rope_theta: float = 10000.0
-    """Base of the frequencies: pairs turn fully every 2π to almost 2π · rope_theta tokens."""
+    """Base of the frequencies: the periods of the pairs range from 2π to almost 2π · rope_theta tokens."""
 
     def __post_init__(self):
         if self.n_kv_head is None:
@@ -60,10 +60,10 @@ class GPTConfig:
 
 
 class KVCache:
-    """Keys and values of the tokens so far: what attention needs of the past to go on.
+    """Keys and values of all tokens so far, so that a new token need not compute them again.
 
-    The model asks it for the new tokens' positions and mask, gives each layer's new keys and values
-    to `update` and gets all of them back; how they are stored is the cache's business.
+    The model asks the cache for the new tokens' positions and mask. Each layer passes its new keys and
+    values to `update` and gets those of all tokens back. How it stores them is not the model's concern.
     """
 
     def __init__(self, config, batch_size, max_length, device, dtype):
@@ -96,14 +96,14 @@ class KVCache:
         return keys, values  # (B, n_kv_head, length + n_new, head_dim)
 
     def advance(self, n_new):
-        """Counts the n_new tokens that every layer has stored."""
+        """Counts n_new more tokens, once every layer has stored them."""
         self.length += n_new
 
 
 def causal_mask(n_query, n_key, device):
-    """(n_query, n_key) to add to scores: 0 for keys up to the query's own, -inf for later ones.
+    """Mask (n_query, n_key) to add to the scores: 0 up to the query's own position, -inf after it.
 
-    The last query sees every key (lower-right alignment), also when the cache holds earlier tokens.
+    The last query sees every key, even if the cache holds earlier tokens (lower-right alignment).
     """
     return torch.full((n_query, n_key), -torch.inf, device=device).triu(n_key - n_query + 1)
 
@@ -117,7 +117,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        x32 = x.float()  # squares overflow and lose digits in 16 bits
+        x32 = x.float()  # in 16 bits, squares overflow and lose digits
         normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * normed.type_as(x)
 
@@ -131,7 +131,7 @@ def rotation(positions, head_dim, theta):
 
 
 def rotate(x, rope):
-    """Turns the pairs (i, i + head_dim/2) of x (B, heads, T, head_dim) by the angles of rope."""
+    """Rotates the pairs (i, i + head_dim/2) of x (B, heads, T, head_dim) by the angles of rope."""
     cos, sin = rope
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).type_as(x)
@@ -144,7 +144,7 @@ def attention(q, k, v, mask, dropout):
     """
     repeats = q.size(1) // k.size(1)  # query heads to a key/value head
     k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)  # k0, k0, k1, k1
-    # Scaling q instead of the scores gives the same numbers for fewer multiplications.
+    # Scaling q gives the same result as scaling the scores, with fewer multiplications.
     scores = (q * q.size(3) ** -0.5) @ k.transpose(2, 3) + mask  # (B, n_head, T, S)
     weights = F.dropout(F.softmax(scores, dim=-1), dropout)
     return weights @ v
@@ -170,7 +170,7 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
         q, k = rotate(q, rope), rotate(k, rope)
         if cache is not None:
-            k, v = cache.update(self.layer_idx, k, v)  # (B, n_kv_head, S, head_dim), S = T + tokens before
+            k, v = cache.update(self.layer_idx, k, v)  # (B, n_kv_head, S, head_dim), S = T + cached tokens
         y = attention(q, k, v, mask, self.dropout if self.training else 0.0)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, n_embd)
 
@@ -189,7 +189,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then the MLP; each reads the normed residual stream and adds to it."""
+    """Attention, then the MLP. Each reads the normed residual stream and adds its output to it."""
 
     def __init__(self, config, layer_idx):
         super().__init__()
@@ -225,7 +225,7 @@ class GPT(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """GPT-2's: normal with std 0.02; what adds to the residual stream 1/sqrt(2 n_layer) of it."""
+        """As GPT-2: std 0.02, but 0.02 / sqrt(2 n_layer) for projections into the residual stream."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
@@ -241,8 +241,8 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, cache=None):
         """idx (B, T) int64 -> logits (B, T, vocab_size) and a dict of scalar losses.
 
-        targets (B, T) hold the token after each of idx, -1 where there is none to learn; without
-        them the dict is empty. With a cache, idx are the tokens that follow those it holds.
+        targets (B, T) hold the token that follows each of idx, or -1 to ignore a position. Without targets,
+        the dict is empty. With a cache, idx are the tokens that follow the cached ones.
         """
         T = idx.size(1)
         if cache is None:

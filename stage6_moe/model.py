@@ -3,7 +3,7 @@
 Idea: a router scores the experts for each token; the outputs of the best few are added up, weighted.
 Papers: Switch, arXiv 2101.03961; Mixtral, 2401.04088; DeepSeekMoE, 2401.06066; DeepSeek-V3, 2412.19437.
 Changed: the MLP, and what keeps the experts equally busy: a bias (sigmoid router) or a loss (softmax router).
-It should buy a lower loss for the same arithmetic a token, paid with memory: most parameters sit idle.
+It should buy a lower loss for the same arithmetic per token. The price is memory for idle parameters.
 """
 
 import math
@@ -21,30 +21,30 @@ except ImportError:
 
 @dataclass
 class GPTConfig:
-    """Sizes of the model; an impossible combination is a ValueError."""
+    """Sizes of the model. Raises ValueError for an impossible combination."""
 
     vocab_size: int = 50304
     """Number of different tokens."""
     block_size: int = 1024
-    """Context: the number of positions trained on."""
+    """Context length: the number of positions to train on."""
     n_layer: int = 12
     """Number of blocks."""
     n_head: int = 12
     """Number of query heads."""
     n_kv_head: int | None = None
-    """Number of key/value heads. None: half of n_head, or all of an odd number."""
+    """Number of key/value heads. None: half of n_head, or n_head if that is odd."""
     n_embd: int = 768
     """Width of the residual stream."""
     dropout: float = 0.0
     """Probability of dropping an activation in training."""
     norm_eps: float = 1e-5
-    """Added under the root of a norm, against division by zero."""
+    """Added under a norm's square root, against division by zero."""
     tie_word_embeddings: bool = True
     """Whether the head shares its weights with the token embedding."""
     intermediate_size: int | None = None
     """Width of the MLP. None: 8/3 of n_embd, rounded up to a multiple of 8."""
     rope_theta: float = 10000.0
-    """Base of the frequencies: pairs turn fully every 2π to almost 2π · rope_theta tokens."""
+    """Base of the frequencies: the periods of the pairs range from 2π to almost 2π · rope_theta tokens."""
     n_routed_experts: int = 8
     """Number of experts to choose from, in each layer."""
     num_experts_per_tok: int = 2
@@ -52,9 +52,9 @@ class GPTConfig:
     n_shared_experts: int = 1
     """Number of experts that every token uses."""
     moe_intermediate_size: int | None = None
-    """Width of an expert. None: such that those of a token are together as wide as intermediate_size."""
+    """Width of an expert. None: a token's experts together are as wide as intermediate_size."""
     first_k_dense_replace: int = 0
-    """Number of layers, from the first, that keep a dense MLP."""
+    """Number of first layers that keep a dense MLP."""
     router: str = "sigmoid"
     """sigmoid (balanced by a bias, as DeepSeek-V3) or softmax (balanced by a loss, as Switch and Mixtral)."""
     routed_scaling_factor: float = 1.0
@@ -103,10 +103,10 @@ class GPTConfig:
 
 
 class KVCache:
-    """Keys and values of the tokens so far: what attention needs of the past to go on.
+    """Keys and values of all tokens so far, so that a new token need not compute them again.
 
-    The model asks it for the new tokens' positions and mask, gives each layer's new keys and values
-    to `update` and gets all of them back; how they are stored is the cache's business.
+    The model asks the cache for the new tokens' positions and mask. Each layer passes its new keys and
+    values to `update` and gets those of all tokens back. How it stores them is not the model's concern.
     """
 
     def __init__(self, config, batch_size, max_length, device, dtype):
@@ -139,14 +139,14 @@ class KVCache:
         return keys, values  # (B, n_kv_head, length + n_new, head_dim)
 
     def advance(self, n_new):
-        """Counts the n_new tokens that every layer has stored."""
+        """Counts n_new more tokens, once every layer has stored them."""
         self.length += n_new
 
 
 def causal_mask(n_query, n_key, device):
-    """(n_query, n_key) to add to scores: 0 for keys up to the query's own, -inf for later ones.
+    """Mask (n_query, n_key) to add to the scores: 0 up to the query's own position, -inf after it.
 
-    The last query sees every key (lower-right alignment), also when the cache holds earlier tokens.
+    The last query sees every key, even if the cache holds earlier tokens (lower-right alignment).
     """
     return torch.full((n_query, n_key), -torch.inf, device=device).triu(n_key - n_query + 1)
 
@@ -160,7 +160,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        x32 = x.float()  # squares overflow and lose digits in 16 bits
+        x32 = x.float()  # in 16 bits, squares overflow and lose digits
         normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * normed.type_as(x)
 
@@ -174,7 +174,7 @@ def rotation(positions, head_dim, theta):
 
 
 def rotate(x, rope):
-    """Turns the pairs (i, i + head_dim/2) of x (B, heads, T, head_dim) by the angles of rope."""
+    """Rotates the pairs (i, i + head_dim/2) of x (B, heads, T, head_dim) by the angles of rope."""
     cos, sin = rope
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).type_as(x)
@@ -204,7 +204,7 @@ def explicit_attention(q, k, v, mask, dropout):
         mask = causal_mask(q.size(2), k.size(2), q.device)
     repeats = q.size(1) // k.size(1)  # query heads to a key/value head
     k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)  # k0, k0, k1, k1
-    # Scaling q instead of the scores gives the same numbers for fewer multiplications.
+    # Scaling q gives the same result as scaling the scores, with fewer multiplications.
     scores = (q * q.size(3) ** -0.5) @ k.transpose(2, 3) + mask  # (B, n_head, T, S)
     weights = F.dropout(F.softmax(scores, dim=-1), dropout)
     return weights @ v
@@ -230,7 +230,7 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
         q, k = rotate(q, rope), rotate(k, rope)
         if cache is not None:
-            k, v = cache.update(self.layer_idx, k, v)  # (B, n_kv_head, S, head_dim), S = T + tokens before
+            k, v = cache.update(self.layer_idx, k, v)  # (B, n_kv_head, S, head_dim), S = T + cached tokens
         y = attention(q, k, v, mask, self.dropout if self.training else 0.0)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, n_embd)
 
@@ -264,7 +264,9 @@ class Router(nn.Module):
     def forward(self, x):
         """x (N, n_embd) -> weights and indices of the chosen experts, both (N, num_experts_per_tok)."""
         k = self.config.num_experts_per_tok
-        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):  # rounding could reroute
+        with torch.autocast(
+            "cpu" if x.is_meta else x.device.type, enabled=False
+        ):  # rounding could change the choice
             logits = F.linear(x.float(), self.weight.float())  # (N, n_routed_experts)
         if self.config.router == "softmax":
             probs = F.softmax(logits, dim=-1)
@@ -319,7 +321,7 @@ class Experts(nn.Module):
 
     def forward(self, x, weights, indices):
         """x (N, n_embd), weights and indices (N, k) -> (N, n_embd): the sum of the weighted outputs."""
-        if x.is_cuda and torch.is_autocast_enabled("cuda"):  # autocast does not know grouped_mm
+        if x.is_cuda and torch.is_autocast_enabled("cuda"):  # autocast does not cover grouped_mm
             x = x.to(torch.get_autocast_dtype("cuda"))
         gate_up, down = self.gate_up_proj.mT.to(x.dtype), self.down_proj.mT.to(x.dtype)  # (E, in, out)
         if grouped_mm_takes(x, down):
@@ -375,7 +377,7 @@ class MoE(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then the MLP; each reads the normed residual stream and adds to it."""
+    """Attention, then the MLP. Each reads the normed residual stream and adds its output to it."""
 
     def __init__(self, config, layer_idx):
         super().__init__()
@@ -411,7 +413,7 @@ class GPT(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """GPT-2's: normal with std 0.02; what adds to the residual stream 1/sqrt(2 n_layer) of it."""
+        """As GPT-2: std 0.02, but 0.02 / sqrt(2 n_layer) for projections into the residual stream."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding, Router)):
                 nn.init.normal_(module.weight, std=0.02)
@@ -429,8 +431,8 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, cache=None):
         """idx (B, T) int64 -> logits (B, T, vocab_size) and a dict of scalar losses.
 
-        targets (B, T) hold the token after each of idx, -1 where there is none to learn; without
-        them the dict is empty. With a cache, idx are the tokens that follow those it holds.
+        targets (B, T) hold the token that follows each of idx, or -1 to ignore a position. Without targets,
+        the dict is empty. With a cache, idx are the tokens that follow the cached ones.
         """
         T = idx.size(1)
         if cache is None:
@@ -452,7 +454,7 @@ class GPT(nn.Module):
                 balance = torch.stack([router.balance_loss for router in self.routers()]).mean()
                 losses["balance"] = self.config.router_aux_loss_coef * balance
         for router in self.routers():
-            router.balance_loss = None  # or it would keep the step's graph
+            router.balance_loss = None  # it would keep the step's graph alive
         return logits, losses
 
     def routers(self):

@@ -11,7 +11,7 @@ from lab.comparison import markdown
 from lab.pages import lessons, scale
 from lab.training import settings
 
-PAGES = {str(path.relative_to(stages.ROOT)): (path, number) for path, number in lessons.pages().items()}
+PAGES = {str(path.relative_to(stages.ROOT)): (path, name) for path, name in lessons.pages().items()}
 TEXTS = [path for path, _ in PAGES.values()]
 TEXTS += [stages.ROOT / "CONTRIBUTING.md", stages.ROOT / "family" / "deepseek_v3" / "README.md"]
 TEXTS += [stages.ROOT / "docs" / f"{name}.md" for name in ("many-devices", "learning-path", "glossary")]
@@ -19,31 +19,35 @@ TEXTS += [stages.ROOT / "docs" / f"{name}.md" for name in ("many-devices", "lear
 
 # By page and part of results.json: the tables made of it.
 MEASURED = {
-    (None, "stages"): {"rates", "ladder"},
+    ("front", "stages"): {"rates", "ladder"},
     ("benchmarks", "against_nanogpt"): {"nanogpt"},
     ("benchmarks", "against_transformers"): {"transformers"},
-    (5, "attention"): {"crossover", "context"},
-    (6, "moe"): {"balancing", "speeds"},
-    (7, "mla"): {"losses", "training", "caches", "decoding", "drafts"},
+    ("stage5_flash", "attention"): {"crossover", "context"},
+    ("stage6_moe", "moe"): {"balancing", "speeds"},
+    ("stage7_mla_mtp", "mla"): {"training", "caches", "decoding", "drafts"},
 }
 
 
-@pytest.mark.parametrize("path, number", PAGES.values(), ids=PAGES.keys())
-def test_tables_and_diffs_are_those_of_the_code_and_the_measurements(path, number):
+@pytest.mark.parametrize("path, name", PAGES.values(), ids=PAGES.keys())
+def test_tables_and_diffs_are_those_of_the_code_and_the_measurements(path, name):
     """If this fails: python -m lab.pages.lessons."""
     page = path.read_text()
     results = lessons.read_results()
-    assert lessons.filled(page, number, results) == page
+    assert lessons.filled(page, name, results) == page
     parts = set(re.findall(r"<!-- (\w+) -->\n[^<]", page)) - {"end"}
-    expected = {"table"}
-    if number == "scale":
+    expected = {"table", "diff"}
+    if name == "scale":
         expected = set(scale.tables(results))
-    elif number is None:
+    elif name == "front":
         expected = set()
-    elif number != "benchmarks" and number:
-        expected |= {"diff"}
-    for (page_number, part_of), names in MEASURED.items():
-        if page_number == number and part_of in results:
+    elif name in ("benchmarks", "stage0_gpt"):
+        expected = {"table"}
+    elif name == "stage7_mla_mtp":
+        expected |= {"table7a", "diff7a"}
+    elif name in stages.relatives():
+        expected = {"diff"}
+    for (page_name, part_of), names in MEASURED.items():
+        if page_name == name and part_of in results:
             expected |= names
     assert parts == expected
 

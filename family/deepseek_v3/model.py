@@ -20,12 +20,12 @@ except ImportError:
 
 @dataclass
 class GPTConfig:
-    """Sizes of the model; an impossible combination is a ValueError."""
+    """Sizes of the model. Raises ValueError for an impossible combination."""
 
     vocab_size: int = 50304
     """Number of different tokens."""
     block_size: int = 1024
-    """Context: the number of positions trained on."""
+    """Context length: the number of positions to train on."""
     n_layer: int = 12
     """Number of blocks."""
     n_head: int = 12
@@ -35,13 +35,13 @@ class GPTConfig:
     dropout: float = 0.0
     """Probability of dropping an activation in training."""
     norm_eps: float = 1e-5
-    """Added under the root of a norm, against division by zero."""
+    """Added under a norm's square root, against division by zero."""
     tie_word_embeddings: bool = True
     """Whether the head shares its weights with the token embedding."""
     intermediate_size: int | None = None
     """Width of the MLP. None: 8/3 of n_embd, rounded up to a multiple of 8."""
     rope_theta: float = 10000.0
-    """Base of the frequencies: pairs turn fully every 2π to almost 2π · rope_theta tokens."""
+    """Base of the frequencies: the periods of the pairs range from 2π to almost 2π · rope_theta tokens."""
     n_routed_experts: int = 8
     """Number of experts to choose from, in each layer."""
     num_experts_per_tok: int = 2
@@ -49,9 +49,9 @@ class GPTConfig:
     n_shared_experts: int = 1
     """Number of experts that every token uses."""
     moe_intermediate_size: int | None = None
-    """Width of an expert. None: such that those of a token are together as wide as intermediate_size."""
+    """Width of an expert. None: a token's experts together are as wide as intermediate_size."""
     first_k_dense_replace: int = 0
-    """Number of layers, from the first, that keep a dense MLP."""
+    """Number of first layers that keep a dense MLP."""
     router: str = "sigmoid"
     """sigmoid (balanced by a bias, as DeepSeek-V3) or softmax (balanced by a loss, as Switch and Mixtral)."""
     routed_scaling_factor: float = 1.0
@@ -65,7 +65,7 @@ class GPTConfig:
     topk_group: int = 1
     """Number of groups that a token chooses."""
     q_lora_rank: int | None = None
-    """Width of the latent of the queries. None: queries are made without one."""
+    """Width of the latent of the queries. None: queries are projected directly."""
     kv_lora_rank: int | None = None
     """Width of the latent of keys and values. None: 3/8 of n_embd, rounded up to a multiple of 8."""
     qk_nope_head_dim: int | None = None
@@ -139,10 +139,10 @@ class GPTConfig:
 
 
 class KVCache:
-    """Rotated keys and latents of the tokens so far: what attention needs of the past to go on.
+    """Rotated keys and latents of all tokens so far, so that a new token need not compute them again.
 
-    The model asks it for the new tokens' positions and mask, gives each layer's new keys and latents
-    to `update` and gets all of them back; how they are stored is the cache's business.
+    The model asks the cache for the new tokens' positions and mask. Each layer passes its new keys and
+    latents to `update` and gets those of all tokens back. How it stores them is not the model's concern.
     """
 
     def __init__(self, config, n_layer, batch_size, max_length, device, dtype):
@@ -175,14 +175,14 @@ class KVCache:
         return keys, latents  # (B, 1, length + n_new, their width)
 
     def advance(self, n_new):
-        """Counts the n_new tokens that every layer has stored."""
+        """Counts n_new more tokens, once every layer has stored them."""
         self.length += n_new
 
 
 def causal_mask(n_query, n_key, device):
-    """(n_query, n_key) to add to scores: 0 for keys up to the query's own, -inf for later ones.
+    """Mask (n_query, n_key) to add to the scores: 0 up to the query's own position, -inf after it.
 
-    The last query sees every key (lower-right alignment), also when the cache holds earlier tokens.
+    The last query sees every key, even if the cache holds earlier tokens (lower-right alignment).
     """
     return torch.full((n_query, n_key), -torch.inf, device=device).triu(n_key - n_query + 1)
 
@@ -196,7 +196,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        x32 = x.float()  # squares overflow and lose digits in 16 bits
+        x32 = x.float()  # in 16 bits, squares overflow and lose digits
         normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * normed.type_as(x)
 
@@ -217,7 +217,7 @@ def yarn_frequencies(frequencies, config):
 
 
 def yarn_mscale(scaling, weight):
-    """YaRN's factor of the attention scores' size, for a weight called mscale; 1 for a weight of 0."""
+    """YaRN's scale for attention: 0.1 · weight · ln(factor) + 1, or 1 without stretching."""
     return 0.1 * weight * math.log(scaling["factor"]) + 1 if scaling["factor"] > 1 else 1.0
 
 
@@ -237,7 +237,7 @@ def rotation(positions, config):
 
 
 def rotate(x, rope):
-    """Turns the pairs (i, i + head_dim/2) of x (B, heads, T, head_dim) by the angles of rope."""
+    """Rotates the pairs (i, i + head_dim/2) of x (B, heads, T, head_dim) by the angles of rope."""
     cos, sin = rope
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).type_as(x)
@@ -266,7 +266,7 @@ def explicit_attention(q, k, v, mask, dropout):
     """The same by storing the score matrix, as in stage 4."""
     if mask is None:
         mask = causal_mask(q.size(2), k.size(2), q.device)
-    # Scaling q instead of the scores gives the same numbers for fewer multiplications.
+    # Scaling q gives the same result as scaling the scores, with fewer multiplications.
     scores = (q * q.size(3) ** -0.5) @ k.transpose(2, 3) + mask  # (B, n_head, T, S)
     weights = F.dropout(F.softmax(scores, dim=-1), dropout)
     return weights @ v
@@ -288,7 +288,7 @@ class Attention(nn.Module):
             self.q_b_proj = nn.Linear(config.q_lora_rank, config.n_head * self.head_dim, bias=False)
         width = config.kv_lora_rank + config.qk_rope_head_dim
         self.kv_a_proj_with_mqa = nn.Linear(config.n_embd, width, bias=False)
-        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, 1e-6)  # whatever norm_eps is, as in DeepSeek
+        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, 1e-6)  # 1e-6 whatever norm_eps is, as in DeepSeek
         width = config.n_head * (config.qk_nope_head_dim + config.v_head_dim)
         self.kv_b_proj = nn.Linear(config.kv_lora_rank, width, bias=False)
         self.o_proj = nn.Linear(config.n_head * config.v_head_dim, config.n_embd, bias=False)
@@ -311,9 +311,7 @@ class Attention(nn.Module):
         q_rope, k_rope = rotate(q_rope, rope), rotate(k_rope, rope)
         q = torch.cat((q_nope, q_rope), dim=-1) * self.mscale
         if cache is not None:
-            k_rope, latent = cache.update(
-                self.layer_idx, k_rope, latent
-            )  # (B, 1, S, …), S = T + tokens before
+            k_rope, latent = cache.update(self.layer_idx, k_rope, latent)  # (B, 1, S, …), S tokens so far
             if self.absorbing_is_cheaper(T, latent.size(2)):
                 y = self.absorbed_attention(q, k_rope, latent, mask)
                 return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
@@ -370,7 +368,9 @@ class Router(nn.Module):
     def forward(self, x):
         """x (N, n_embd) -> weights and indices of the chosen experts, both (N, num_experts_per_tok)."""
         k = self.config.num_experts_per_tok
-        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):  # rounding could reroute
+        with torch.autocast(
+            "cpu" if x.is_meta else x.device.type, enabled=False
+        ):  # rounding could change the choice
             logits = F.linear(x.float(), self.weight.float())  # (N, n_routed_experts)
         if self.config.router == "softmax":
             probs = F.softmax(logits, dim=-1)
@@ -435,7 +435,7 @@ class Experts(nn.Module):
 
     def forward(self, x, weights, indices):
         """x (N, n_embd), weights and indices (N, k) -> (N, n_embd): the sum of the weighted outputs."""
-        if x.is_cuda and torch.is_autocast_enabled("cuda"):  # autocast does not know grouped_mm
+        if x.is_cuda and torch.is_autocast_enabled("cuda"):  # autocast does not cover grouped_mm
             x = x.to(torch.get_autocast_dtype("cuda"))
         gate_up, down = self.gate_up_proj.mT.to(x.dtype), self.down_proj.mT.to(x.dtype)  # (E, in, out)
         if grouped_mm_takes(x, down):
@@ -491,7 +491,7 @@ class MoE(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then the MLP; each reads the normed residual stream and adds to it."""
+    """Attention, then the MLP. Each reads the normed residual stream and adds its output to it."""
 
     def __init__(self, config, layer_idx):
         super().__init__()
@@ -508,7 +508,7 @@ class Block(nn.Module):
 
 
 class MTPBlock(Block):
-    """The block that predicts one token further (arXiv 2412.19437, equations 21 to 23)."""
+    """A block that predicts one token further ahead (arXiv 2412.19437, equations 21 to 23)."""
 
     def __init__(self, config, depth):
         super().__init__(config, config.n_layer + depth)
@@ -547,7 +547,7 @@ class GPT(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """GPT-2's: normal with std 0.02; what adds to the residual stream 1/sqrt(2 n_layer) of it."""
+        """As GPT-2: std 0.02, but 0.02 / sqrt(2 n_layer) for projections into the residual stream."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding, Router)):
                 nn.init.normal_(module.weight, std=0.02)
@@ -565,8 +565,8 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, cache=None, return_hidden=False):
         """idx (B, T) int64 -> logits (B, T, vocab_size) and a dict of scalar losses.
 
-        targets (B, T) hold the token after each of idx, -1 where there is none to learn; without
-        them the dict is empty. With a cache, idx are the tokens that follow those it holds.
+        targets (B, T) hold the token that follows each of idx, or -1 to ignore a position. Without targets,
+        the dict is empty. With a cache, idx are the tokens that follow the cached ones.
         """
         T = idx.size(1)
         if cache is None:
@@ -582,7 +582,7 @@ class GPT(nn.Module):
             cache.advance(T)
         hidden = self.model.norm(x)
         logits = self.lm_head(hidden)  # (B, T, vocab_size)
-        if return_hidden:  # where `draft` goes on
+        if return_hidden:  # for `draft`
             return logits, hidden
         losses = {}
         if targets is not None:
@@ -593,14 +593,13 @@ class GPT(nn.Module):
                 balance = torch.stack([router.balance_loss for router in self.routers()]).mean()
                 losses["balance"] = self.config.router_aux_loss_coef * balance
         for router in self.routers():
-            router.balance_loss = None  # or it would keep the step's graph
+            router.balance_loss = None  # it would keep the step's graph alive
         return logits, losses
 
     def mtp_loss(self, hidden, idx, targets, rope):
         """Mean over the MTP blocks of the cross-entropy of the tokens that each predicts."""
-        following = torch.cat(
-            (idx[:, 1:], targets[:, -1:].clamp_min(0)), dim=1
-        )  # the token after each of idx
+        # The token after each of idx. After the last one it is the last target.
+        following = torch.cat((idx[:, 1:], targets[:, -1:].clamp_min(0)), dim=1)
         loss = 0.0
         for block in self.model.layers[self.config.n_layer :]:
             embedding = self.model.dropout(self.model.embed_tokens(following))

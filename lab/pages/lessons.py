@@ -221,11 +221,13 @@ def generated_parts(name: str, results: dict) -> dict[str, str]:
 
 
 def of_stage(name: str, results: dict) -> dict[str, str]:
-    """The diff from the previous stage, and the rows of both in the ladder."""
-    before = diffs.origin(name)
-    if before is None:
-        return {"table": ladder([name], results)}
-    return {"table": ladder([before, name], results), "diff": f"```diff\n{diffs.diff(name)}```"}
+    """The diff from the previous stage and, in the course, the rows of both in the ladder."""
+    before, parts = diffs.origin(name), {}
+    if name in stages.COURSE:
+        parts["table"] = ladder([stage for stage in (before, name) if stage], results)
+    if before:
+        parts["diff"] = f"```diff\n{diffs.diff(name)}```"
+    return parts
 
 
 def pages() -> dict[Path, str]:
