@@ -1,1 +1,1 @@
-"""Scripts that measure: python -m benchmarks.NAME. Most of them fill a part of results/results.json."""
+"""Benchmarks: python -m benchmarks.NAME. Most of them write a section of results/results.json."""

@@ -1,9 +1,9 @@
-"""Our stages beside nanoGPT at its own CPU setting: python -m benchmarks.against_nanogpt --nanogpt DIR
+"""Compares our stages with nanoGPT at its own CPU setting: python -m benchmarks.against_nanogpt --nanogpt DIR
 
-DIR is a checkout of karpathy/nanoGPT. All train on TinyShakespeare's characters as whole programs, in turns
-of two seconds while the others stand still: a machine that is slower for a while is slower for all. Then
-nanoGPT and stage 0 sample, and a step of Muon is timed beside one of AdamW. Writes its part of
-results/results.json; takes about half an hour on 2 cores.
+DIR is a checkout of karpathy/nanoGPT. All programs train on TinyShakespeare's characters, one at a time in
+turns of two seconds while the others are paused, so that all see the same machine load. Then nanoGPT and
+stage 0 sample, and a step of Muon is timed against one of AdamW. Writes the section "against_nanogpt" of
+results/results.json. Takes about half an hour on two cores.
 """
 
 import importlib.util
@@ -42,16 +42,16 @@ from lab.training import batches, evaluation, log, optim, presets
 SETTING = "--device=cpu --compile=False --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128"
 SETTING += " --lr_decay_iters=2000 --dropout=0.0"
 CPU = torch.device("cpu")
-TURNS, TURN_SECONDS = 8, 2  # of each program in a round, and how long one takes
+TURNS, TURN_SECONDS = 8, 2  # turns of each program per round, and the length of a turn
 WARM_UP_STEPS = 30
-# Linux counts into a process's peak that of the process it was forked from; this one is smaller than any.
+# On Linux a child inherits its parent's peak memory: start the programs from a process smaller than they are.
 SMALL_PARENT = """
 import resource, subprocess, sys
 status = subprocess.call(sys.argv[2:])
 open(sys.argv[1], "w").write(str(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss))
 sys.exit(status)
 """
-# Ways of our best stage to nanoGPT's final loss: the preset as it is, and shorter ones at higher rates.
+# Settings with which our best stage has to reach nanoGPT's loss: the preset, and shorter, faster schedules.
 WAYS = {
     "AdamW, the preset": "",
     "AdamW, 600 steps at 3e-3": "--steps 600 --lr 3e-3 --min-lr 3e-4",
@@ -61,25 +61,25 @@ WAYS = {
 
 @dataclass
 class Settings:
-    """Measures our training and sampling beside nanoGPT's."""
+    """Compares training and sampling with nanoGPT."""
 
     nanogpt: str
-    """Checkout of karpathy/nanoGPT."""
+    """Folder of a checkout of karpathy/nanoGPT."""
     stages: str = "0,1,2,3,4,5"
-    """Our stages; the first is compared in loss, memory and sampling too."""
+    """Our stages. The first one is also compared in loss, memory and sampling."""
     best: str = "4"
     """Our stage that has to reach nanoGPT's final loss."""
     rounds: int = 3
-    """Times that each is measured, in turn; the medians are reported."""
+    """Number of interleaved measurements of each program; medians are reported."""
     only: Literal["training", "sampling"] | None = None
-    """Measure the speed of training or sampling alone, and keep the other figures."""
+    """Measure only the speed of training or of sampling, and keep the other figures."""
 
 
 def main():
     settings = cli.parse_flags(Settings, sys.argv[1:])
     nanogpt = Path(settings.nanogpt).resolve()
     if not (nanogpt / "train.py").exists():
-        raise UserError(f"{nanogpt} is no checkout of nanoGPT: it has no train.py")
+        raise UserError(f"{nanogpt} is not a checkout of nanoGPT: it has no train.py")
     dataset = data.load("tinyshakespeare")
     prepare_nanogpt(nanogpt, dataset)
     names = [stages.find(stage) for stage in settings.stages.split(",")]
@@ -100,7 +100,7 @@ def main():
 
 
 def losses(nanogpt: Path, name: str, best: str, dataset: data.Dataset, scratch: Path) -> dict:
-    """Loss and peak memory of whole runs, how long our ways to nanoGPT's loss take, and Muon's step."""
+    """Final loss and peak memory of whole runs, seconds to nanoGPT's loss, and the time of a step of Muon."""
     theirs = scratch / "theirs"
     _, their_memory = train_nanogpt(nanogpt, theirs, 2000, 100)
     ours, our_memory = train_ours(name, scratch / "ours")
@@ -115,7 +115,7 @@ def losses(nanogpt: Path, name: str, best: str, dataset: data.Dataset, scratch: 
 
 
 def training_ratios(speed: dict[str, list[float]], names: list[str]) -> dict:
-    """What results.json says of the speeds that training_speed measured."""
+    """The figures for results.json from the speeds that training_speed measured."""
     ratios = {name: compare(speed["nanogpt"], values) for name, values in speed.items()}
     first = ratios[names[0]] | {"compiled": ratios["compiled"], "machine": runs.machine(CPU)}
     return {
@@ -126,8 +126,8 @@ def training_ratios(speed: dict[str, list[float]], names: list[str]) -> dict:
 
 
 def training_speed(nanogpt: Path, names: list[str], rounds: int, scratch: Path) -> dict[str, list[float]]:
-    """Tokens a second in each round, of nanoGPT, of each of our stages, and of the first one compiled."""
-    endless = 10**6  # steps, without an evaluation
+    """Tokens per second in each round of nanoGPT, each of our stages, and the first stage compiled."""
+    endless = 10**6  # steps, so that no program evaluates or ends
     theirs = f"--max_iters={endless} --eval_interval={endless}"
     with ExitStack() as programs:
         command = nanogpt_command(nanogpt, scratch / "nanogpt", 1, *theirs.split())
@@ -154,9 +154,9 @@ def training_speed(nanogpt: Path, names: list[str], rounds: int, scratch: Path) 
 
 @contextmanager
 def in_turn(command: list, output: Path, steps: Callable[[], int]):
-    """Starts a training program and lets it stand still; gives a function that runs it for one turn.
+    """Starts a training program and pauses it; yields a function that runs it for one turn.
 
-    The function returns how many steps were made in the turn, by what `steps` counts.
+    The function returns the number of steps made in the turn, as counted by `steps`.
     """
     with open(output, "w") as file:
         process = subprocess.Popen(
@@ -185,26 +185,27 @@ def in_turn(command: list, output: Path, steps: Callable[[], int]):
 
         yield turn
     finally:
-        with suppress(ProcessLookupError):  # it may have ended by itself
+        with suppress(ProcessLookupError):  # it may have exited already
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
 def nanogpt_steps(printed: Path) -> int:
-    """The steps of which nanoGPT has printed a line."""
+    """The number of steps that nanoGPT has printed."""
     return printed.read_text().count("\niter ")
 
 
 def our_steps(folder: Path) -> int:
-    """The last step in our metrics, 0 before the first."""
+    """The last step in our metrics; 0 before the first."""
     lines = log.read_metrics(folder / "metrics.jsonl")
     return lines[-1]["step"] if lines else 0
 
 
 def race(nanogpt: Path, stage: str, loss: float, rounds: int, scratch: Path) -> dict:
-    """Seconds of nanoGPT's 2000 steps, and of each of our ways until the validation loss is as low; medians.
+    """Median seconds of nanoGPT's 2000 steps, and of ours to the same loss in each setting of WAYS.
 
-    A way that does not get there has None. nanoGPT's seconds are those of 300 steps before each of the ways.
+    None if a setting does not reach that loss. nanoGPT's time is extrapolated from 300 steps, which are
+    measured before each of our runs.
     """
     theirs, ours, ratios = [], {way: [] for way in WAYS}, {way: [] for way in WAYS}
     for round_ in range(rounds):
@@ -229,7 +230,7 @@ def race(nanogpt: Path, stage: str, loss: float, rounds: int, scratch: Path) -> 
 
 
 def muon_step(name: str, dataset: data.Dataset, rounds: int = 11, steps: int = 30) -> dict:
-    """Milliseconds of a step with AdamW and with Muon, in turn, on the laptop preset, and their ratio."""
+    """Milliseconds of a step with AdamW and with Muon, interleaved, on the laptop preset, and their ratio."""
     device.prepare(CPU)
     stage, preset = stages.load(name), presets.PRESETS["laptop"]
     config = stage.GPTConfig(vocab_size=dataset.tokenizer.vocab_size, **preset["model"])
@@ -254,7 +255,7 @@ def muon_step(name: str, dataset: data.Dataset, rounds: int = 11, steps: int = 3
 
 
 def compare(theirs: list[float], ours: list[float]) -> dict:
-    """Both medians, and the median of the ratios of neighbours in time."""
+    """Both medians, and the median of the ratios of consecutive measurements."""
     return {
         "nanogpt": statistics.median(theirs),
         "ours": statistics.median(ours),
@@ -264,7 +265,7 @@ def compare(theirs: list[float], ours: list[float]) -> dict:
 
 
 def prepare_nanogpt(nanogpt: Path, dataset: data.Dataset) -> None:
-    """Gives nanoGPT the same token files."""
+    """Gives nanoGPT our token files."""
     folder = nanogpt / "data" / "shakespeare_char"
     for split in ("train", "val"):
         shutil.copy(dataset.folder / f"{split}.bin", folder / f"{split}.bin")
@@ -272,7 +273,7 @@ def prepare_nanogpt(nanogpt: Path, dataset: data.Dataset) -> None:
 
 
 def timed(command: list[str], folder: Path) -> tuple[str, int]:
-    """Runs a command; returns what it printed and its peak memory in bytes."""
+    """Runs a command; returns its output and its peak memory in bytes."""
     output, memory = folder.with_suffix(".log"), folder.with_suffix(".memory")
     with open(output, "w") as file:
         started = [sys.executable, "-c", SMALL_PARENT, memory, *command[1:]]
@@ -283,38 +284,38 @@ def timed(command: list[str], folder: Path) -> tuple[str, int]:
 
 
 def failure(command: list, output: Path) -> UserError:
-    """The error that says how a command ended."""
+    """The error for a failed command, with the end of its output."""
     return UserError(f"{' '.join(map(str, command))} failed:\n{output.read_text()[-2000:]}")
 
 
 def nanogpt_command(nanogpt: Path, out: Path, log_interval: int, *more: str) -> list:
-    """The folder to run nanoGPT's own train.py in, and the command."""
+    """The working folder, and the command that runs nanoGPT's own train.py."""
     flags = [*SETTING.split(), "--eval_iters=20", f"--log_interval={log_interval}", f"--out_dir={out}", *more]
     return [nanogpt, sys.executable, "train.py", "config/train_shakespeare_char.py", *flags]
 
 
 def our_command(stage: str, out: Path, *more: str) -> list:
-    """The folder to run our train.py in, and the command, on the laptop preset."""
+    """The working folder, and the command that runs our train.py with the laptop preset."""
     flags = ["--stage", stage, "--preset", "laptop", "--device", "cpu", "--out", str(out), *more]
     return [stages.ROOT, sys.executable, "train.py", *flags]
 
 
 def train_nanogpt(nanogpt: Path, out: Path, steps: int, log_interval: int) -> tuple[list[float], int]:
-    """nanoGPT's own train.py; returns the seconds of its steps and its peak memory in bytes."""
+    """Runs nanoGPT's own train.py; returns the seconds of its steps and its peak memory in bytes."""
     command = nanogpt_command(nanogpt, out, log_interval, f"--max_iters={steps}")
     printed, memory = timed(command, out)
-    # The first steps warm up, and the clock of a step that evaluates counts that too: the median drops it.
+    # Drop the first steps, which warm up. Times that include an evaluation do not affect the median.
     return [float(ms) / 1e3 for ms in re.findall(r"time ([\d.]+)ms", printed)][10:], memory
 
 
 def train_ours(stage: str, out: Path, *more: str) -> tuple[Path, int]:
-    """Our train.py on the laptop preset; returns the run's folder and its peak memory in bytes."""
+    """Runs our train.py with the laptop preset; returns the run's folder and its peak memory in bytes."""
     _, memory = timed(our_command(stage, out, *more), out)
     return out, memory
 
 
 def load_nanogpt(nanogpt: Path):
-    """nanoGPT's model.py as a module."""
+    """Imports nanoGPT's model.py."""
     spec = importlib.util.spec_from_file_location("nanogpt_model", nanogpt / "model.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -322,7 +323,7 @@ def load_nanogpt(nanogpt: Path):
 
 
 def nanogpt_loss(nanogpt: Path, out: Path, dataset: data.Dataset) -> float:
-    """The loss of nanoGPT's checkpoint over all of the validation split, measured as ours is."""
+    """The loss of nanoGPT's checkpoint on the whole validation split, computed with our evaluation."""
     module = load_nanogpt(nanogpt)
     saved = torch.load(out / "ckpt.pt", weights_only=True)
     model = module.GPT(module.GPTConfig(**saved["model_args"]))
@@ -340,7 +341,7 @@ def nanogpt_loss(nanogpt: Path, out: Path, dataset: data.Dataset) -> float:
 
 
 def sampling_speed(nanogpt: Path, name: str, rounds: int, n_tokens: int = 500) -> dict:
-    """Tokens a second with a context of 256 and the laptop preset's sizes, untrained, in turn."""
+    """Tokens per second of untrained models of the laptop preset with a context of 256, interleaved."""
     sizes = {"vocab_size": 65, "block_size": 256, "n_layer": 4, "n_head": 4, "n_embd": 128}
     module, stage = load_nanogpt(nanogpt), stages.load(name)
     theirs = module.GPT(module.GPTConfig(**sizes, dropout=0.0, bias=False)).eval()
@@ -362,6 +363,6 @@ def sampling_speed(nanogpt: Path, name: str, rounds: int, n_tokens: int = 500) -
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGTERM, signal.SIGHUP):  # the programs that stand still would outlive this one
+    for number in (signal.SIGTERM, signal.SIGHUP):  # else the paused programs would outlive this one
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     cli.run(main)

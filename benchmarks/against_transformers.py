@@ -1,7 +1,7 @@
-"""Samples with ours and with transformers' generate in turn: python -m benchmarks.against_transformers
+"""Compares our sampling with transformers' generate: python -m benchmarks.against_transformers
 
-Both have the weights of one model of laptop size, theirs converted by deploy/; greedy, one sequence. Writes
-the part "against_transformers" of results/results.json; then python -m lab.pages.lessons.
+Both use the same laptop-sized model, converted by deploy/, and sample one sequence greedily, interleaved.
+Writes the section "against_transformers" of results/results.json; afterwards run python -m lab.pages.lessons.
 """
 
 import json
@@ -26,12 +26,12 @@ COUNTERPARTS = {"stage0_gpt": gpt2, "stage4_gqa": llama, "stage6_moe": mixtral, 
 
 @dataclass
 class Settings:
-    """Compares sampling with transformers."""
+    """Compares the speed of sampling with transformers."""
 
     rounds: int = 7
-    """Times that each is measured, in turn; medians are reported."""
+    """Number of interleaved measurements; medians are reported."""
     tokens: int = 200
-    """Tokens of one measurement, with a context of 256."""
+    """Tokens to sample in each measurement, with a context of 256."""
 
 
 def main():
@@ -50,7 +50,7 @@ def main():
 
 
 def compare(name: str, settings: Settings) -> dict:
-    """Tokens a second of both, and the median of their ratio, neighbours in time."""
+    """Tokens per second of both, and the median ratio of consecutive measurements."""
     ours, theirs = make_both(name)
     step = CompiledStep(ours)
     sample = {
@@ -58,7 +58,7 @@ def compare(name: str, settings: Settings) -> dict:
         "compiled": lambda: ours_samples(ours, settings.tokens, step),
         "theirs": lambda: theirs_samples(theirs, settings.tokens),
     }
-    texts = {key: function() for key, function in sample.items()}  # the warm-up
+    texts = {key: function() for key, function in sample.items()}  # also the warm-up
     same = sum(a == b for a, b in zip(texts["ours"], texts["theirs"], strict=True)) / settings.tokens
     seconds = timing.in_turn(sample, settings.rounds, CPU)
     speeds = {key: [settings.tokens / one for one in of] for key, of in seconds.items()}
@@ -70,7 +70,7 @@ def compare(name: str, settings: Settings) -> dict:
 
 
 def make_both(name: str):
-    """Our laptop-sized model with a context of 256, random weights, and transformers' with the same."""
+    """Our laptop-sized model with a context of 256 and random weights, and transformers' with the same."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     stage = stages.load(name)
@@ -91,13 +91,13 @@ def make_both(name: str):
 
 
 def ours_samples(model, n: int, step: CompiledStep | None = None) -> list[int]:
-    """n tokens, greedy."""
+    """Samples n tokens greedily with our model."""
     return list(generation.generate(model, [0, 1, 2], n, 65, temperature=0, step=step))
 
 
 @torch.inference_mode()
 def theirs_samples(model, n: int) -> list[int]:
-    """n tokens of transformers' generate, greedy."""
+    """Samples n tokens greedily with transformers' generate."""
     start = torch.tensor([[0, 1, 2]])
     options = {"do_sample": False, "max_new_tokens": n, "min_new_tokens": n, "pad_token_id": 0}
     return model.generate(start, attention_mask=torch.ones_like(start), **options)[0, 3:].tolist()

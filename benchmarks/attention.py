@@ -1,6 +1,6 @@
-"""Measures attention written out, SDPA and tiled.py: python -m benchmarks.attention
+"""Measures explicit attention, SDPA and tiled.py: python -m benchmarks.attention
 
-Writes the part "attention" of results/results.json and the picture of stage 5's lesson; then
+Writes the section "attention" of results/results.json and the figure in stage 5's lesson. Afterwards
 `python -m lab.pages.lessons` writes the tables into the pages.
 """
 
@@ -29,10 +29,10 @@ PICTURE = stages.ROOT / "stage5_flash" / "context.png"
 
 @dataclass
 class Settings:
-    """Measures attention against the context."""
+    """Measures attention at several context lengths."""
 
     rounds: int = 3
-    """Times that everything is measured, in turn; medians are reported."""
+    """Number of interleaved measurements; medians are reported."""
 
 
 def main():
@@ -52,9 +52,10 @@ def main():
 
 
 def crossover(dtype: torch.dtype) -> dict[int, float]:
-    """By context: seconds of a training step with SDPA, relative to attention written out.
+    """By context length: the time of a training step with SDPA divided by that with explicit attention.
 
-    Two layers of the laptop preset, about as many tokens at every context; the two in turn, medians.
+    Uses two layers of the laptop preset, and about the same number of tokens at each context length. The two
+    are interleaved; the ratio is a median.
     """
     stage, ratios = stages.load("stage5_flash"), {}
     autocast = device.autocast(CPU, dtype)
@@ -75,7 +76,7 @@ def crossover(dtype: torch.dtype) -> dict[int, float]:
 
 
 def against_context(rounds: int) -> dict[str, dict]:
-    """By variant and context: training tokens/s, and the peak of memory above what was there before."""
+    """By variant and context length: training tokens per second, and the increase in peak memory in bytes."""
     measured = {
         name: {"tokens_per_second": {}, "memory": {}} | {"stage": stage}
         for name, (stage, _) in VARIANTS.items()

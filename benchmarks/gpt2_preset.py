@@ -1,8 +1,8 @@
-"""Trains every stage at the gpt2 preset for a few steps on a CPU: python -m benchmarks.gpt2_preset
+"""Trains every stage with the gpt2 preset for a few steps on a CPU: python -m benchmarks.gpt2_preset
 
-A whole `train.py` for each stage, on a text that is made into parquet files first. Writes the part
-"gpt2_preset" of results/results.json, after each stage, so that --stages can go on with those that are
-missing; then `python -m lab.pages.lessons` writes the table into docs/scale.md. Takes five minutes or more a
+Runs `train.py` for each stage, on a text that is first converted to parquet files. Updates the section
+"gpt2_preset" of results/results.json after each stage, so --stages can measure the missing ones later.
+Afterwards `python -m lab.pages.lessons` writes the table into docs/scale.md. Takes five minutes or more per
 stage on two cores, and up to 8 GB of memory.
 """
 
@@ -24,22 +24,22 @@ from lab.pages import lessons
 from lab.storage import runs
 from lab.training import log
 
-DOCUMENT = 4900  # characters, OpenWebText's mean
+DOCUMENT = 4900  # characters, the mean of OpenWebText's documents
 FLAGS = "--preset gpt2 --tokenizer gpt2 --device cpu --batch-size 1 --micro-batch-size 1 --log-every 1"
 
 
 @dataclass
 class Settings:
-    """Trains every stage at the gpt2 preset for a few steps on a CPU, and records speed and memory."""
+    """Trains every stage with the gpt2 preset for a few steps on a CPU, and records speed and memory."""
 
     text: str | None = None
-    """UTF-8 text to train on. None: TinyShakespeare, as train.py finds it."""
+    """UTF-8 text file to train on. None: TinyShakespeare, as in train.py."""
     stages: str = "0,1,2,3,4,5,6,7"
     """Stages to train."""
     steps: int = 20
-    """Optimizer steps, each of one sequence of 1024 tokens."""
+    """Optimizer steps of one sequence of 1024 tokens each."""
     machine_shared: bool = False
-    """Notes that the machine did other work meanwhile: the speeds are then a lower bound."""
+    """Record that the machine was also doing other work, so that the speeds are lower bounds."""
 
 
 def main():
@@ -53,7 +53,7 @@ def main():
     kept = [path.resolve() for path in tokenizers.gpt2_files()]
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
-        os.environ["DATA_DIR"] = str(scratch / "data")  # the sample's tokens are gone afterwards
+        os.environ["DATA_DIR"] = str(scratch / "data")  # keep the sample's tokens out of the real data folder
         for path in kept:
             files.write(files.root() / "cache" / path.name, path.read_bytes())
         write_parquet(scratch / "sample", text)
@@ -64,7 +64,7 @@ def main():
 
 
 def record(name: str, measured: dict, steps: int) -> None:
-    """Adds a stage to results.json, to those that the same machine measured with as many steps."""
+    """Adds a stage to results.json. Drops earlier results of another processor or number of steps."""
     made = {"steps": steps, "tokens_per_step": 1024, "machine": runs.machine(torch.device("cpu"))}
     results = lessons.read_results()
     before = results.get("gpt2_preset", made | {"stages": {}})
@@ -75,7 +75,7 @@ def record(name: str, measured: dict, steps: int) -> None:
 
 
 def write_parquet(folder: Path, text: str) -> None:
-    """The text as two parquet files of documents of OpenWebText's mean length."""
+    """Writes the text as two parquet files, in documents of OpenWebText's mean length."""
     pyarrow = optional.load("pyarrow", extra="owt", needed_for="writing the sample")
     parquet = optional.load("pyarrow.parquet", extra="owt", needed_for="writing the sample")
     folder.mkdir()
@@ -86,7 +86,7 @@ def write_parquet(folder: Path, text: str) -> None:
 
 
 def train(name: str, sample: Path, out: Path, steps: int) -> dict:
-    """Runs train.py; what it measured. UserError with its last words where it failed."""
+    """Runs train.py and returns its figures. If it fails, raises UserError with its last lines of output."""
     flags = [*FLAGS.split(), "--data", str(sample), "--steps", str(steps), "--eval-tokens", "1024"]
     command = [sys.executable, "train.py", "--stage", name, *flags, "--out", str(out)]
     output = out.with_suffix(".log")

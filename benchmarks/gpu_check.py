@@ -1,9 +1,9 @@
-"""Learns the most about a GPU in a few minutes: python -m benchmarks.gpu_check --minutes 9 --out DIR
+"""Tests and measures a GPU in a few minutes: python -m benchmarks.gpu_check --minutes 9 --out DIR
 
 Runs the tests that need a GPU, then measures training, attention, the mixture of experts, decoding and a
-whole training run, the most valuable first. It needs no network. It writes DIR/gpu.json after each figure,
-summary.md and the pictures after each section: a run that is cut off keeps what it found. The measuring is in
-gpu_sections.py and what it imports, the writing in gpu_report.py.
+whole training run, the most valuable first. Needs no network. Updates DIR/gpu.json after each figure, and
+summary.md and the pictures after each section, so an interrupted check keeps its results. gpu_sections.py and
+its imports measure; gpu_report.py writes the summary.
 """
 
 import contextlib
@@ -18,9 +18,9 @@ import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lab import cli, stages  # first, for lab says which packages are missing
+from lab import cli, stages  # before torch, because lab reports missing packages
 from lab.errors import UserError, shown
-from lab.storage import runs  # first, for lab says which packages are missing
+from lab.storage import runs
 
 # isort: split
 import torch
@@ -29,17 +29,17 @@ from benchmarks import gpu_report, gpu_run, gpu_sections
 
 FORMAT = 1  # of gpu.json
 POLL_SECONDS = 0.2
-LAST_SECONDS = 5  # kept for the last pictures and the summary
+LAST_SECONDS = 5  # reserved for the last pictures and the summary
 
 
 @dataclass(frozen=True)
 class Section:
     name: str  # the function in gpu_sections.py
-    number: int  # as --only has it
-    seconds: int  # at most, of nine minutes
+    number: int  # for --only
+    seconds: int  # time limit, if the whole check takes nine minutes
 
 
-# In this order. The compiled speeds come after what needs no compiling.
+# In the order of execution: what needs no compiling comes before the compiled speeds.
 SECTIONS = [
     Section("machine", 0, 40),
     Section("tests", 1, 140),
@@ -56,19 +56,19 @@ SECTIONS = [
 
 @dataclass
 class Settings:
-    """Tests and measures a GPU, and writes what it finds into a folder."""
+    """Tests and measures a GPU, and writes the results to a folder."""
 
     minutes: float = 9.0
-    """Time for all of it; what is not reached by then is listed."""
+    """Time limit for the whole check. Sections not reached by then are listed."""
     out: str | None = None
-    """Folder for gpu.json, summary.md and the pictures. None: a new one, runs/gpu-check."""
+    """Folder for gpu.json, summary.md and the pictures. None: a new folder, runs/gpu-check."""
     only: str | None = None
-    """Numbers of sections, as in 1,3. 1: tests, 2: training speed, 3: attention, 4: mixture of experts,
+    """Sections to run, such as 1,3. 1: tests, 2: training speed, 3: attention, 4: mixture of experts,
     5: decoding, 6: a whole training run, 7: nanoGPT. None: all."""
     nanogpt: str | None = None
-    """Checkout of karpathy/nanoGPT, whose model is measured in the same run."""
+    """Folder of a checkout of karpathy/nanoGPT, to measure its model too."""
     smoke: bool = False
-    """Run everything with tiny sizes on the CPU and compile nothing: a test of this program."""
+    """Test this program: run everything with tiny sizes on the CPU, without compiling."""
 
     def __post_init__(self):
         if not 0 < self.minutes < float("inf"):
@@ -79,11 +79,11 @@ def main():
     settings = cli.parse_flags(Settings, sys.argv[1:])
     chosen = chosen_sections(settings.only)
     if settings.nanogpt and not (Path(settings.nanogpt) / "model.py").exists():
-        raise UserError(f"{settings.nanogpt} is no checkout of nanoGPT: it has no model.py")
+        raise UserError(f"{settings.nanogpt} is not a checkout of nanoGPT: it has no model.py")
     if not settings.smoke and not torch.cuda.is_available():
         raise UserError(
-            "there is no CUDA device here, and this program measures one\n"
-            "--smoke runs all of it with tiny sizes on the CPU"
+            "this program measures a CUDA device, but this machine has none\n"
+            "use --smoke to run everything with tiny sizes on the CPU"
         )
     out = new_folder(settings.out)
     for number in (signal.SIGTERM, signal.SIGHUP):
@@ -96,11 +96,11 @@ def main():
             check.stop_all()
             check.finish()
     print(f"\n{(out / 'summary.md').read_text()}")
-    print(f"all of it is in {shown(out)}: {', '.join(sorted(path.name for path in out.iterdir()))}")
+    print(f"results are in {shown(out)}: {', '.join(sorted(path.name for path in out.iterdir()))}")
 
 
 def chosen_sections(only: str | None) -> list[Section]:
-    """The sections of --only, and always what the machine is; a UserError for a number that there is not."""
+    """The sections in --only, and always "machine". Raises UserError for an unknown number."""
     numbers = {section.number for section in SECTIONS}
     if only is None:
         return SECTIONS
@@ -109,16 +109,18 @@ def chosen_sections(only: str | None) -> list[Section]:
     except ValueError:
         wanted = set()
     if not wanted or not wanted <= numbers:
-        raise UserError(f"--only {only}: write numbers from 1 to {max(numbers)} with commas, as in 1,3")
+        raise UserError(
+            f"--only {only}: use numbers from 1 to {max(numbers)} separated by commas, such as 1,3"
+        )
     return [section for section in SECTIONS if section.number in wanted | {0}]
 
 
 def new_folder(out: str | None) -> Path:
-    """Makes the folder to write into; a UserError if it has the figures of an earlier check."""
+    """Creates the output folder. Raises UserError if it contains an earlier check."""
     folder, number = Path(out) if out else runs.RUNS / "gpu-check", 1
     while (folder / "gpu.json").exists():
         if out:
-            raise UserError(f"{out} has the gpu.json of an earlier check: name another folder with --out")
+            raise UserError(f"{out} has the gpu.json of an earlier check: choose another folder with --out")
         number += 1
         folder = runs.RUNS / f"gpu-check-{number}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -127,28 +129,28 @@ def new_folder(out: str | None) -> Path:
 
 @dataclass
 class Job:
-    """A process of gpu_sections.py, and what it has told so far."""
+    """A process of gpu_sections.py, and its progress."""
 
     section: str
     name: str  # of its files
     shard: object = None
-    done: set[str] = field(default_factory=set)  # parts that no process need do again
-    started: list[str] = field(default_factory=list)  # the part it is in, and the part of that
+    done: set[str] = field(default_factory=set)  # parts to skip if the process is restarted
+    started: list[str] = field(default_factory=list)  # the current part, and the part within it
     process: subprocess.Popen | None = None
-    read: int = 0  # bytes of its file of figures
+    read: int = 0  # bytes read from its file of figures
 
     def ended(self) -> bool:
         return self.process is not None and self.process.poll() is not None
 
 
 class Check:
-    """Runs the sections one after the other, and keeps gpu.json up to date."""
+    """Runs the sections one after another, and keeps gpu.json up to date."""
 
     def __init__(self, settings: Settings, sections: list[Section], out: Path, scratch: Path):
         self.settings, self.sections, self.out, self.scratch = settings, sections, out, scratch
         self.began = time.monotonic()
         self.end = self.began + 60 * settings.minutes - min(LAST_SECONDS, 6 * settings.minutes)
-        self.jobs: list[Job] = []  # those that are running
+        self.jobs: list[Job] = []  # running jobs
         self.report = {
             "format": FORMAT,
             "smoke": settings.smoke,
@@ -184,12 +186,12 @@ class Check:
             print(gpu_report.line(section.name, state, time.monotonic() - self.began), flush=True)
 
     def run_section(self, section: Section, seconds: float) -> None:
-        """Runs a section to its end or for so many seconds, and says in the report how it went."""
+        """Runs a section, for at most `seconds`, and records its status in the report."""
         state, began = self.report["sections"][section.name], time.monotonic()
         until = began + seconds
         state["status"] = "running"
         jobs, at_once = [Job(section.name, section.name)], 1
-        if section.name == "tests":  # neither they nor compiling is timed: they may share the machine
+        if section.name == "tests":  # tests and compiling are not timed, so they may share the machine
             at_once = self.processes_at_once()
             n_shards = max(1, at_once // 2)
             jobs = [Job("tests", f"tests{number}", [number, n_shards]) for number in range(n_shards)]
@@ -219,24 +221,24 @@ class Check:
         if unfinished:
             state["status"] = "failed" if failures else "cut off"
             at = [job.started[-1] for job in unfinished if job.started]
-            state["why"] = f"its {seconds:.0f} seconds were over" + (f", in: {', '.join(at)}" if at else "")
+            state["why"] = f"timed out after {seconds:.0f} seconds" + (f", in: {', '.join(at)}" if at else "")
         self.write()
 
     def processes_at_once(self) -> int:
-        """How many processes may use the device and compile: as cores and memory allow."""
+        """How many processes may use the device and compile at once, given the cores and the memory."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         memory = self.report["machine"].get("memory_bytes", 0)
         return max(1, min(cores * 3 // 4, int(memory // (6 * 2**30))))
 
     def warm_ups(self) -> list[list[str]]:
-        """What to compile while the tests run, by process: what the sections to come need."""
+        """What to compile while the tests run, by process: only what later sections need."""
         needs = {"training": {"compiled", "training"}, "attention": {"attention"}, "decoding": {"decoding"}}
         names = {section.name for section in self.sections}
         processes = gpu_sections.warm_ups(self.settings.smoke)
         return [parts for parts in processes if names & needs[parts[0].split(":")[0]]]
 
     def start(self, job: Job, until: float) -> None:
-        """Starts a job's process, in a group of its own so that all that it starts can be ended with it."""
+        """Starts a job in its own process group, so that its children can be killed with it."""
         figures, output = (self.scratch / f"{job.name}.{kind}" for kind in ("jsonl", "log"))
         command = [sys.executable, "-m", "benchmarks.gpu_sections", job.section]
         command += [str(figures), str(self.scratch), f"--seconds={until - time.monotonic():.1f}"]
@@ -262,21 +264,21 @@ class Check:
         self.jobs.append(job)
 
     def read(self, job: Job, state: dict) -> bool:
-        """Takes what a job has written since the last time into the report; whether there was anything."""
+        """Adds a job's new output to the report. Returns whether there was any."""
         path = self.scratch / f"{job.name}.jsonl"
         if not path.exists():
             return False
         with open(path, "rb") as file:
             file.seek(job.read)
             lines = file.read()
-        lines = lines[: lines.rfind(b"\n") + 1]  # the last one may not be whole yet
+        lines = lines[: lines.rfind(b"\n") + 1]  # the last line may be incomplete
         job.read += len(lines)
         for line in map(json.loads, lines.splitlines()):
             self.take(job, state, line)
         return bool(lines)
 
     def take(self, job: Job, state: dict, line: dict) -> None:
-        """Takes one line of a job into the report."""
+        """Adds one line of a job's output to the report."""
         kind, part = line["kind"], line["part"]
         if kind == "started":
             job.started.append(part)
@@ -297,14 +299,14 @@ class Check:
         self.report["failed"].append({"section": section, "part": part, "error": error, "traceback": trace})
 
     def after(self, job: Job) -> list[Job]:
-        """What to run after a job: the same again without the part that ended its process, if one did."""
+        """The jobs to run after a job. If a part crashed its process, restart it without that part."""
         status = job.process.returncode
         if status == 0:
             return []
         output = (self.scratch / f"{job.name}.log").read_text(errors="replace")[-3000:]
         if status != gpu_run.BROKEN:
             part = job.started[-1] if job.started else ""
-            self.fail(job.section, part, f"its process ended with status {status}", output)
+            self.fail(job.section, part, f"its process exited with status {status}", output)
         if not job.started:
             return []
         job.done.add(job.started[-1])
@@ -312,7 +314,7 @@ class Check:
         return [job]
 
     def stop_all(self) -> None:
-        """Ends every process that is running, and those that it started."""
+        """Kills all running processes and their children."""
         for job in self.jobs:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(job.process.pid, signal.SIGKILL)
@@ -325,7 +327,7 @@ class Check:
         runs.write_json(self.out / "gpu.json", self.report)
 
     def draw(self) -> None:
-        """The summary and the pictures of what there is; a fault in them is listed like any other."""
+        """Writes the summary and the pictures. A failure is recorded like any other."""
         try:
             (self.out / "summary.md").write_text(gpu_report.summary(self.report), encoding="utf-8")
             gpu_report.pictures(self.report, self.out)
@@ -336,7 +338,7 @@ class Check:
                 self.write()
 
     def finish(self) -> None:
-        """The last state of all files."""
+        """Writes the final state of all files."""
         for state in self.report["sections"].values():
             if state["status"] == "running":
                 state |= {"status": "cut off", "why": "the check was stopped"}

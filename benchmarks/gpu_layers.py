@@ -27,7 +27,7 @@ from lab.sampling.compiled import CompiledStep
 
 
 def attention(run: Run) -> None:
-    """Forward and backward of every way to compute attention, against the context; a part is a context."""
+    """Times each implementation of attention, forward and backward. Each context length is a part."""
     sizes = run.sizes.attention
     for context in run.parts(str(context) for context in sizes["contexts"]):
         with run.attempt(context):
@@ -52,10 +52,10 @@ def attention_at(run: Run, context: int, sizes: dict, part: str) -> None:
             figures[name] = {"skipped": way}
             continue
         if run.broke(name):
-            figures[name] = {"skipped": "it ended a process at another context"}
+            figures[name] = {"skipped": "it crashed at another context length"}
             continue
         with run.attempt(f"{part} {name}"):
-            torch.autograd.grad(way(*inputs), inputs, d_out)  # Triton chooses its configuration
+            torch.autograd.grad(way(*inputs), inputs, d_out)  # lets Triton autotune
             with Memory(run.where) as memory:
                 out = way(*inputs)
                 gradients = torch.autograd.grad(out, inputs, d_out)
@@ -68,7 +68,7 @@ def attention_at(run: Run, context: int, sizes: dict, part: str) -> None:
             ways[name] = way
             run.record(part, **shape, **figures)
             check(found, run.dtype)
-    flops = 2 * batch * sizes["n_head"] * context**2 * sizes["head_dim"]  # forward; the mask halves it
+    flops = 2 * batch * sizes["n_head"] * context**2 * sizes["head_dim"]  # forward, halved by the causal mask
     seconds = {name: ([], []) for name in ways}
     for number in range(sizes["repeats"] + 2):
         for name, way in ways.items():
@@ -89,45 +89,47 @@ def attention_at(run: Run, context: int, sizes: dict, part: str) -> None:
 
 
 def attention_ways(run: Run, sizes: dict, context: int) -> dict[str, Callable | str]:
-    """By name, a function of q, k and v; or why there is none here."""
+    """By name: a function of q, k and v, or the reason why it is not available."""
     stage = stages.load("stage5_flash")
 
     def in_training(function):
         def attend(q, k, v):
-            with device.autocast(run.where, run.dtype):  # as in training: the mask is in float32
+            with device.autocast(run.where, run.dtype):  # as in training, where the mask is in float32
                 return function(q, k, v, None, 0.0)
 
         return attend
 
     batch = max(1, sizes["batch_tokens"] // context)
-    needed = 24 * batch * sizes["n_head"] * context**2  # bytes of the scores, weights and their gradients
+    needed = 24 * batch * sizes["n_head"] * context**2  # bytes: scores, attention weights and their gradients
     free = torch.cuda.mem_get_info()[0] if run.where.type == "cuda" else 2**30
     ways = {"explicit": in_training(stage.explicit_attention), "sdpa": in_training(sdpa)}
     if needed > 0.8 * free:
-        ways["explicit"] = f"it may need {needed / 2**30:.0f} GiB and there are {free / 2**30:.0f}"
+        ways["explicit"] = f"it may need {needed / 2**30:.0f} GiB, but only {free / 2**30:.0f} GiB are free"
     try:
         from stage5_flash.kernel import INTERPRETED, triton_attention
 
         on_cuda = run.where.type == "cuda"
-        ways["triton"] = triton_attention if on_cuda or INTERPRETED else "on a CPU it runs in its interpreter"
+        ways["triton"] = (
+            triton_attention if on_cuda or INTERPRETED else "on a CPU it needs TRITON_INTERPRET=1"
+        )
     except ImportError as error:
         ways["triton"] = str(error)
     if stage.flash_attn_func is None:
         ways["flash_attn"] = "flash_attn is not installed"
     elif run.where.type != "cuda" or run.dtype == torch.float32:
-        ways["flash_attn"] = "it needs CUDA and 16 bits"
+        ways["flash_attn"] = "it needs CUDA and a 16-bit dtype"
     else:
         ways["flash_attn"] = in_training(stage.attention)  # which chooses it
     return ways
 
 
 def attention_reference(q, k, v, d_out) -> dict[str, torch.Tensor]:
-    """Attention in float64 and its gradients, of the first text's first key/value head."""
+    """Attention and its gradients in float64, for the first key/value head of the first sequence."""
     group, context = q.size(1) // k.size(1), q.size(2)
     later = torch.ones(context, context, dtype=torch.bool, device=q.device).triu(1)
     k, v = (x[0, 0].detach().double().requires_grad_() for x in (k, v))
     exact = {"out": [], "dq": [], "dk": 0.0, "dv": 0.0}
-    for head in range(group):  # one at a time: the scores of 16,384 tokens are 2 GiB
+    for head in range(group):  # one at a time, because the scores for 16,384 tokens take 2 GiB
         one = q[0, head].detach().double().requires_grad_()
         out = (one @ k.mT * q.size(-1) ** -0.5).masked_fill(later, -torch.inf).softmax(-1) @ v
         dq, dk, dv = torch.autograd.grad(out, (one, k, v), d_out[0, head].double())
@@ -142,7 +144,7 @@ def attention_reference(q, k, v, d_out) -> dict[str, torch.Tensor]:
 
 
 def mixture(run: Run) -> None:
-    """Forward and backward of stage 6's experts with F.grouped_mm, and of two other ways."""
+    """Times stage 6's experts, forward and backward, with F.grouped_mm and with two alternatives."""
     sizes = run.sizes.mixture
     cases = {
         f"{n} experts, {k} a token, width {w}": (n, k, w)
@@ -204,14 +206,14 @@ def mixture_of(run: Run, part: str, n_experts: int, per_token: int, n_embd: int,
 
 
 def with_gradients(way, x, leaves, gradient) -> dict[str, torch.Tensor]:
-    """The output for x, and the gradients of x and the experts' weights."""
+    """The output for x, and the gradients with respect to x and the experts' weights."""
     out = way(x)
     gradients = torch.autograd.grad(out, leaves, gradient.to(out.dtype))
     return dict(zip(("out", "dx", "d_gate_up", "d_down"), (out.detach(), *gradients), strict=True))
 
 
 def batched(stage, made):
-    """The mixture as it computes where grouped_mm cannot be used."""
+    """Stage 6's fallback, which it uses where grouped_mm is not available."""
 
     def forward(x):
         real = stage.grouped_mm_takes
@@ -228,9 +230,9 @@ def batched(stage, made):
 
 
 class Sequences(torch.nn.Module):
-    """A model that decodes so many sequences for one: where it is given a token, each gets another.
+    """Makes a model for one sequence decode a batch: it adds a different offset to the token in each row.
 
-    lab.sampling.compiled.CompiledStep is made for one sequence; with this it measures a batch.
+    With it, lab.sampling.compiled.CompiledStep, which is written for one sequence, can measure a batch.
     """
 
     def __init__(self, model: torch.nn.Module, batch_size: int):
@@ -246,7 +248,7 @@ class Sequences(torch.nn.Module):
 
 
 def decoder(run: Run, name: str, batch_size: int) -> torch.nn.Module:
-    """An untrained model of a stage, as sample.py has it, that decodes batch_size sequences."""
+    """An untrained model of a stage, as in sample.py, that decodes batch_size sequences."""
     torch.manual_seed(0)
     stage = stages.load(name)
     model = stage.GPT(stage.GPTConfig(**run.sizes.preset["model"] | {"vocab_size": 65}))
@@ -255,7 +257,7 @@ def decoder(run: Run, name: str, batch_size: int) -> torch.nn.Module:
 
 @torch.inference_mode()
 def decoding_seconds(run: Run, step: Callable, cache, tokens: int) -> list[float]:
-    """Seconds of each token from the middle of the context on, greedily; after as many as warm up."""
+    """Seconds per token of greedy decoding from the middle of the context on, after a warm-up."""
     context, idx = run.sizes.preset["model"]["block_size"], torch.zeros(1, 1, dtype=torch.int64)
     state = {"idx": idx.to(run.where)}
     cache.length = context // 2
@@ -270,7 +272,7 @@ def decoding_seconds(run: Run, step: Callable, cache, tokens: int) -> list[float
 
 
 def decoding(run: Run) -> None:
-    """Tokens a second, eager and with CUDA graphs (as sample.py --compile), and of MLA in both forms."""
+    """Measures decoding, eager and with CUDA graphs (as in sample.py --compile), and MLA in both forms."""
     device.prepare(run.where)
     sizes = run.sizes.mla
     for part in run.parts(f"MLA, batch {batch}" for batch in sizes["batch_sizes"]):
@@ -287,7 +289,7 @@ def decoding(run: Run) -> None:
 
 
 def decode(run: Run, part: str, name: str, batch_size: int, kind: str) -> None:
-    """Records the speed of a stage's decoding, eager alone or in turn with the compiled step."""
+    """Records a stage's decoding speed: eager alone, or eager and compiled, interleaved."""
     model = decoder(run, name, batch_size)
     with torch.inference_mode():
         cache = model.new_cache(1, model.config.block_size)
@@ -321,7 +323,7 @@ def decode(run: Run, part: str, name: str, batch_size: int, kind: str) -> None:
 
 
 def sampled(run: Run, model: torch.nn.Module, step: CompiledStep | None) -> float:
-    """Tokens a second of sampling one text as sample.py does, its choices on the CPU included."""
+    """Tokens per second of sampling one text as sample.py does, including the sampling on the CPU."""
 
     def tokens(number):
         options = {"top_k": 200, "generator": torch.Generator().manual_seed(0), "step": step}
@@ -333,7 +335,7 @@ def sampled(run: Run, model: torch.nn.Module, step: CompiledStep | None) -> floa
 
 
 def mla(run: Run, part: str, context: int, batch_size: int) -> None:
-    """Stage 7a's decoding behind a long context: with absorbed and with expanded keys and values, in turn."""
+    """Measures stage 7a's decoding after a long context, with absorbed and with expanded keys and values."""
     stage = stages.load("stage7a_mla")
     sizes = run.sizes.preset["model"] | {"vocab_size": 65, "block_size": context + 1}
     model = stage.GPT(stage.GPTConfig(**sizes)).to(run.where).eval()
@@ -364,4 +366,4 @@ def mla(run: Run, part: str, context: int, batch_size: int) -> None:
                 call()
             figures[name]["peak_memory"] = memory.bytes
     run.record(part, context=context, **figures, differences=found, cache_bytes=cache.nbytes)
-    check(found, torch.bfloat16)  # TF32 is on, as in sample.py
+    check(found, torch.bfloat16)  # the tolerance for bfloat16, because TF32 is on, as in sample.py

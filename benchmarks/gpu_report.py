@@ -1,4 +1,4 @@
-"""The summary and the pictures of a gpu.json; python -m benchmarks.gpu_report DIR writes them anew."""
+"""Writes the summary and the pictures of a gpu.json; python -m benchmarks.gpu_report DIR rewrites them."""
 
 import json
 import sys
@@ -16,16 +16,16 @@ WAY_COLORS |= {"eager": "#56B4E9", "graph": "#0072B2", "absorbed": "#CC79A7", "e
 
 
 def line(name: str, state: dict, seconds: float) -> str:
-    """A section's end, for the terminal."""
+    """The line for the terminal at the end of a section."""
     why = f" ({state['why']})" if "why" in state else ""
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}  {name}: {state['status']}{why}"
 
 
 def summary(report: dict) -> str:
-    """The figures as Markdown, in tables; then what failed and what is missing."""
+    """The figures as Markdown tables, and the list of failures."""
     lines = ["# GPU check", "", *machine(report)]
     if report["smoke"]:
-        lines += ["", "A smoke test on the CPU with tiny sizes: the figures say nothing."]
+        lines += ["", "A smoke test on the CPU with tiny sizes: the figures are meaningless."]
     tables = {
         "tests": tests_table,
         "eager": training_table,
@@ -59,7 +59,7 @@ def summary(report: dict) -> str:
 def machine(report: dict) -> list[str]:
     of = report["machine"]
     if not of:
-        return ["The machine is not known yet."]
+        return ["The machine has not been identified yet."]
     versions = ", ".join(f"{name} {version}" for name, version in of["versions"].items() if version)
     found = f"{of['device']}, {of['processor']}; {versions}; commit {of['commit']}"
     figures = report["sections"]["machine"]["figures"]
@@ -77,11 +77,11 @@ def number(value: float | None, form: str = ",.0f", unit: float = 1) -> str | No
 def tests_table(figures: dict) -> str:
     slowest = sorted(figures.items(), key=lambda item: -item[1]["seconds"])[:3]
     said = ", ".join(f"{name.split('::')[-1]} {of['seconds']:.0f} s" for name, of in slowest)
-    return f"{len(figures)} tests have run; the slowest: {said}\n"
+    return f"{len(figures)} tests ran; the slowest: {said}\n"
 
 
 def training_table(figures: dict) -> str:
-    head = ["stage", "tokens/s", "ms a step", "MFU", "peak memory, MiB", "loss"]
+    head = ["stage", "tokens/s", "ms per step", "MFU", "peak memory, MiB", "loss"]
     compiled = any("speed_up" in of for of in figures.values())
     rows = []
     for name, of in figures.items():
@@ -91,7 +91,7 @@ def training_table(figures: dict) -> str:
         if compiled:
             row += [number(of["speed_up"], ".2f"), number(of["compile_seconds"], ".1f"), of["graph_breaks"]]
         rows.append(row)
-    return markdown.table(head + ["times eager", "s to compile", "graph breaks"] * compiled, rows)
+    return markdown.table(head + ["speed-up over eager", "s to compile", "graph breaks"] * compiled, rows)
 
 
 def float32_table(figures: dict) -> str:
@@ -110,7 +110,15 @@ def float32_table(figures: dict) -> str:
 
 
 def attention_table(figures: dict) -> str:
-    head = ["context", "way", "forward, ms", "backward, ms", "TFLOP/s", "memory, MiB", "relative difference"]
+    head = [
+        "context",
+        "implementation",
+        "forward, ms",
+        "backward, ms",
+        "TFLOP/s",
+        "memory, MiB",
+        "relative error",
+    ]
     rows = []
     for context, by_way in figures.items():
         for way, of in ways(by_way).items():
@@ -128,12 +136,12 @@ def attention_table(figures: dict) -> str:
 
 
 def ways(figures: dict) -> dict[str, dict]:
-    """The figures of each way, without those of them all."""
+    """The figures of each implementation, without those that they share."""
     return {name: of for name, of in figures.items() if name in WAY_COLORS}
 
 
 def mixture_table(figures: dict) -> str:
-    head = ["mixture", "way", "ms", "tokens/s", "memory, MiB", "relative difference"]
+    head = ["mixture", "implementation", "ms", "tokens/s", "memory, MiB", "relative error"]
     rows = []
     for part, by_way in figures.items():
         for way, of in ways(by_way).items():
@@ -144,7 +152,7 @@ def mixture_table(figures: dict) -> str:
 
 
 def decoding_table(figures: dict) -> str:
-    head = ["what", "way", "tokens/s", "ms a token", "times eager", "s to compile"]
+    head = ["model", "implementation", "tokens/s", "ms per token", "speed-up over eager", "s to compile"]
     rows = []
     for part, by_way in figures.items():
         for way, of in by_way.items():
@@ -156,7 +164,7 @@ def decoding_table(figures: dict) -> str:
 
 
 def run_table(figures: dict) -> str:
-    head = ["run", "data", "steps", "best val loss", "last val loss", "tokens/s", "s of training", "s in all"]
+    head = ["run", "data", "steps", "best val loss", "last val loss", "tokens/s", "training, s", "total, s"]
     rows = []
     for name, of in figures.items():
         row = [name, of["dataset"], f"{of['step']} of {of['steps']}", number(of["best_val_loss"], ".4f")]
@@ -180,7 +188,7 @@ def nanogpt_table(figures: dict) -> str:
 
 
 def pictures(report: dict, out: Path) -> None:
-    """Writes a picture of each section that has figures for one."""
+    """Draws a picture for each section that has figures."""
     of = {name: state["figures"] for name, state in report["sections"].items()}
     if of.get("eager"):
         draw_training(of["eager"], of.get("compiled", {}), out / "training.png")
@@ -218,7 +226,7 @@ def draw_training(eager: dict, compiled: dict, path: Path) -> None:
         panel.set_xlabel(title)
         panel.grid(axis="x", alpha=0.3)
         panel.set_axisbelow(True)
-    panels[0].set_title("hatched: eager; full: compiled", fontsize=10)
+    panels[0].set_title("hatched: eager; solid: compiled", fontsize=10)
     figure.savefig(path)
 
 
@@ -228,7 +236,7 @@ def draw_attention(figures: dict, path: Path) -> None:
     measures = {
         "forward (ms)": lambda of: of["forward"]["median_ms"],
         "backward (ms)": lambda of: of["backward"]["median_ms"],
-        "memory of both (MiB)": lambda of: of["peak_memory"] and of["peak_memory"] / 2**20,
+        "memory, forward and backward (MiB)": lambda of: of["peak_memory"] and of["peak_memory"] / 2**20,
     }
     for panel, (title, measure) in zip(panels, measures.items(), strict=True):
         for way in ("explicit", "sdpa", "triton", "flash_attn"):

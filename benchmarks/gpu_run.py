@@ -1,4 +1,4 @@
-"""What the sections of gpu_check.py share: sizes, where they say what they found, and how they measure."""
+"""Shared by the sections of gpu_check.py: sizes, recording results, and measuring time and memory."""
 
 import argparse
 import contextlib
@@ -22,26 +22,26 @@ from lab import device
 from lab.comparison import timing
 from lab.training import presets
 
-BROKEN = 75  # exit status of a process whose device answers no more
+BROKEN = 75  # exit status of a process whose device no longer responds
 DECODING_STAGES = ("stage0_gpt", "stage4_gqa", "stage6_moe", "stage7_mla_mtp")
-STEPS_COMPARED = 5  # first steps whose losses must be the CPU's
-LARGEST_DIFFERENCE = {"float32": 5e-3, "bfloat16": 2e-2}  # of a loss in nats; of tensors, relative
+STEPS_COMPARED = 5  # number of first steps whose losses must equal the CPU's
+LARGEST_DIFFERENCE = {"float32": 5e-3, "bfloat16": 2e-2}  # tolerances: nats for losses, relative for tensors
 
 
 @dataclass
 class Sizes:
-    """How large the measured things are."""
+    """The sizes of everything that is measured."""
 
     preset: dict
-    steps: int  # of a training speed
+    steps: int  # training steps per measurement
     float32_batch: int
     attention: dict  # batch_tokens, contexts, n_head, n_kv_head, head_dim, repeats
     mixture: dict  # tokens, widths, experts as (number, per token), repeats
-    batch_sizes: tuple[int, ...]  # of decoding
-    tokens: int  # decoded for one figure
+    batch_sizes: tuple[int, ...]  # for decoding
+    tokens: int  # to decode per measurement
     mla: dict  # context, batch_sizes
-    product: int  # rows of the square matrices multiplied
-    copied: int  # bytes
+    product: int  # rows of the square matrices to multiply
+    copied: int  # bytes to copy
 
 
 BABY = presets.PRESETS["baby"]
@@ -90,7 +90,7 @@ SMOKE = Sizes(
 
 
 class Run:
-    """What a section is told, and where it says what it found."""
+    """The options of a section, and the file to which it reports."""
 
     def __init__(self, options: argparse.Namespace):
         self.smoke = options.smoke
@@ -105,7 +105,7 @@ class Run:
         self.figures = Path(options.figures)
 
     def left(self) -> float:
-        """Seconds until the section is killed."""
+        """Seconds left until the section is killed."""
         return self.until - time.monotonic()
 
     def note(self, kind: str, part: str, **more) -> None:
@@ -113,7 +113,7 @@ class Run:
             file.write(json.dumps({"kind": kind, "part": part} | more) + "\n")
 
     def record(self, part: str, **figures) -> None:
-        """Keeps the figures of a part, beside (or in place of) earlier ones."""
+        """Records figures of a part; they are merged with earlier ones."""
         self.note("figures", part, figures=figures)
 
     def skip(self, part: str, why: str) -> None:
@@ -121,7 +121,7 @@ class Run:
 
     @contextlib.contextmanager
     def attempt(self, part: str) -> Iterator[None]:
-        """Lists an exception as the part's failure and goes on; ends the process if the device is lost."""
+        """Records an exception as a failure of the part and continues. Exits if the device is lost."""
         self.note("started", part)
         try:
             yield
@@ -135,22 +135,22 @@ class Run:
             torch.cuda.empty_cache()
 
     def parts(self, names) -> Iterator[str]:
-        """Those of the names that this process still has to do."""
+        """The names of the parts that this process still has to run."""
         return (name for name in names if name not in self.done)
 
     def broke(self, way: str) -> bool:
-        """Whether this way to compute a part has ended an earlier process of the section."""
+        """Whether this implementation has crashed an earlier process of the section."""
         return any(part.endswith(f" {way}") for part in self.done)
 
 
 def first_line(error: BaseException) -> str:
-    """The kind of an exception and the first line of its message."""
+    """The type of an exception and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def is_broken(where: torch.device) -> bool:
-    """Whether the device answers no more in this process, as after an illegal memory access."""
+    """Whether the device no longer responds in this process, as after an illegal memory access."""
     try:
         device.synchronize(where)
     except RuntimeError:
@@ -164,9 +164,9 @@ def is_broken(where: torch.device) -> bool:
 def seconds_of(
     call: Callable, times: int, where: torch.device, limit: float = float("inf"), queued: bool = False
 ) -> list[float]:
-    """Seconds of each of up to `times` calls, by the device's clock; fewer once `limit` has passed.
+    """Seconds of each of up to `times` calls, by the device's clock. Stops once `limit` seconds have passed.
 
-    queued: the device is kept busy for a millisecond first, while Python starts the kernels to be timed, so
+    queued: first keep the device busy for a millisecond, while Python launches the kernels to be timed, so
     that only the device's own time counts.
     """
     if where.type != "cuda":
@@ -189,7 +189,7 @@ def seconds_of(
 def in_turn(
     calls: dict[str, Callable], times: int, where: torch.device, queued: bool = False
 ) -> dict[str, list[float]]:
-    """Seconds of each call, one after the other in every round, so that all see the same machine."""
+    """Seconds of each call. The calls are interleaved, so that all see the same machine load."""
     seconds = {name: [] for name in calls}
     for _ in range(times):
         for name, call in calls.items():
@@ -198,13 +198,13 @@ def in_turn(
 
 
 def milliseconds(seconds: list[float]) -> dict:
-    """The median and quartiles of several times."""
+    """The median and the quartiles of the times, in milliseconds."""
     low, median, high = np.percentile(seconds, (25, 50, 75)) * 1e3
     return {"median_ms": median, "quartiles_ms": [low, high], "times": len(seconds)}
 
 
 class Memory:
-    """Bytes that a block of code needs at its peak, above what was there; None where it is not known."""
+    """Measures the increase in peak memory during a block of code, in bytes; None on a CPU."""
 
     def __init__(self, where: torch.device):
         self.where, self.bytes = where, None
@@ -216,7 +216,7 @@ class Memory:
         return self
 
     def forget_peak(self):
-        """What was needed so far, such as for compiling, does not count."""
+        """Discards the peak so far, such as that of compiling."""
         if self.where.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
 
@@ -226,7 +226,7 @@ class Memory:
 
 
 def differences(found: dict, reference: dict) -> dict:
-    """By name, the largest difference of two tensors, and ‖found − reference‖ / ‖reference‖."""
+    """By name: the largest absolute difference of two tensors, and ‖found − reference‖ / ‖reference‖."""
     report = {}
     for name, value in found.items():
         difference, exact = value.double() - reference[name].double(), reference[name].double()
@@ -236,13 +236,13 @@ def differences(found: dict, reference: dict) -> dict:
 
 
 def check(report: dict, dtype: torch.dtype) -> None:
-    """An AssertionError if a relative difference is NaN or more than the precision explains."""
+    """Raises AssertionError if a relative difference is NaN or exceeds the tolerance for the dtype."""
     limit = LARGEST_DIFFERENCE[str(dtype).removeprefix("torch.")]
     wrong = {name: of["relative"] for name, of in report.items() if not of["relative"] <= limit}
     assert not wrong, f"relative difference from the reference above {limit}: {wrong}"
 
 
 def die_with_parent() -> None:
-    """Makes Linux kill this process when the one that started it dies."""
+    """Makes Linux kill this process when its parent dies."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)

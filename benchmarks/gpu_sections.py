@@ -1,8 +1,8 @@
-"""The sections of gpu_check.py, which starts this file anew for each of them.
+"""The sections of gpu_check.py, which runs this file once per section.
 
-A CUDA error leaves a process without a working device, so each section has its own. It appends a line of
-JSON to a file for everything that it starts, finds or fails at; what a killed section has found is kept.
-The machine, the tests and compiling are here, the others in gpu_training.py and gpu_layers.py.
+After a CUDA error a process can no longer use the device, so each section runs in its own process. It appends
+a line of JSON to a file for every start of a part, figure and failure, so a killed section keeps its results.
+The machine, the tests and compiling are here, the other sections in gpu_training.py and gpu_layers.py.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from lab.storage import runs
 
 
 def machine(run: Run) -> None:
-    """What it is, and the two rates that everything else is to be compared with."""
+    """Identifies the machine, and measures its speed of matrix products and of copying, for reference."""
     figures = runs.machine(run.where)
     names = ("triton", "flash-attn", "transformers", "pytest", "matplotlib")
     figures["versions"] |= {name: runs.installed(name) for name in names}
@@ -64,7 +64,7 @@ def machine(run: Run) -> None:
 
 
 def tests(run: Run) -> None:
-    """The tests marked gpu; a part is a test. Several processes share them: this one does every n-th."""
+    """Runs the tests marked gpu; each test is a part. If n processes share them, each runs every n-th."""
     try:
         import pytest
     except ImportError:
@@ -106,17 +106,17 @@ def tests(run: Run) -> None:
     files = ["tests/test_gpu.py", "tests/test_flash.py", "tests/test_parallel.py"]
     status = pytest.main(["-q", "-m", "gpu", "-p", "no:cacheprovider", *files], plugins=[Recorder()])
     if status in (pytest.ExitCode.INTERNAL_ERROR, pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.INTERRUPTED):
-        raise RuntimeError(f"pytest ended with status {int(status)}; see its output")
+        raise RuntimeError(f"pytest exited with status {int(status)}; see its output")
 
 
-# What runs beside the tests: compiling, so that the figures do not wait for it
+# Compiling, which runs beside the tests so that later sections do not wait for it
 
 
 def warm_up(run: Run) -> None:
-    """Compiles what a later section uses, into the caches on disk; a part's name says what."""
+    """Compiles what a later section needs into the caches on disk; a part's name says what."""
     import torch._inductor.config
 
-    # Which variant of a kernel is fastest cannot be measured while others compute.
+    # Autotuning is not reliable while other processes use the device, so do not keep its results.
     torch._inductor.config.autotune_local_cache = False
     for part in run.parts(run.shard):
         with run.attempt(part):
@@ -140,7 +140,7 @@ def warm_up(run: Run) -> None:
 
 
 def warm_ups(smoke: bool) -> list[list[str]]:
-    """The parts of warm_up for each process, those first that are needed first."""
+    """The parts of warm_up for each process, in the order in which they are needed."""
     if smoke:
         return [["training: stage0_gpt", "attention: 16", "decoding: stage4_gqa 1"]]
     parts = [f"training: {name}" for name in stages.course()]

@@ -30,12 +30,12 @@ from lab.training import batches, cost, log, optim
 
 
 def made_up_text() -> np.ndarray:
-    """Tokens to train on where no text is needed."""
+    """Random tokens, for measurements that need no real text."""
     return np.random.default_rng(0).integers(65, size=100_000, dtype=np.uint16)
 
 
 class Trainer:
-    """A stage with its optimizer; each call is a training step as train.py makes it."""
+    """A stage with its optimizer; each call runs a training step as in train.py."""
 
     def __init__(self, run: Run, name: str, where, dtype, compiled=False, batch_size=None, **fields):
         stage, preset = stages.load(name), run.sizes.preset
@@ -52,7 +52,7 @@ class Trainer:
         self.text, self.steps = made_up_text(), 0
 
     def __call__(self) -> tuple[dict, torch.Tensor]:
-        """The losses and the norm of the gradient, still on the device."""
+        """The losses and the gradient norm, still on the device."""
         self.steps += 1
         block_size = self.model.config.block_size
         idx, targets = batches.train_batch(self.text, 0, self.steps, self.batch_size, block_size)
@@ -64,7 +64,7 @@ class Trainer:
         return losses, norm
 
     def speed(self, seconds: list[float]) -> dict:
-        """Figures of steps that took so many seconds each."""
+        """The figures for steps that took these seconds each."""
         rate = self.tokens_per_step / statistics.median(seconds)
         figures = {"tokens_per_second": rate} | milliseconds(seconds)
         peak = device.peak_flops(self.where)
@@ -73,20 +73,20 @@ class Trainer:
         return figures
 
     def flops(self) -> float:
-        """FLOPs of a token, counted once."""
+        """FLOPs per token; counted once, then cached."""
         if not hasattr(self, "flops_per_token"):
             self.flops_per_token = cost.flops_per_token(self.model)
         return self.flops_per_token
 
     def must_learn(self) -> float:
-        """The loss of one more step; an AssertionError if it is not finite."""
+        """The loss of one more step. Raises AssertionError if it is not finite."""
         loss = self()[0]["next_token"].item()
         assert np.isfinite(loss), f"the loss after {self.steps} steps is {loss}"
         return loss
 
 
 def eager(run: Run) -> None:
-    """Speed and memory of a training step of every stage, not compiled. Two rounds, the stages in turn."""
+    """Measures speed and memory of every stage's training step, not compiled, in two interleaved rounds."""
     device.prepare(run.where)
     names = list(run.parts(stages.course()))
     trainers, seconds, kept = {}, {name: [] for name in names}, {}
@@ -111,7 +111,7 @@ def eager(run: Run) -> None:
 
 
 def compiled(run: Run) -> None:
-    """Speed and memory of a compiled training step of every stage, in turn with the eager one."""
+    """Measures speed and memory of every stage's compiled training step, interleaved with the eager one."""
     device.prepare(run.where)
     names = list(run.parts(stages.course()))
     for place, name in enumerate(names):
@@ -146,7 +146,7 @@ def compiled(run: Run) -> None:
 
 
 def float32(run: Run) -> None:
-    """The losses of the first steps in float32, on the device and on the CPU, with the same batches."""
+    """Compares the losses of the first steps in float32 on the device and on the CPU for the same batches."""
     torch.set_float32_matmul_precision("highest")  # no TF32
     cpu = torch.device("cpu")
     options = {"dtype": torch.float32, "batch_size": run.sizes.float32_batch, "dropout": 0.0}
@@ -159,14 +159,16 @@ def float32(run: Run) -> None:
                 losses.append([sum(loss.values()).item() for loss, _ in steps])
             largest = max(abs(a - b) for a, b in zip(*losses, strict=True))
             run.record(name, cpu=losses[0], device=losses[1], largest_difference=largest)
-            assert largest <= LARGEST_DIFFERENCE["float32"], f"{largest:.3g} nats from the CPU's loss"
+            assert largest <= LARGEST_DIFFERENCE["float32"], (
+                f"the loss differs from the CPU's by {largest:.3g} nats"
+            )
 
 
 # 6: a whole training run
 
 
 def text_without_network(run: Run) -> str | None:
-    """What --data names a text that is here; None if there is none."""
+    """A value for --data that needs no download, or None."""
     if run.smoke:
         path = run.scratch / "made-up.txt"
         draw = np.random.default_rng(0).choice(list("abcdefgh \n"), size=2000)
@@ -182,11 +184,11 @@ def text_without_network(run: Run) -> str | None:
 
 
 def training(run: Run) -> None:
-    """train.py --stage 4 to its end. What it has written so far is recorded every few seconds."""
+    """Runs train.py --stage 4 to its end, and records its metrics every few seconds."""
     part = "stage 4"
     text = text_without_network(run)
     if text is None:
-        run.skip(part, "no text is here: set TINYSHAKESPEARE to the path of its input.txt")
+        run.skip(part, "no text on this machine: set TINYSHAKESPEARE to the path of its input.txt")
         return
     with run.attempt(part):
         folder, output = run.scratch / f"run-{os.getpid()}", run.scratch / "train.log"
@@ -207,7 +209,7 @@ def training(run: Run) -> None:
         record_training(run, part, folder, text, started)
         if process.returncode:
             raise RuntimeError(
-                f"{' '.join(command)} ended with status {process.returncode}:\n{output.read_text()[-3000:]}"
+                f"{' '.join(command)} exited with status {process.returncode}:\n{output.read_text()[-3000:]}"
             )
         run.record(part, finished=True)
 
@@ -239,7 +241,7 @@ def record_training(run: Run, part: str, folder: Path, text: str, started: float
 
 
 def nanogpt(run: Run) -> None:
-    """Training steps of nanoGPT's own model and of our stage 0, in turn, eager and compiled."""
+    """Times training steps of nanoGPT's own model and of our stage 0, interleaved, eager and compiled."""
     from benchmarks.against_nanogpt import load_nanogpt
 
     device.prepare(run.where)

@@ -22,7 +22,7 @@ from lab.training import presets
 
 CPU = torch.device("cpu")
 PROMPTS = ("ROMEO:\n", "JULIET:\n", "What, ", "KING RICHARD III:\nNow is the ", "The ")
-DRAFTED = 400  # tokens after each
+DRAFTED = 400  # tokens to generate after each prompt
 
 
 @dataclass
@@ -30,9 +30,9 @@ class Settings:
     """Measures stages 7a and 7."""
 
     rounds: int = 7
-    """Times that each speed is measured, in turn; medians are reported."""
+    """Number of interleaved measurements of each speed; medians are reported."""
     drafts_of: str | None = None
-    """Measure the drafts of this run of stage 7 alone, and keep the other figures."""
+    """Only measure drafting with this run of stage 7, and keep the other figures."""
 
 
 def main():
@@ -68,7 +68,7 @@ def training(rounds: int) -> dict:
 
 
 def decoding(rounds: int) -> dict:
-    """Tokens a second of one token at a time behind so long a context: absorbed, expanded, and stage 5."""
+    """Tokens per second of decoding, by context length: absorbed, expanded, and stage 5."""
     by_context = {}
     for context in (64, 256, 1024, 2048):
         steppers = {
@@ -103,7 +103,7 @@ def stepper(name: str, context: int, absorbs: bool | None):
 
 
 def drafts(trained: Path, rounds: int) -> list[dict]:
-    """Acceptance and speed of drafting with the trained stage 7, by temperature and drafts at a time."""
+    """Acceptance rate and speed of drafting with a trained stage 7, by temperature and number of drafts."""
     model, _ = runs.load(trained, "best", CPU)
     tokenizer = runs.tokenizer(trained)
     vocab_size = tokenizer.vocab_size

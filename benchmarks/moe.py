@@ -1,7 +1,7 @@
-"""Measures stage 6: its experts against other ways to compute them, and what balances them.
+"""Measures stage 6: the speed of its experts against other implementations, and ways to balance them.
 
-python moe.py            writes the part "moe" of results/results.json and the pictures of the lesson,
-                                 training what is missing in runs/moe/; then python -m lab.pages.lessons
+python -m benchmarks.moe trains the missing runs in runs/moe/, and writes the section "moe" of
+results/results.json and the lesson's figures; afterwards run python -m lab.pages.lessons.
 """
 
 import json
@@ -33,11 +33,11 @@ class Settings:
     """Measures stage 6."""
 
     seeds: int = 3
-    """Runs of each way to balance."""
+    """Number of runs of each way to balance."""
     rounds: int = 15
-    """Times that each speed is measured, in turn; medians are reported."""
+    """Number of interleaved measurements of each speed; medians are reported."""
     only_speeds: bool = False
-    """Measure the speeds alone, and keep the other figures."""
+    """Only measure the speeds, and keep the other figures."""
 
 
 def main():
@@ -66,7 +66,7 @@ def main():
 
 
 def summary(seeds: list[list[dict]]) -> dict:
-    """Final losses, and how unequal the load was over the last tenth of the run, over seeds."""
+    """Final losses, and how unevenly the load was spread over the last tenth of the run, over the seeds."""
     losses = [metrics[-1]["val_loss"] for metrics in seeds]
     busiest = [statistics.mean(r["busiest_expert"] for r in m[-len(m) // 10 :]) for m in seeds]
     entropy = [statistics.mean(m[-1]["router_entropy"]) for m in seeds]
@@ -79,11 +79,11 @@ def summary(seeds: list[list[dict]]) -> dict:
 
 
 def train(name: str, flags: list[str], n_seeds: int) -> list[list[dict]]:
-    """The metrics of a variant's runs of the laptop preset, by seed; trained now where they are missing."""
+    """The metrics of a variant's runs of the laptop preset, by seed. Trains the missing runs."""
     histories = []
     for seed in range(n_seeds):
         folder = runs.RUNS / "moe" / f"{name.replace(', ', '-').replace(' ', '-')}-seed{seed}"
-        if not flags:  # compare.py trains it
+        if not flags:  # the default, which compare.py trains
             folder = runs.RUNS / "compare" / "laptop" / f"stage6_moe-tinyshakespeare-seed{seed}"
         if not (folder / "sample.txt").exists():
             command = [sys.executable, "train.py", "--stage", "6", "--preset", "laptop", "--device", "cpu"]
@@ -94,7 +94,7 @@ def train(name: str, flags: list[str], n_seeds: int) -> list[list[dict]]:
 
 
 def compare_speeds(rounds: int, dtype: torch.dtype) -> dict:
-    """How many times as fast stage 6 is as the others, forward and backward, all in turn."""
+    """Stage 6's speed relative to other implementations, forward and backward, interleaved."""
     return {
         "of_stage_5": ratio(rounds, training_step("stage6_moe", dtype), training_step("stage5_flash", dtype)),
         "of_a_loop_over_64_experts": ratio(rounds, *mixtures(dtype, 64, 6, loop_over_experts)),
@@ -107,13 +107,13 @@ def compare_speeds(rounds: int, dtype: torch.dtype) -> dict:
 
 
 def ratio(rounds: int, ours, theirs) -> float:
-    """The median over rounds of their time by ours, neighbours in time."""
+    """The median ratio of their time to ours, from consecutive measurements."""
     seconds = timing.in_turn({"ours": ours, "theirs": theirs}, rounds, CPU, warm_ups=2)
     return timing.median_ratio(seconds["theirs"], seconds["ours"])
 
 
 def training_step(name: str, dtype: torch.dtype, **fields):
-    """A function that does an optimizer step of a stage, laptop preset but for these fields."""
+    """A function that runs a training step of a stage on the laptop preset, with these fields changed."""
     stage = stages.load(name)
     model = stage.GPT(stage.GPTConfig(vocab_size=65, **presets.PRESETS["laptop"]["model"], **fields))
     optimizer, autocast = optim.adamw(model, 1e-3, 0.1, (0.9, 0.99)), device.autocast(CPU, dtype)
@@ -129,9 +129,10 @@ def training_step(name: str, dtype: torch.dtype, **fields):
 
 
 def mixtures(dtype: torch.dtype, n_experts: int, k: int, make_other, width: int | None = None):
-    """Forward and backward of stage 6's mixture and of another with the same weights, on 768 tokens.
+    """Functions that run stage 6's mixture, and another one with the same weights, forward and backward.
 
-    width is that of an expert. None: as the stage chooses it beside a shared expert, as in the laptop preset.
+    Both get 768 tokens. width: the width of an expert. None: the stage's default with a shared expert, as in
+    the laptop preset.
     """
     stage = stages.load("stage6_moe")
     sizes = {"n_embd": 128, "n_head": 4, "n_routed_experts": n_experts, "num_experts_per_tok": k}
@@ -154,7 +155,7 @@ def mixtures(dtype: torch.dtype, n_experts: int, k: int, make_other, width: int 
 
 
 def loop_over_experts(made):
-    """The plain way: for each expert, its tokens."""
+    """The naive implementation: a loop over the experts, each with its tokens."""
 
     def forward(x):
         tokens = x.flatten(0, 1)
@@ -171,7 +172,7 @@ def loop_over_experts(made):
 
 
 def transformers_mixtral(made):
-    """transformers' mixture with our weights."""
+    """transformers' Mixtral layer with our weights."""
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 

@@ -1,7 +1,7 @@
-"""Computes what larger models need, on no device at all: python -m benchmarks.scale
+"""Computes what larger models need, on PyTorch's meta device: python -m benchmarks.scale
 
-Writes the part "scale" of results/results.json; then `python -m lab.pages.lessons` writes the tables into
-docs/scale.md. Takes about a minute. The figures depend on the code alone, not on the machine.
+Writes the section "scale" of results/results.json; afterwards `python -m lab.pages.lessons` writes the tables
+into docs/scale.md. Takes about a minute. The figures depend only on the code, not on the machine.
 """
 
 from lab import cli

@@ -1,4 +1,4 @@
-"""Text for training: `load` finds or fetches a text, prepares its token files once, and maps them."""
+"""Training data: `load` finds or downloads a text, tokenizes it once, and memory-maps the token files."""
 
 import sys
 from difflib import get_close_matches
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lab import terminal
 
-if sys.argv[0] == "-m":  # python -m data.openwebtext is about to import the rest
+if sys.argv[0] == "-m":  # run as python -m data.openwebtext: prepare before the slow imports below
     terminal.prepare()
 
 from data import openshakespeare, owntext, tinyshakespeare
@@ -19,19 +19,20 @@ __all__ = ["CharTokenizer", "Dataset", "GPT2Tokenizer", "Shards", "from_meta", "
 
 
 def load(data: str, tokenizer: str = "char") -> Dataset:
-    """The dataset "tinyshakespeare", "openshakespeare" or "openwebtext", or of the file or folder at a path.
+    """Opens a dataset, and prepares it first if needed.
 
-    `tokenizer` is "char" or "gpt2". UserError for all that the user can mend. Where TinyShakespeare cannot be
-    reached, the dataset returned is openshakespeare, and a line on stderr says so.
+    `data` is "tinyshakespeare", "openshakespeare", "openwebtext", or the path of a file or folder;
+    `tokenizer` is "char" or "gpt2". If TinyShakespeare cannot be downloaded, returns openshakespeare and says
+    so on stderr. Raises UserError for everything that the user can fix.
     """
     if tokenizer not in ("char", "gpt2"):
-        raise UserError(f"there is no tokenizer {tokenizer!r}: choose char or gpt2")
+        raise UserError(f"unknown tokenizer {tokenizer!r}: choose char or gpt2")
     if data == "tinyshakespeare":
         return tinyshakespeare.load(tokenizer)
     if data == "openshakespeare":
         return openshakespeare.load(tokenizer)
     if data == "openwebtext":
-        from data import openwebtext  # here, so that it is not there yet for python -m data.openwebtext
+        from data import openwebtext  # not at the top: python -m data.openwebtext must not import it twice
 
         return openwebtext.load(tokenizer)
     path = Path(data).expanduser()
@@ -39,8 +40,8 @@ def load(data: str, tokenizer: str = "char") -> Dataset:
         close = get_close_matches(data, ("tinyshakespeare", "openshakespeare", "openwebtext"), n=1)
         guess = f"; did you mean {close[0]}?" if close else ""
         raise UserError(
-            f"there is no dataset or file {data!r}{guess}\n"
-            f"name tinyshakespeare, openshakespeare, openwebtext, or a path: a UTF-8 text, .jsonl or "
-            f".parquet file, or a folder of .txt, .jsonl or .parquet files"
+            f"no dataset or file {data!r}{guess}\n"
+            f"use tinyshakespeare, openshakespeare, openwebtext, or the path of a UTF-8 text, .jsonl or "
+            f".parquet file, or of a folder of .txt, .jsonl or .parquet files"
         )
     return owntext.load(path, tokenizer)

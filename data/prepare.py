@@ -1,7 +1,7 @@
-"""Turns a text into token files, and opens them.
+"""Tokenizes a text into token files, and opens them.
 
-A prepared folder holds train.bin and val.bin (uint16 token ids, nothing else) and meta.json. It gets its name
-when it is complete, so a folder under that name is whole.
+A prepared folder holds train.bin and val.bin (uint16 token ids, nothing else) and meta.json. It is renamed to
+its final name once it is complete.
 """
 
 import hashlib
@@ -24,8 +24,8 @@ SPLITS = ("train", "val")
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    name: str  # "tinyshakespeare", "openshakespeare", "openwebtext", or the stem of one's own file
-    folder: Path  # holds the token files and meta.json
+    name: str  # "tinyshakespeare", "openshakespeare", "openwebtext", or from the name of the user's file
+    folder: Path  # with the token files and meta.json
     meta: dict
     train: np.memmap | Shards  # (tokens,) uint16, read-only
     val: np.memmap | Shards
@@ -33,14 +33,14 @@ class Dataset:
 
 
 def tokens_folder(name: str, tokenizer: str) -> Path:
-    """Where the token files of a text lie."""
+    """The folder for the token files of a text."""
     return files.root() / "tokens" / f"{name}-{tokenizer}"
 
 
 def prepare(name: str, text: str, source: str, tokenizer: str, folder: Path) -> Dataset:
-    """Splits and encodes `text`, writes `folder`, and opens it. `source` says where the text came from.
+    """Splits and tokenizes `text`, writes `folder`, and opens it. `source` says where the text came from.
 
-    The whole text is held in memory. UserError if it is too short to split, or cannot be encoded.
+    Holds the whole text in memory. Raises UserError if it is too short to split, or cannot be tokenized.
     """
     encoder = CharTokenizer(text) if tokenizer == "char" else GPT2Tokenizer()
     first = int(TRAINING_SHARE * len(text))
@@ -75,18 +75,18 @@ def prepare(name: str, text: str, source: str, tokenizer: str, folder: Path) -> 
         try:
             os.rename(new, folder)
         except OSError:
-            if not folder.exists():  # else another process has just prepared the same text
+            if not folder.exists():  # it exists if another process has just prepared the same text
                 raise
     return open_prepared(folder, meta["sha256"])
 
 
 def open_prepared(folder: Path, sha256: str) -> Dataset:
-    """Opens a prepared folder. UserError if it is damaged or of a text with another sha256."""
+    """Opens a prepared folder. Raises UserError if it is damaged or its text has another sha256."""
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         formats.check(meta, formats.DATA, str(folder / "meta.json"))
         if meta["sha256"] != sha256:
-            raise ValueError(f"it was made from another text, sha256 {meta['sha256'][:8]}…")
+            raise ValueError(f"it was made from another text, with sha256 {meta['sha256'][:8]}…")
         for split in SPLITS:
             expected = 2 * meta["tokens"][split]
             size = (folder / f"{split}.bin").stat().st_size
@@ -100,29 +100,30 @@ def open_prepared(folder: Path, sha256: str) -> Dataset:
 
 
 def recode(dataset: Dataset, meta: dict, same_text: bool = False) -> Dataset:
-    """The dataset with the token ids of a run's `meta`. UserError if they cannot say all of the text.
+    """Converts the dataset to the token ids of a run, described by its `meta`.
 
-    With same_text also if it is not the text that the run was trained on.
+    Raises UserError if the run's vocabulary does not cover the text or, with same_text, if the run was
+    trained on another text.
     """
     if same_text and any(meta.get(key) != dataset.meta.get(key) for key in ("sha256", "shards")):
         raise UserError(
-            f"{dataset.name} is not the text that the run was trained on: it has another sha256\n"
-            "bring that text back, or train on this one with --init-from instead of --resume"
+            f"{dataset.name} is not the text that the run was trained on: its sha256 differs\n"
+            "restore that text, or train on this one with --init-from instead of --resume"
         )
     if meta["tokenizer"] != dataset.meta["tokenizer"]:
         raise UserError(
-            f"{dataset.name} is in tokens of {dataset.meta['tokenizer']!r}, the run in those of "
+            f"{dataset.name} uses the tokenizer {dataset.meta['tokenizer']!r}, but the run uses "
             f"{meta['tokenizer']!r}: leave out --tokenizer"
         )
     if meta.get("characters") == dataset.meta.get("characters"):
         return dataset
     tokenizer = from_meta(meta)
-    ids = tokenizer.encode(dataset.tokenizer.characters)  # their id by ours
+    ids = tokenizer.encode(dataset.tokenizer.characters)  # the run's id for each of the dataset's ids
     known = {key: meta[key] for key in ("characters", "vocab_size")}
     train, val = ids[dataset.train], ids[dataset.val]
     return replace(dataset, meta=dataset.meta | known, train=train, val=val, tokenizer=tokenizer)
 
 
 def sha256_of(text: str) -> str:
-    """The sha256 of the text in UTF-8."""
+    """The sha256 of the text encoded as UTF-8."""
     return hashlib.sha256(text.encode()).hexdigest()

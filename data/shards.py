@@ -1,4 +1,4 @@
-"""Token files that are one sequence, and the check that they are still what was prepared."""
+"""Reads several token files as one sequence, and verifies that they have not changed."""
 
 import hashlib
 import json
@@ -11,16 +11,16 @@ from lab.errors import UserError
 
 
 class Shards:
-    """Token files as one sequence, by memory map: len(tokens) and tokens[start:stop], uint16.
+    """Memory-maps several token files as one uint16 sequence, with len(tokens) and tokens[start:stop].
 
-    As with the memory map of one file, only what is asked for is read. A slice that lies in one shard is a
-    view, another a copy.
+    As with the memory map of a single file, only the requested tokens are read. A slice within one shard is a
+    view; a slice across shards is a copy.
     """
 
     dtype = np.dtype(np.uint16)
 
     def __init__(self, paths: list[Path]):
-        # as plain arrays, whose slices are made three times as fast as those of a memmap
+        # plain arrays: slicing them is three times as fast as slicing a memmap
         self.maps = [np.asarray(np.memmap(path, dtype=np.uint16, mode="r")) for path in paths]
         self.ends = np.cumsum([len(tokens) for tokens in self.maps])
 
@@ -30,7 +30,7 @@ class Shards:
     def __getitem__(self, index: slice) -> np.ndarray:
         start, stop, step = index.indices(len(self))
         if step != 1:
-            raise ValueError(f"a slice of shards has a step of 1, not {step}")
+            raise ValueError(f"slices of shards must have step 1, not {step}")
         number = int(np.searchsorted(self.ends, start, side="right"))
         found = []
         while start < stop:
@@ -44,12 +44,11 @@ class Shards:
 
 
 def check(folder: Path, shards: dict[str, dict]) -> None:
-    """UserError if a shard is missing, has another size, or another sha256 than meta.json says.
+    """Raises UserError if a shard is missing, or its size or sha256 differs from meta.json.
 
-    To hash 18 GB takes a minute, so that is done only for files whose size or times (of the last change of
-    content and of the last change of any kind) are not those of the last check, which checked.json keeps.
-    A change that leaves all of these as they were, as a failing disk makes it, stays unseen: to have
-    everything hashed, delete checked.json.
+    Hashing 18 GB takes a minute, so a file is hashed only if its size, mtime or ctime has changed since the
+    last check, which checked.json records. Corruption that changes none of them, such as by a failing disk,
+    is not detected: delete checked.json to hash everything.
     """
     known = _last_check(folder)
     now = {}
@@ -72,8 +71,8 @@ def check(folder: Path, shards: dict[str, dict]) -> None:
     if now != known:
         try:
             files.write(folder / "checked.json", (json.dumps(now, indent=2) + "\n").encode())
-        except UserError:  # a folder that is only to be read: hashed again next time
-            files.say(f"{folder} cannot be written: its shards are hashed at every start")
+        except UserError:  # a read-only folder: hash again next time
+            files.say(f"{folder} is not writable: its shards will be hashed at every start")
 
 
 def _last_check(folder: Path) -> dict:
@@ -87,12 +86,12 @@ def _last_check(folder: Path) -> dict:
 def _damaged(path: Path, what: str) -> UserError:
     return UserError(
         f"the shard {path.name} of {path.parent} {what}\n"
-        f"copy that file from where it is whole, or delete the folder and prepare the data again"
+        f"restore that file from an intact copy, or delete the folder and prepare the data again"
     )
 
 
 def seen(path: Path) -> list[int]:
-    """Size and times of a file, which change when it does."""
+    """A file's size, mtime and ctime, to detect changes."""
     stat = path.stat()
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 

@@ -1,7 +1,7 @@
-"""Where documents come from: files of parquet, JSONL or text, of one's own or of a dataset on the hub.
+"""Reads documents from parquet, JSONL or text files, on this machine or in a dataset on the hub.
 
-A source is read one document after another, and from any place on, so that memory stays flat and a killed
-preparation goes on where it was.
+Documents are streamed, so memory use stays constant. Reading can start at any document, so an interrupted
+preparation can resume.
 """
 
 import codecs
@@ -20,36 +20,36 @@ from lab.errors import UserError
 
 COLUMN = "text"
 KINDS = (".parquet", ".jsonl", ".txt")
-READING = 2  # raised when the same files are read as other documents, so that older tokens are not taken
-PART = 2**20  # bytes (of a text file) or characters: a longer document is tokenized in parts
-ROWS = 64  # of a parquet file at once
+READING = 2  # increase it when the same files yield other documents, so that older token files are not reused
+PART = 2**20  # bytes (of a text file) or characters: longer documents are tokenized in parts
+ROWS = 64  # of a parquet file, read at once
 HUB_TIMEOUT = 10  # seconds
 
 
 class BadDocument(UserError):
-    """A file that cannot be read as it is: to go on, it must change."""
+    """The content of a file is invalid: retrying will not help."""
 
 
 class Part(NamedTuple):
-    text: str  # of a document: all of it, or about PART of it
-    ends: bool  # whether the document does
-    place: tuple[int, int] | None  # where to go on after it: a file's number and the offset in it (rows or
+    text: str  # a document, or about PART of it
+    ends: bool  # whether the document ends here
+    place: tuple[int, int] | None  # where to resume after it: a file's number and the offset in it (rows or
     #                                bytes); None inside a document that must be read from its start
-    done: int  # bytes of the files that have been read so far
+    done: int  # bytes of the files read so far
 
 
 @dataclass(frozen=True)
 class Source:
-    where: str  # the folder, the file, or dataset@revision
+    where: str  # folder, file, or dataset@revision
     kind: str  # one of KINDS
     names: list[str]  # the files, in order
     sizes: list[int]  # bytes of each
-    identity: str  # sha256 that changes with the files
+    identity: str  # a sha256 that changes when the files change
     open: Callable[[str], BinaryIO]
-    failures: type = OSError  # what opening and reading may raise
+    failures: type = OSError  # the exceptions that opening and reading may raise
 
     def parts(self, place: tuple[int, int] = (0, 0)) -> Iterator[Part]:
-        """The documents from a place on, in order. BadDocument names the file that cannot be read."""
+        """The documents from `place` on, in order. Raises BadDocument that names an invalid file."""
         first, offset = place
         read = {".parquet": parquet_rows, ".jsonl": json_lines, ".txt": text_parts}[self.kind]
         for number in range(first, len(self.names)):
@@ -71,24 +71,24 @@ class Source:
             except self.failures as error:
                 reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
                 raise UserError(
-                    f"cannot read {named} ({reason})\nrun again when it can be read: it goes on where it was"
+                    f"cannot read {named} ({reason})\nrun again when it can be read: preparation then resumes"
                 ) from error
             offset = 0
 
 
 def in_folder(folder: Path) -> Source:
-    """The files of a folder and the folders in it, sorted by path: .parquet, .jsonl or .txt, of one kind.
+    """The .parquet, .jsonl or .txt files in a folder and its subfolders, sorted by path.
 
-    UserError if there is no such folder, no such file, or more than one kind.
+    Raises UserError if there is no such folder, if it has no such files, or more than one kind of them.
     """
     folder = folder.expanduser().resolve()
     if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}")
+        raise UserError(f"no folder {folder}")
     return of_files(folder, *files_of(folder))
 
 
 def of_files(where: Path, kind: str, paths: list[Path]) -> Source:
-    """Files of one kind: those of the folder `where`, or the file `where` alone."""
+    """A source of files of one kind: those in the folder `where`, or the file `where` itself."""
     folder = where if where.is_dir() else where.parent
     stats = [path.stat() for path in paths]
     names = [path.relative_to(folder).as_posix() for path in paths]
@@ -101,9 +101,9 @@ def of_files(where: Path, kind: str, paths: list[Path]) -> Source:
 
 
 def files_of(folder: Path) -> tuple[str, list[Path]]:
-    """The kind of the data files in a folder (one of KINDS), and the files, sorted by path.
+    """The kind of the data files in a folder (one of KINDS), and their paths, sorted.
 
-    A line on stderr names what is left out. UserError if there is no data file, or more than one kind.
+    Prints the ignored files on stderr. Raises UserError if there are no data files, or more than one kind.
     """
     found, left_out = _walk(folder)
     others = "; ".join(f"{len(paths):,} {why} ({_some(folder, paths)})" for why, paths in left_out.items())
@@ -112,25 +112,28 @@ def files_of(folder: Path) -> tuple[str, list[Path]]:
         raise UserError(
             f"the folder {folder} has no .parquet, .jsonl or .txt files"
             f"{f' to read, but {others}' if others else ''}\n"
-            f"put parquet or JSONL files with a column {COLUMN!r}, or UTF-8 texts that end in .txt, there"
+            f"add parquet or JSONL files with a column {COLUMN!r}, or UTF-8 text files that end in .txt"
         )
     if len(kinds) > 1:
         raise UserError(
             f"the folder {folder} has files of more than one kind: {', '.join(kinds)}\n"
-            f"move those that are not the data elsewhere"
+            f"keep one kind and move the others elsewhere"
         )
     if others:
-        files.say(f"left out of {folder}: {others}")
+        files.say(f"ignored in {folder}: {others}")
     return kinds[0], found
 
 
 def _walk(folder: Path) -> tuple[list[Path], dict[str, list[Path]]]:
-    """The data files in a folder and the folders in it, linked ones too, each once; all else by reason."""
+    """The data files in a folder and its subfolders, and the ignored paths by reason.
+
+    Follows links, but lists each file once.
+    """
     found, left_out = [], defaultdict(list)
-    again = "read already under another name"
+    again = "duplicate"
     folders, linked, entered = deque([folder]), deque(), set()
     while folders or linked:
-        here = (folders or linked).popleft()  # linked ones last: a file is known by its own name
+        here = (folders or linked).popleft()  # linked folders last: prefer a file's own path to a linked one
         real = here.resolve()
         if real in entered:
             left_out[again].append(here)
@@ -145,7 +148,7 @@ def _walk(folder: Path) -> tuple[list[Path], dict[str, list[Path]]]:
             try:
                 about = path.stat()
             except OSError:
-                left_out["linked to nothing" if path.is_symlink() else "unreadable"].append(path)
+                left_out["broken link" if path.is_symlink() else "unreadable"].append(path)
                 continue
             if path.name.startswith("."):
                 left_out["hidden"].append(path)
@@ -153,7 +156,7 @@ def _walk(folder: Path) -> tuple[list[Path], dict[str, list[Path]]]:
                 later = linked if path.is_symlink() else folders
                 later.append(path)
             elif not stat.S_ISREG(about.st_mode):
-                left_out["neither file nor folder"].append(path)
+                left_out["neither a file nor a folder"].append(path)
             elif path.suffix.lower() not in KINDS:
                 left_out["not .parquet, .jsonl or .txt"].append(path)
             elif about.st_size == 0:
@@ -175,21 +178,21 @@ def _some(folder: Path, paths: list[Path]) -> str:
 
 
 def on_hub(repository: str, revision: str | None) -> Source:
-    """The parquet files of a dataset on the Hugging Face hub, streamed; revision: None for the newest.
+    """Streams the parquet files of a dataset on the Hugging Face hub. revision: None for the newest.
 
-    UserError if the hub cannot be reached.
+    Raises UserError if the hub cannot be reached.
     """
     import_datasets()
-    from datasets.utils.file_utils import xopen  # open, with patience for a network that fails for a while
+    from datasets.utils.file_utils import xopen  # retries when the network fails for a while
     from huggingface_hub import HfApi
 
     try:
         found = HfApi().dataset_info(repository, revision=revision, files_metadata=True, timeout=HUB_TIMEOUT)
-    except Exception as error:  # of several libraries
+    except Exception as error:  # several libraries raise their own kinds
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
             f"cannot reach the dataset {repository} on the Hugging Face hub: {reason[0]}\n"
-            f"put its parquet files into a folder and run: python -m data.openwebtext --source FOLDER"
+            f"download its parquet files elsewhere, then run: python -m data.openwebtext --source FOLDER"
         ) from None
     listed = sorted((file.rfilename, file.size or 0) for file in found.siblings)
     listed = [(name, size) for name, size in listed if name.endswith(".parquet")]
@@ -205,32 +208,32 @@ def on_hub(repository: str, revision: str | None) -> Source:
         sizes,
         identity,
         lambda name: xopen(f"hf://datasets/{at}/{name}", "rb"),
-        failures=Exception,  # of several libraries
+        failures=Exception,  # several libraries raise their own kinds
     )
 
 
 def import_datasets():
-    """The package datasets; a UserError where it is not installed."""
+    """Imports the package datasets. Raises UserError if it is not installed."""
     return optional.load("datasets", extra="owt", needed_for="reading parquet files")
 
 
-# Each reader yields, from an offset on: a text, whether its document ends, the offset after it, and the share
-# of the file that has been read.
+# Each reader yields, beginning at an offset: a text, whether its document ends there, the offset after it,
+# and the fraction of the file read so far.
 
 
 def parquet_rows(file: BinaryIO, offset: int, size: int) -> Iterator[tuple[str, bool, int, float]]:
-    """Rows of a parquet file; offsets are numbers of rows."""
+    """Reads the rows of a parquet file; offsets count rows."""
     import pyarrow
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.ParquetFile(file, buffer_size=2**20)  # not a whole row group at once
+        table = pyarrow.parquet.ParquetFile(file, buffer_size=2**20)  # do not load a whole row group at once
         if COLUMN not in table.schema_arrow.names:
             raise no_column(table.schema_arrow.names)
         row = 0
         for group in range(table.num_row_groups):
             n_rows = table.metadata.row_group(group).num_rows
-            if row + n_rows <= offset:  # not read at all
+            if row + n_rows <= offset:  # skip without reading
                 row += n_rows
                 continue
             for batch in table.iter_batches(ROWS, row_groups=[group], columns=[COLUMN]):
@@ -240,13 +243,11 @@ def parquet_rows(file: BinaryIO, offset: int, size: int) -> Iterator[tuple[str, 
                     offset = at + 1
                 row += batch.num_rows
     except pyarrow.ArrowException as error:
-        raise BadDocument(
-            f"it is not a parquet file that can be read ({str(error).splitlines()[0]})"
-        ) from error
+        raise BadDocument(f"not a readable parquet file ({str(error).splitlines()[0]})") from error
 
 
 def json_lines(file: BinaryIO, offset: int, size: int) -> Iterator[tuple[str, bool, int, float]]:
-    """Lines of a JSONL file; offsets are bytes."""
+    """Reads the lines of a JSONL file; offsets count bytes."""
     file.seek(offset)
     for line in file:
         place = f"the line at byte {offset:,}"
@@ -255,7 +256,7 @@ def json_lines(file: BinaryIO, offset: int, size: int) -> Iterator[tuple[str, bo
             continue
         try:
             found = json.loads(line)
-        except ValueError as error:  # of JSON, or of UTF-8
+        except ValueError as error:  # invalid JSON or invalid UTF-8
             raise BadDocument(f"{place} is not JSON ({error})") from error
         if not isinstance(found, dict) or COLUMN not in found:
             raise no_column(list(found) if isinstance(found, dict) else [], place)
@@ -263,18 +264,16 @@ def json_lines(file: BinaryIO, offset: int, size: int) -> Iterator[tuple[str, bo
 
 
 def text_parts(file: BinaryIO, offset: int, size: int) -> Iterator[tuple[str, bool, int, float]]:
-    """A text file, which is one document, in parts; offsets are bytes."""
+    """Reads a text file, which is one document, in parts; offsets count bytes."""
     wanted = PART
     while offset < size:
         file.seek(offset)
         content = file.read(wanted)
         ends = offset + len(content) >= size or len(content) < wanted
-        try:  # a character that is cut off at the end is left for the next part
+        try:  # an incomplete character at the end is left for the next part
             text = codecs.getincrementaldecoder("utf-8")().decode(content, final=ends)
         except UnicodeDecodeError as error:
-            raise BadDocument(
-                f"it is not UTF-8 at byte {offset + error.start:,}: save it as UTF-8"
-            ) from error
+            raise BadDocument(f"not UTF-8 at byte {offset + error.start:,}: save it as UTF-8") from error
         end = len(text) if ends else cuts.last(text, 0, len(text))
         if not end:
             if len(text) > cuts.LONGEST:
@@ -289,7 +288,7 @@ def text_parts(file: BinaryIO, offset: int, size: int) -> Iterator[tuple[str, bo
 
 
 def checked(text, place: str) -> str:
-    """The text of a document, without halves of surrogate pairs; BadDocument if it is none."""
+    """The text with unpaired surrogates replaced by U+FFFD. Raises BadDocument if it is not a string."""
     if not isinstance(text, str):
         raise BadDocument(f"{COLUMN!r} of {place} is {type(text).__name__}, not text")
     if not text.isascii():

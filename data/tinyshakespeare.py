@@ -17,10 +17,10 @@ ASK_AGAIN_AFTER = 24 * 3600  # seconds
 
 
 def load(tokenizer: str) -> Dataset:
-    """TinyShakespeare: what is prepared, else the file that TINYSHAKESPEARE names, else the public copy.
+    """Opens TinyShakespeare. Prepares it if needed, from the file that TINYSHAKESPEARE names or a download.
 
-    Where none can be reached it is openshakespeare, and a line on stderr says so. The public copy is then
-    asked for again after a day, so that a start without network does not wait for it.
+    If the download fails, returns openshakespeare and says so on stderr. The download is then not retried for
+    a day, so that offline starts do not wait for it.
     """
     folder = tokens_folder(NAME, tokenizer)
     if folder.exists():
@@ -29,7 +29,7 @@ def load(tokenizer: str) -> Dataset:
     named = os.environ.get("TINYSHAKESPEARE")
     if named:
         source = str(Path(named).expanduser().resolve())
-        files.write(kept, _checked(Path(source)))  # kept, so that another tokenizer finds it too
+        files.write(kept, _checked(Path(source)))  # keep a copy for use with another tokenizer
     elif not kept.exists():
         source = URL
         failure = _fetch(kept)
@@ -41,24 +41,24 @@ def load(tokenizer: str) -> Dataset:
 
 
 def _checked(path: Path) -> bytes:
-    """The file's bytes. UserError if they are not TinyShakespeare's."""
+    """The file's bytes. Raises UserError if they are not TinyShakespeare."""
     content = files.read(path)
     found = hashlib.sha256(content).hexdigest()
     if found != SHA256:
         raise UserError(
             f"{path} is not TinyShakespeare: {len(content):,} bytes with sha256 {found[:8]}…, "
-            f"not 1,115,394 with {SHA256[:8]}…\nthe right file is {URL}"
+            f"not 1,115,394 with {SHA256[:8]}…\nthe correct file is {URL}"
         )
     return content
 
 
 def _fetch(path: Path) -> str:
-    """Fetches the public copy into `path`. Returns why that failed, or an empty string."""
-    failed = path.with_suffix(".unreachable")  # its time stamp tells when
+    """Downloads TinyShakespeare to `path`. Returns the reason for a failure, or an empty string."""
+    failed = path.with_suffix(".unreachable")  # its mtime records the last failure
     if openshakespeare.is_at_hand() and failed.exists():
         age = time.time() - failed.stat().st_mtime
         if 0 <= age < ASK_AGAIN_AFTER:
-            return "not reached within the last 24 hours"
+            return "the download failed within the last 24 hours"
     try:
         download(URL, path, SHA256)
     except UserError as error:
@@ -72,11 +72,11 @@ def _stand_in(tokenizer: str, failure: str) -> Dataset:
         dataset = openshakespeare.load(tokenizer)
     except UserError as error:
         raise UserError(
-            f"neither TinyShakespeare nor its stand-in can be had: {failure}; {error}\n"
+            f"cannot download TinyShakespeare or its substitute: {failure}; {error}\n"
             f"download {URL} elsewhere and set TINYSHAKESPEARE to the file's path"
         ) from error
     files.say(
-        "TinyShakespeare cannot be reached: this is openshakespeare, whose losses do not compare with "
-        "TinyShakespeare's (to have the real one, set TINYSHAKESPEARE to the path of its input.txt)"
+        "cannot download TinyShakespeare: using openshakespeare instead, whose losses are not comparable "
+        "(to use TinyShakespeare, set the environment variable TINYSHAKESPEARE to the path of its input.txt)"
     )
     return dataset

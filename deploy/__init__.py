@@ -1,1 +1,1 @@
-"""After training: runs to and from the formats that other programs read. Nothing else imports this."""
+"""Exports runs to the formats of other programs, and imports runs from them."""

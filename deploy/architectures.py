@@ -1,7 +1,7 @@
-"""Which architecture a run's code is.
+"""Identifies the architecture that a run's code implements.
 
-Export names a class of transformers only for code that the tests have compared with that class: an edited
-model.py computes another function under the same names and shapes.
+Export claims that a run is, say, a LlamaForCausalLM only if the tests have compared its code with that class:
+an edited model.py may compute another function with the same names and shapes.
 """
 
 import sys
@@ -11,7 +11,7 @@ from lab import stages
 from lab.errors import UserError, shown
 from lab.storage import edits
 
-# The hashes of each stage's code, today's last, for which tests/test_deploy.py passed.
+# Hashes of the versions of each stage's code that passed tests/test_deploy.py; the current version is last.
 TESTED = {
     "stage0_gpt": ["b6859e18dada65f7", "70e17819d98b21b8"],
     "stage1_rmsnorm": ["42d85f497ee343c1", "b96a884c5af26853"],
@@ -27,9 +27,9 @@ TESTED = {
 
 
 def of_run(run: Path, config: dict) -> str:
-    """The stage of the course whose code a run was trained with, whatever its folder is called.
+    """The stage of the course whose code a run was trained with, whatever the stage's folder was called.
 
-    UserError where it is none of them. A run that does not say is taken to be of today's code.
+    A run that records no hash is assumed to use the current code. Raises UserError if the code is no stage's.
     """
     hashes = edits.trained_with(config)
     if None in hashes:
@@ -39,13 +39,13 @@ def of_run(run: Path, config: dict) -> str:
             return stage
     file = shown(stages.path(config["stage"]))
     raise UserError(
-        f"{shown(run)} was trained with an edited {file}, which no other program knows\n"
-        "export a run of an unedited stage, or write an exporter for yours"
+        f"{shown(run)} was trained with an edited {file}: no other program can run it\n"
+        "export a run of an unedited stage, or write an exporter for your model"
     )
 
 
 def warn_if_edited(stage: str) -> None:
-    """Says on stderr if today's code of a stage is not what the tests have compared with transformers."""
+    """Warns on stderr if a stage's current code is not the code that the tests compared with transformers."""
     if edits.code_hash(stage) not in TESTED[stage]:
         print(
             f"warning: {shown(stages.path(stage))} was edited: the imported weights may not fit it",

@@ -1,12 +1,12 @@
-"""Turns a run into files for other programs: python -m deploy.export --run runs/… --to hf --out DIR
+"""Exports a run for other programs: python -m deploy.export --run runs/… --to hf --out DIR
 
---to hf: a folder that stock transformers loads: pipeline("text-generation", DIR) continues a prompt with the
-text of `sample.py --temperature 0`, up to the context. (Past it sample.py slides its window; transformers
-stops.) Stage 0 becomes GPT2LMHeadModel, stages 3 to 5 LlamaForCausalLM,
-stage 6 with the softmax router and without shared experts MixtralForCausalLM; stages 7a and 7 and deepseek_v3
-DeepseekV3ForCausalLM.
-A run that was imported, or fine-tuned from one, gets back the files of its tokenizer, generation_config.json
-and the ids of its special tokens. Transformers follows them: it may sample, and stop at an end-of-text token.
+--to hf: a folder that stock transformers loads. pipeline("text-generation", DIR) continues a prompt with the
+same text as `sample.py --temperature 0`, up to the context length. (Beyond it, sample.py slides its window
+and transformers stops.) Stage 0 becomes GPT2LMHeadModel, stages 3 to 5 LlamaForCausalLM, stage 6 with the
+softmax router and without shared experts MixtralForCausalLM, and stages 7a, 7 and deepseek_v3
+DeepseekV3ForCausalLM. An imported run, or one fine-tuned from it, gets back its tokenizer's files, its
+generation_config.json and the ids of its special tokens. Transformers honours these: it may sample, and it
+may stop at an end-of-text token.
 
 --to llama2c: model.bin and tokenizer.bin for the C program `run` of karpathy/llama2.c. That program puts a
 newline and a space before every prompt; see deploy/llama2c.py.
@@ -18,7 +18,7 @@ from pathlib import Path
 from lab import terminal
 
 if __name__ == "__main__":
-    terminal.prepare()  # before the seconds that importing torch takes
+    terminal.prepare()  # first, because importing torch takes seconds
 
 from dataclasses import asdict, dataclass
 from typing import Literal
@@ -44,12 +44,12 @@ COUNTERPARTS = {
     "deepseek_v3": deepseek,
 }
 
-TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # the same in an export as they were imported
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # exported as they were imported
 
 
 @dataclass
 class Settings:
-    """Turns a run into files for transformers or llama2.c."""
+    """Exports a run for transformers or llama2.c."""
 
     run: str
     """Folder of the run."""
@@ -57,13 +57,13 @@ class Settings:
     """hf: a folder for transformers. llama2c: model.bin and tokenizer.bin for llama2.c's `run`.
     That program puts a newline and a space before every prompt."""
     out: str
-    """Folder to make."""
+    """Folder to create."""
     checkpoint: Literal["best", "last"] = "best"
-    """best (lowest validation loss) or last."""
+    """Checkpoint to export: best (lowest validation loss) or last."""
 
 
 @device.memory_errors(
-    "export holds the weights about three times: close other programs, or use a larger machine"
+    "export needs about three times the memory of the weights: close other programs, or use a larger machine"
 )
 def main():
     settings = cli.parse_flags(Settings, sys.argv[1:])
@@ -73,8 +73,8 @@ def main():
     stage = architectures.of_run(run, config)
     if settings.to == "hf" and stage not in COUNTERPARTS:
         raise UserError(
-            f"{stage} has no counterpart in transformers; stages 0 (GPT2LMHeadModel), 3, 4, 5 "
-            "(LlamaForCausalLM), 6 (MixtralForCausalLM), 7a, 7 and deepseek_v3 (DeepseekV3ForCausalLM) have"
+            f"{stage} has no counterpart in transformers\nexport stage 0 (GPT2LMHeadModel), 3, 4, 5 "
+            "(LlamaForCausalLM), 6 (MixtralForCausalLM), 7a, 7 or deepseek_v3 (DeepseekV3ForCausalLM)"
         )
     with new_folder(out, run) as folder:
         model, _ = runs.load(run, settings.checkpoint, torch.device("cpu"))
@@ -86,35 +86,35 @@ def main():
             llama2c.write(folder, stage, tensors, sizes, meta)
             use = f'./run {shown(out)}/model.bin -z {shown(out)}/tokenizer.bin -t 0 -n 0 -i "…"'
         names = sorted(path.name for path in folder.iterdir())
-    print(f"{stage} from {shown(run)} is in {shown(out)}: {', '.join(names)}")
+    print(f"exported {stage} from {shown(run)} to {shown(out)}: {', '.join(names)}")
     if settings.to == "hf" and COUNTERPARTS[stage] is deepseek:
-        print("rotated dimensions are paired as DeepSeek's: neighbours (rope_interleave = true), not halves")
+        print("RoPE rotates adjacent dimensions, as in DeepSeek's files (rope_interleave = true), not halves")
     if settings.to == "llama2c":
         before = llama2c.before_prompt(runs.tokenizer(run))
         print(f"llama2.c's run puts {before!r} before every prompt and continues both together")
-    print(f"use it: {use}")
+    print(f"to use it: {use}")
 
 
 def write_hf(folder: Path, counterpart, tensors: dict, sizes: dict, meta: dict, run: Path) -> None:
-    """Writes what transformers loads; counterpart is the module gpt2, llama, mixtral or deepseek."""
+    """Writes a folder for transformers; `counterpart` is the module gpt2, llama, mixtral or deepseek."""
     tokenizer = runs.tokenizer(run)
-    imported = read_object(run / HF_CONFIG)  # empty where the run was not imported
+    imported = read_object(run / HF_CONFIG)  # empty if the run was not imported
     config = counterpart.to_config(sizes)
     if imported:
         for key in TOKEN_IDS:
-            config.pop(key, None)  # a missing field has a meaning too: the default of its class
+            config.pop(key, None)  # a missing field means the default of the model's class
         config |= {key: imported[key] for key in TOKEN_IDS if key in imported}
     theirs = {name: t.contiguous() for name, t in counterpart.to_tensors(tensors, sizes).items()}
     atomic.write_synced(folder / "model.safetensors", safetensors_bytes(theirs, {"format": "pt"}))
     tokenizer_json.write(meta, run, folder, sizes["block_size"])
     if imported and imported["model_type"] != config["model_type"]:
         tokenizer_json.unbind(folder)
-    # Greedy and within the context, unless the call or what was imported says otherwise.
+    # Greedy decoding within the context, unless the imported generation_config.json says otherwise.
     generation = read_object(run / "generation_config.json")
     if not generation:
         generation = {"do_sample": False, "max_length": sizes["block_size"]}
         generation |= {key: imported[key] for key in TOKEN_IDS if key in imported}
-    # Never what only pads the vocabulary.
+    # Never generate ids that only pad the vocabulary.
     padding = range(tokenizer.vocab_size, sizes["vocab_size"])
     if padding:
         generation["suppress_tokens"] = sorted({*(generation.get("suppress_tokens") or []), *padding})

@@ -1,4 +1,4 @@
-"""Reads the fields of a Hugging Face config.json, none of them in silence."""
+"""Reads and checks the fields of a Hugging Face config.json, and reports those that are ignored."""
 
 import json
 import math
@@ -6,7 +6,7 @@ import sys
 
 from lab.errors import UserError
 
-# They say nothing about the function that the weights compute, or only what the tensors' shapes say too.
+# Fields that do not affect the function, or repeat what the tensors' shapes say.
 WITHOUT_EFFECT = {
     "_attn_implementation_autoset", "_name_or_path", "architectures", "bos_token_id", "dtype", "eos_token_id",
     "initializer_range", "model_type", "pad_token_id", "return_dict", "task_specific_params",
@@ -15,25 +15,25 @@ WITHOUT_EFFECT = {
 
 
 def size(config: dict, key: str, default: int | None = None) -> int:
-    """A whole number of at least 1; UserError where it is missing, without a default, or anything else."""
+    """A positive integer. Raises UserError for any other value, or if it is missing and has no default."""
     value = default if config.get(key) is None else config[key]
     if value is None:
         raise UserError(f"config.json has no {key}")
     if type(value) is not int or value < 1:
-        raise UserError(f"config.json has {key} = {json.dumps(value)}: it must be a whole number above 0")
+        raise UserError(f"config.json has {key} = {json.dumps(value)}: it must be a positive integer")
     return value
 
 
 def real(config: dict, key: str, default: float) -> float:
-    """A finite number of at least 0."""
+    """A finite number, 0 or more. Raises UserError for any other value."""
     value = default if config.get(key) is None else config[key]
     if type(value) not in (int, float) or not 0 <= value < math.inf:
-        raise UserError(f"config.json has {key} = {json.dumps(value)}: it must be a number of 0 or more")
+        raise UserError(f"config.json has {key} = {json.dumps(value)}: it must be a number, 0 or more")
     return float(value)
 
 
 def flag(config: dict, key: str, default: bool) -> bool:
-    """true or false."""
+    """A boolean. Raises UserError for any other value."""
     value = default if config.get(key) is None else config[key]
     if type(value) is not bool:
         raise UserError(f"config.json has {key} = {json.dumps(value)}: it must be true or false")
@@ -41,9 +41,9 @@ def flag(config: dict, key: str, default: bool) -> bool:
 
 
 def refuse_others(config: dict, representable: dict[str, tuple], stages: str) -> None:
-    """UserError for the first field with a value that our stages cannot represent.
+    """Raises UserError for the first field whose value our stages cannot represent.
 
-    representable: by field its possible values; a field that is missing or null has the first.
+    representable: the allowed values of each field. The first is the default, for a missing or null field.
     """
     for key, possible in representable.items():
         value = possible[0] if config.get(key) is None else config[key]
@@ -55,7 +55,7 @@ def refuse_others(config: dict, representable: dict[str, tuple], stages: str) ->
 
 
 def say_what_is_unknown(config: dict, known: set[str]) -> None:
-    """Names on stderr the fields that were not looked at."""
+    """Lists the ignored fields on stderr."""
     unknown = {
         key: value
         for key, value in config.items()
@@ -63,4 +63,4 @@ def say_what_is_unknown(config: dict, known: set[str]) -> None:
     }
     if unknown:
         listing = ", ".join(f"{key} = {json.dumps(value)}" for key, value in unknown.items())
-        print(f"left out, as nothing here knows them: {listing}", file=sys.stderr)
+        print(f"ignored unknown fields in config.json: {listing}", file=sys.stderr)

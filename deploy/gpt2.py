@@ -1,4 +1,4 @@
-"""Stage 0 and transformers' GPT2LMHeadModel: the config and the tensors of one as those of the other."""
+"""Converts configs and tensors between stage 0 and transformers' GPT2LMHeadModel."""
 
 from collections.abc import Iterator
 
@@ -8,10 +8,10 @@ from deploy import fields
 
 STAGE = "stage0_gpt"
 EMBEDDING = "transformer.wte.weight"
-BUFFERS = r"\.attn\.(masked_)?bias$"  # the causal mask, which early versions of transformers saved
+BUFFERS = r"\.attn\.(masked_)?bias$"  # the causal mask, which old versions of transformers saved
 
 REPRESENTABLE = {
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of one function
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names for one function
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
     "reorder_and_upcast_attn": (False,),
@@ -20,13 +20,13 @@ REPRESENTABLE = {
     "quantization_config": (None,),
 }
 DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
-# Without effect on the next token: n_ctx is n_positions once more, the summary belongs to classifiers.
+# Fields without effect on the next token: n_ctx repeats n_positions, and the summary is for classifiers.
 OTHERS = {"n_ctx", "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels"}
 OTHERS |= {"summary_first_dropout"}
 
 
 def to_config(sizes: dict) -> dict:
-    """config.json for the sizes of a stage 0."""
+    """config.json for a stage-0 model of these sizes."""
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -48,10 +48,10 @@ def to_config(sizes: dict) -> dict:
 
 
 def from_config(config: dict) -> tuple[str, dict]:
-    """The stage and its sizes for a config.json; UserError for what stage 0 cannot represent."""
-    config = dict.fromkeys(DROPOUTS, 0.1) | config  # what transformers takes where one is missing
+    """The stage and its sizes for a config.json. Raises UserError for anything stage 0 cannot represent."""
+    config = dict.fromkeys(DROPOUTS, 0.1) | config  # transformers' default
     n_embd = fields.size(config, "n_embd")
-    dropout = fields.real(config, DROPOUTS[0], 0.1)  # ours is one number for all three
+    dropout = fields.real(config, DROPOUTS[0], 0.1)  # stage 0 has one rate for all three
     representable = REPRESENTABLE | {"n_inner": (4 * n_embd,)} | dict.fromkeys(DROPOUTS[1:], (dropout,))
     fields.refuse_others(config, representable, "stage 0")
     sizes = {
@@ -72,7 +72,7 @@ def from_config(config: dict) -> tuple[str, dict]:
 
 
 def modules(n_layer: int) -> Iterator[tuple[list[str], str]]:
-    """Our modules that have a weight and a bias, and theirs that holds those one below the other."""
+    """Pairs of our modules and theirs. Theirs stacks the weights and biases of ours along the output."""
     for i in range(n_layer):
         here, there = f"model.layers.{i}", f"transformer.h.{i}"
         yield [f"{here}.input_layernorm"], f"{there}.ln_1"
@@ -87,12 +87,12 @@ def modules(n_layer: int) -> Iterator[tuple[list[str], str]]:
 EMBEDDINGS = {
     "model.embed_tokens.weight": EMBEDDING,
     "model.embed_positions.weight": "transformer.wpe.weight",
-    "lm_head.weight": "lm_head.weight",  # where it is not tied
+    "lm_head.weight": "lm_head.weight",  # if it is not tied
 }
 
 
 def to_tensors(ours: dict[str, torch.Tensor], sizes: dict) -> dict[str, torch.Tensor]:
-    """Their tensors from ours. Biases that the run has not are zero."""
+    """Converts our tensors to theirs. Biases that the run lacks become zero."""
     theirs = {there: ours[here] for here, there in EMBEDDINGS.items() if here in ours}
     for here, there in modules(sizes["n_layer"]):
         weights = [ours[f"{name}.weight"] for name in here]
@@ -106,7 +106,7 @@ def to_tensors(ours: dict[str, torch.Tensor], sizes: dict) -> dict[str, torch.Te
 
 
 def from_tensors(theirs: dict[str, torch.Tensor], sizes: dict) -> dict[str, torch.Tensor]:
-    """Our tensors from theirs: the inverse of to_tensors."""
+    """Converts their tensors to ours: the inverse of to_tensors."""
     ours = {here: theirs[there] for here, there in EMBEDDINGS.items() if there in theirs}
     for here, there in modules(sizes["n_layer"]):
         weight = theirs[f"{there}.weight"]
@@ -118,7 +118,7 @@ def from_tensors(theirs: dict[str, torch.Tensor], sizes: dict) -> dict[str, torc
 
 
 def full_names(theirs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Their tensors under the names of GPT2LMHeadModel, also where GPT2Model was saved (as OpenAI's was)."""
+    """Their tensors under GPT2LMHeadModel's names, even if a GPT2Model was saved (as OpenAI's files were)."""
     if any(name.startswith("transformer.") for name in theirs):
         return theirs
     renamed = {f"transformer.{name}": t for name, t in theirs.items() if name != "lm_head.weight"}

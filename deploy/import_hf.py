@@ -1,12 +1,12 @@
-"""Turns a Hugging Face folder into a run: python -m deploy.import_hf DIR --out runs/NAME
+"""Imports a Hugging Face folder as a run: python -m deploy.import_hf DIR --out runs/NAME
 
-GPT-2 becomes stage 0; Llama, and Mistral without its sliding window, stage 3 or, with fewer key/value heads
-than heads, stage 4; Mixtral becomes stage 6, DeepSeek-V3 stage 7 or, with YaRN, groups of experts or a latent
-for the queries, deepseek_v3 (in family/). The run is for sample.py, deploy/export.py and, where its tokenizer
-is GPT-2's or of characters, train.py --init-from. Nothing is fetched: DIR is on this machine. Weights become
-float32. What no stage can represent is refused by its name. The files of the tokenizer and
-generation_config.json are kept in the run, for deploy/export.py. Tokens that end a text in transformers
-(eos_token_id) end none in sample.py.
+GPT-2 becomes stage 0. Llama, and Mistral without its sliding window, become stage 3 or, with fewer key/value
+heads than heads, stage 4. Mixtral becomes stage 6. DeepSeek-V3 becomes stage 7 or, with YaRN, groups of
+experts or a latent for the queries, deepseek_v3 (in family/). sample.py and deploy/export.py take the run; so
+does train.py --init-from if its tokenizer is GPT-2's or has one token per character. DIR must be on this
+machine: nothing is downloaded. Weights are converted to float32. Anything that no stage can represent is
+refused, with its name. The run keeps the tokenizer's files and generation_config.json for deploy/export.py.
+sample.py does not stop at eos_token_id, as transformers does.
 """
 
 import sys
@@ -15,7 +15,7 @@ from pathlib import Path
 from lab import terminal
 
 if __name__ == "__main__":
-    terminal.prepare()  # before the seconds that importing torch takes
+    terminal.prepare()  # first, because importing torch takes seconds
 
 import json
 import re
@@ -44,16 +44,17 @@ PICKLED = ("pytorch_model*.bin*", "*.pt", "*.pth", "*.ckpt")
 
 @dataclass
 class Settings:
-    """Turns a Hugging Face folder into a run."""
+    """Imports a Hugging Face folder as a run."""
 
     folder: tyro.conf.Positional[str]
     """Folder with config.json, model.safetensors and tokenizer.json."""
     out: str
-    """Folder of the run to make."""
+    """Folder of the run to create."""
 
 
 @device.memory_errors(
-    "import holds the weights about three times, in float32: close other programs, or use a larger machine"
+    "import needs about three times the memory of the float32 weights: close other programs, "
+    "or use a larger machine"
 )
 def main():
     settings = cli.parse_flags(Settings, sys.argv[1:])
@@ -72,19 +73,19 @@ def main():
     tokenizer = from_meta(meta, source)
     if tokenizer.vocab_size > sizes["vocab_size"]:
         raise UserError(
-            f"{shown(source)}: tokenizer.json has {tokenizer.vocab_size:,} tokens, with those added in other "
-            f"files; the model in config.json has {sizes['vocab_size']:,}"
+            f"{shown(source)}: tokenizer.json has {tokenizer.vocab_size:,} tokens, with those added by other "
+            f"files, but config.json has vocab_size {sizes['vocab_size']:,}"
         )
     tokenizer_json.say_what_is_ignored(source)
     with new_folder(out, source) as run:
         tensors = read_weights(source, files, counterpart, model, sizes | layout)
         write_run(run, source, stage, model, tensors, meta | {"vocab_size": tokenizer.vocab_size})
-    print(f"{shown(source)} is {stage} with {cost.parameters(model):,} parameters, in {shown(out)}")
-    print(f"use it: python sample.py --run {shlex.quote(shown(out))}")
+    print(f"imported {shown(source)} as {stage} with {cost.parameters(model):,} parameters to {shown(out)}")
+    print(f"to use it: python sample.py --run {shlex.quote(shown(out))}")
 
 
 def read_config(folder: Path) -> dict:
-    """config.json of a kind that is known; else UserError."""
+    """Reads config.json. Raises UserError if the model_type is not supported."""
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -94,12 +95,12 @@ def read_config(folder: Path) -> dict:
         raise UserError(f"{shown(path)} is damaged: {error}") from None
     kind = config.get("model_type") if isinstance(config, dict) else None
     if kind not in COUNTERPARTS:
-        raise UserError(f"{shown(path)} has model_type {kind!r}; known are: {', '.join(COUNTERPARTS)}")
+        raise UserError(f"{shown(path)} has model_type {kind!r}; supported are {', '.join(COUNTERPARTS)}")
     return config
 
 
 def empty_model(stage: str, sizes: dict) -> torch.nn.Module:
-    """The stage's model on the meta device: shapes without numbers. UserError for impossible sizes."""
+    """The stage's model on the meta device: shapes without data. Raises UserError for impossible sizes."""
     module = stages.load(stage)
     try:
         with torch.device("meta"):
@@ -111,11 +112,15 @@ def empty_model(stage: str, sizes: dict) -> torch.nn.Module:
 def read_weights(
     folder: Path, files: dict[str, Path], counterpart, model: torch.nn.Module, sizes: dict
 ) -> dict[str, torch.Tensor]:
-    """Our tensors in float32; UserError that names, as the file does, what is missing, odd or too much."""
+    """Our tensors in float32.
+
+    Raises UserError that names the tensor, as the file does, if one is missing, unexpected, or has the wrong
+    shape or dtype.
+    """
     theirs = counterpart.full_names(read_tensors(files, counterpart.BUFFERS))
     buffers = sorted(name for name in theirs if re.search(counterpart.BUFFERS, name))
     if buffers:
-        print(f"left out, as they are no weights: {', '.join(buffers)}", file=sys.stderr)
+        print(f"ignored tensors that are not weights: {', '.join(buffers)}", file=sys.stderr)
     theirs = {name: tensor for name, tensor in theirs.items() if name not in buffers}
     expected = counterpart.to_tensors(checkpoint.weights(model), sizes)
     if "lm_head.weight" in theirs.keys() - expected.keys():  # a tied matrix, saved as the head or twice
@@ -124,24 +129,24 @@ def read_weights(
         if not torch.equal(head, theirs[counterpart.EMBEDDING]):
             raise UserError(
                 f"{shown(folder)}: lm_head.weight differs from {counterpart.EMBEDDING}, but config.json has "
-                "tie_word_embeddings = true: set it to false if the head is one of its own"
+                "tie_word_embeddings = true: set it to false if the head has weights of its own"
             )
     for name in sorted(expected.keys() | theirs.keys()):
         here, there = checkpoint.shape(theirs, name), checkpoint.shape(expected, name)
         if there == "missing":
-            raise UserError(f"{shown(folder)} has a tensor too many, {name} of shape {here}")
+            raise UserError(f"{shown(folder)} has an unexpected tensor, {name} of shape {here}")
         if here != there:
-            raise UserError(f"{shown(folder)}: {name} is {here}, but config.json asks for {there}")
+            raise UserError(f"{shown(folder)}: {name} is {here}, but config.json requires {there}")
         if theirs[name].dtype not in DTYPES:
             raise UserError(
-                f"{shown(folder)}: {name} is in {str(theirs[name].dtype).removeprefix('torch.')}; float32, "
-                "float16 and bfloat16 can be read"
+                f"{shown(folder)}: {name} has dtype {str(theirs[name].dtype).removeprefix('torch.')}; "
+                "supported are float32, float16 and bfloat16"
             )
     return {name: t.contiguous() for name, t in counterpart.from_tensors(theirs, sizes).items()}
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
-    """The file of each tensor: model.safetensors or, where it is in parts, the part that the index names."""
+    """The file that holds each tensor: model.safetensors, or the part that the index names."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.exists():
         return dict.fromkeys(names_in(single), single)
@@ -150,14 +155,14 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     pickled = sorted(path.name for pattern in PICKLED for path in folder.glob(pattern))
     if pickled:
         raise UserError(
-            f"{pickled[0]} is a pickle, which can run any code: only safetensors are read. If trusted, "
+            f"{pickled[0]} is a pickle, which can run arbitrary code: only safetensors are read. If trusted, "
             "convert it:\nAutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
         )
     raise UserError(f"{shown(folder)} has no model.safetensors")
 
 
 def indexed_files(folder: Path, index: Path) -> dict[str, Path]:
-    """The file of each tensor that the index names. Of other tensors in these files it says so on stderr."""
+    """The file that holds each tensor in the index. Lists other tensors in these files on stderr."""
     content = runs.read_json(index)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
@@ -167,7 +172,7 @@ def indexed_files(folder: Path, index: Path) -> dict[str, Path]:
         if Path(file).is_absolute() or ".." in re.split(r"[/\\]", file):
             raise UserError(
                 f"{shown(index)} names a file outside of its folder, {file}\n"
-                "put all parts of the model next to the index, and let it name them without a path"
+                "put all parts of the model next to the index, and list them in it without a path"
             )
         if not (folder / file).is_file():
             raise UserError(f"{shown(folder)} has no file {file!r}, which {index.name} names")
@@ -176,12 +181,12 @@ def indexed_files(folder: Path, index: Path) -> dict[str, Path]:
         if name not in held[file]:
             raise UserError(
                 f"{shown(index)} says that {file} holds {name}, but it does not\n"
-                "the index and the parts do not belong together: download the folder again"
+                "the index and the parts do not match: download the folder again"
             )
     others = [f"{name} in {file}" for file in held for name in held[file] if weight_map.get(name) != file]
     if others:
         more = f" and {len(others) - 5} more" if len(others) > 5 else ""
-        print(f"left out, as {index.name} does not name them: {', '.join(others[:5])}{more}", file=sys.stderr)
+        print(f"ignored tensors not listed in {index.name}: {', '.join(others[:5])}{more}", file=sys.stderr)
     return {name: folder / file for name, file in weight_map.items()}
 
 
@@ -195,9 +200,9 @@ def names_in(path: Path) -> list[str]:
 
 
 def read_tensors(files: dict[str, Path], no_weights: str) -> dict[str, torch.Tensor]:
-    """The tensors of these files, what can be read in float32: one by one, so that few are held twice.
+    """Reads the tensors; converts floating-point ones to float32, one by one so that few are in memory twice.
 
-    UserError for a tensor with a NaN or an infinity; no_weights matches names for which that does not matter.
+    Raises UserError if a tensor contains NaN or infinity, except those whose names match no_weights.
     """
     tensors = {}
     for path in dict.fromkeys(files.values()):
@@ -208,7 +213,7 @@ def read_tensors(files: dict[str, Path], no_weights: str) -> dict[str, torch.Ten
                     if tensor.dtype in DTYPES:
                         if not re.search(no_weights, name) and not tensor.isfinite().all():
                             raise UserError(
-                                f"{shown(path)}: {name} has numbers that are NaN or infinite\n"
+                                f"{shown(path)}: {name} contains NaN or infinity\n"
                                 "the model diverged, or the file is damaged: use another checkpoint or copy"
                             )
                         tensor = tensor.float()
@@ -219,7 +224,7 @@ def read_tensors(files: dict[str, Path], no_weights: str) -> dict[str, torch.Ten
 
 
 def write_run(run: Path, source: Path, stage: str, model, tensors: dict, meta: dict) -> None:
-    """Writes the folder of a run that was trained for no step."""
+    """Writes the folder of a run at step 0."""
     (run / "last").mkdir()
     metadata = {"stage": stage, "step": "0"}
     atomic.write_synced(run / "last" / checkpoint.WEIGHTS, safetensors_bytes(tensors, metadata))

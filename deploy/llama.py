@@ -1,7 +1,7 @@
-"""Stages 3 to 5 and transformers' LlamaForCausalLM: the config of one as that of the other.
+"""Converts configs between stages 3 to 5 and transformers' LlamaForCausalLM.
 
 The tensors have the same names, shapes and meaning in both. Mistral without its sliding window is the same
-function too.
+architecture.
 """
 
 import json
@@ -12,24 +12,24 @@ from deploy import fields
 from lab.errors import UserError
 
 EMBEDDING = "model.embed_tokens.weight"
-BUFFERS = r"rotary_emb\.inv_freq$"  # the frequencies, which early versions of transformers saved
+BUFFERS = r"rotary_emb\.inv_freq$"  # RoPE's frequencies, which old versions of transformers saved
 
 REPRESENTABLE = {
-    "hidden_act": ("silu", "swish"),  # two names of one function
+    "hidden_act": ("silu", "swish"),  # two names for one function
     "attention_bias": (False,),
     "mlp_bias": (False,),
     "sliding_window": (None,),
-    "attention_dropout": (0.0,),  # ours drops more than attention weights
+    "attention_dropout": (0.0,),  # our dropout applies to more than the attention weights
     "partial_rotary_factor": (1.0,),
     "pruned_heads": ({},),
     "quantization_config": (None,),
 }
-# What transformers takes where a field is missing.
+# transformers' defaults for missing fields.
 MISTRAL = {"num_key_value_heads": 8, "sliding_window": 4096}
 
 
 def to_config(sizes: dict) -> dict:
-    """config.json for the sizes of a stage 3 to 5. Without dropout: Llama has none in the residual stream."""
+    """config.json for a model of stages 3 to 5. Omits dropout: Llama has none in the residual stream."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -46,7 +46,7 @@ def to_config(sizes: dict) -> dict:
         "mlp_bias": False,
         "attention_dropout": 0.0,
         "rms_norm_eps": sizes["norm_eps"],
-        "rope_theta": sizes["rope_theta"],  # for transformers 4 and others, which read it here
+        "rope_theta": sizes["rope_theta"],  # transformers 4 and other programs read it here
         "rope_parameters": {"rope_type": "default", "rope_theta": sizes["rope_theta"]},  # transformers 5
         "tie_word_embeddings": sizes["tie_word_embeddings"],
         "bos_token_id": None,
@@ -56,11 +56,11 @@ def to_config(sizes: dict) -> dict:
 
 
 def from_config(config: dict) -> tuple[str, dict]:
-    """The stage and its sizes for a config.json; UserError for what the stage cannot represent."""
+    """The stage and its sizes for a config.json. Raises UserError for anything the stage cannot represent."""
     if config["model_type"] == "mistral":
         config = MISTRAL | config
     sizes = common_sizes(config, REPRESENTABLE, "stages 3 and 4")
-    # pretraining_tp splits the same products into parts.
+    # pretraining_tp has no effect on the result: it splits the matrix products into parts.
     fields.say_what_is_unknown(config, {*READ, *REPRESENTABLE, "head_dim", "pretraining_tp"})
     if sizes["n_kv_head"] == sizes["n_head"]:
         del sizes["n_kv_head"]
@@ -68,7 +68,7 @@ def from_config(config: dict) -> tuple[str, dict]:
     return "stage4_gqa", sizes
 
 
-# What common_sizes reads.
+# The fields that common_sizes reads.
 READ = {"vocab_size", "max_position_embeddings", "num_hidden_layers", "num_attention_heads", "hidden_size"}
 READ |= {"num_key_value_heads", "rms_norm_eps", "tie_word_embeddings", "intermediate_size"}
 READ |= {"rope_theta", "rope_parameters", "rope_scaling", "layer_types"}
@@ -77,9 +77,10 @@ READ |= {"rope_theta", "rope_parameters", "rope_scaling", "layer_types"}
 def common_sizes(
     config: dict, representable: dict, ours: str, theta: float = 10_000.0, eps: float = 1e-6
 ) -> dict:
-    """Our sizes for the fields that Llama's relatives share; UserError for what `ours` cannot represent.
+    """Our sizes from the fields that Llama-like models share.
 
-    ours names the stages in that error; theta and eps are what transformers takes where they are missing.
+    Raises UserError for anything that `ours`, the stages to name in the message, cannot represent. theta and
+    eps are transformers' defaults for missing fields.
     """
     n_embd, n_head = fields.size(config, "hidden_size"), fields.size(config, "num_attention_heads")
     fields.refuse_others(config, representable | {"head_dim": (n_embd // n_head,)}, ours)
@@ -103,7 +104,7 @@ def common_sizes(
 
 
 def rope_theta(config: dict, ours: str, default: float) -> float:
-    """The base of the frequencies, from rope_parameters (transformers 5) or rope_theta (4 and before)."""
+    """RoPE's base, from rope_parameters (transformers 5) or rope_theta (transformers 4 and older)."""
     name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     rope = config.get(name) or {}
     plain = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1.0, "rope_theta": None}
@@ -112,21 +113,21 @@ def rope_theta(config: dict, ours: str, default: float) -> float:
     ):
         raise UserError(
             f"config.json has {name} = {json.dumps(rope)}: {ours} cannot represent that, "
-            'only rope_type "default", which scales nothing'
+            'only rope_type "default", without scaling'
         )
     return fields.real(config | rope, "rope_theta", default)
 
 
 def to_tensors(ours: dict[str, torch.Tensor], sizes: dict) -> dict[str, torch.Tensor]:
-    """Their tensors: ours."""
+    """Converts our tensors to theirs; they are the same."""
     return ours
 
 
 def from_tensors(theirs: dict[str, torch.Tensor], sizes: dict) -> dict[str, torch.Tensor]:
-    """Our tensors: theirs."""
+    """Converts their tensors to ours; they are the same."""
     return theirs
 
 
 def full_names(theirs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Their tensors under the names of LlamaForCausalLM, which they have."""
+    """Their tensors under LlamaForCausalLM's names, which they already have."""
     return theirs

@@ -1,7 +1,7 @@
-"""Stage 6 and transformers' MixtralForCausalLM: the config and the tensors of one as those of the other.
+"""Converts configs and tensors between stage 6 and transformers' MixtralForCausalLM.
 
-A Mixtral is a stage 6 with the softmax router and no shared experts. Its files hold every expert's matrices
-apart and call the mixture block_sparse_moe; stage 6 stacks them, as transformers 5 does in memory.
+Mixtral is stage 6 with the softmax router and no shared experts. Its files store each expert's matrices
+separately, under block_sparse_moe; stage 6 stacks them, as transformers 5 does in memory.
 """
 
 import re
@@ -24,30 +24,30 @@ REPRESENTABLE = {
     "router_jitter_noise": (0.0,),
     "quantization_config": (None,),
 }
-# A stage 6 that is a Mixtral; other values of these fields are another function.
+# Only with these values does stage 6 compute the same function as Mixtral.
 NEEDED = {
     "router": "softmax",
     "n_shared_experts": 0,
     "first_k_dense_replace": 0,
     "routed_scaling_factor": 1.0,
 }
-# Names of an expert's matrices: gate, up and down.
+# Names of an expert's gate, up and down matrices.
 NAMES = "block_sparse_moe.experts.{}.w1.weight", "block_sparse_moe.experts.{}.w3.weight"
 NAMES += ("block_sparse_moe.experts.{}.w2.weight",)
 
 
 def to_config(sizes: dict) -> dict:
-    """config.json for the sizes of a stage 6; UserError where it is no Mixtral."""
+    """config.json for a stage-6 model of these sizes. Raises UserError if it is not a Mixtral."""
     for name, needed in NEEDED.items():
         if sizes[name] != needed:
             raise UserError(
-                f"{STAGE} with {name} = {sizes[name]} has no counterpart in transformers; MixtralForCausalLM "
-                f"is one with {name} = {needed}"
+                f"{STAGE} with {name} = {sizes[name]} has no counterpart in transformers: MixtralForCausalLM "
+                f"requires {name} = {needed}"
             )
     if sizes["num_experts_per_tok"] == 1:
         raise UserError(
             f"{STAGE} with num_experts_per_tok = 1 has no counterpart in transformers: MixtralForCausalLM "
-            "does not weigh a single expert"
+            "does not weight the output of a single expert"
         )
     config = llama.to_config(sizes)
     del config["attention_bias"], config["mlp_bias"]  # Mixtral has neither
@@ -64,8 +64,8 @@ def to_config(sizes: dict) -> dict:
 
 
 def from_config(config: dict) -> tuple[str, dict]:
-    """The stage and its sizes for a config.json; UserError for what stage 6 cannot represent."""
-    config = {"num_key_value_heads": 8} | config  # what transformers takes where it is missing
+    """The stage and its sizes for a config.json. Raises UserError for anything stage 6 cannot represent."""
+    config = {"num_key_value_heads": 8} | config  # transformers' default
     sizes = llama.common_sizes(config, REPRESENTABLE, "stage 6", theta=1e6, eps=1e-5)
     sizes |= NEEDED | {
         "moe_intermediate_size": sizes["intermediate_size"],
@@ -83,29 +83,29 @@ def from_config(config: dict) -> tuple[str, dict]:
 
 
 def to_tensors(ours: dict[str, torch.Tensor], sizes: dict) -> dict[str, torch.Tensor]:
-    """Their tensors."""
+    """Converts our tensors to theirs."""
     return rename_gates(split_experts(ours, NAMES), ".mlp.gate.", ".block_sparse_moe.gate.")
 
 
 def from_tensors(theirs: dict[str, torch.Tensor], sizes: dict) -> dict[str, torch.Tensor]:
-    """Our tensors."""
+    """Converts their tensors to ours."""
     return rename_gates(
         stack_experts(theirs, NAMES, sizes["n_routed_experts"]), ".block_sparse_moe.gate.", ".mlp.gate."
     )
 
 
 def full_names(theirs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Their tensors under the names of the published files, also where transformers 5 stacked them."""
+    """Their tensors under the names of the published files, even if transformers 5 has stacked them."""
     return to_tensors(theirs, {})
 
 
 def rename_gates(tensors: dict[str, torch.Tensor], old: str, new: str) -> dict[str, torch.Tensor]:
-    """The tensors with this part of a name replaced."""
+    """The tensors with `old` replaced by `new` in their names."""
     return {name.replace(old, new): tensor for name, tensor in tensors.items()}
 
 
 def split_experts(tensors: dict[str, torch.Tensor], names: tuple[str, str, str]) -> dict[str, torch.Tensor]:
-    """mlp.experts.gate_up_proj (E, 2 · width, n_embd) and .down_proj (E, n_embd, width) as a matrix each."""
+    """Splits gate_up_proj (E, 2 · width, n_embd) and down_proj (E, n_embd, width) by expert."""
     split = {}
     for name, tensor in tensors.items():
         prefix, _, kind = name.partition("mlp.experts.")
@@ -123,7 +123,7 @@ def split_experts(tensors: dict[str, torch.Tensor], names: tuple[str, str, str])
 def stack_experts(
     tensors: dict[str, torch.Tensor], names: tuple[str, str, str], n_experts: int
 ) -> dict[str, torch.Tensor]:
-    """The reverse of split_experts."""
+    """Stacks the experts' matrices: the inverse of split_experts."""
     pattern = re.compile(
         "(.*)(?:" + "|".join(re.escape(name).replace(r"\{\}", r"\d+") for name in names) + ")"
     )

@@ -1,4 +1,4 @@
-"""A folder of results that is there whole or not at all."""
+"""Creates an output folder atomically."""
 
 import errno
 import os
@@ -12,9 +12,9 @@ from lab.errors import UserError, shown
 
 @contextmanager
 def new_folder(out: Path, source: Path) -> Iterator[Path]:
-    """A folder to write in; it becomes `out` when the block ends, and is gone when the block fails.
+    """Yields a temporary folder, which is renamed to `out` at the end, or removed if the block fails.
 
-    UserError where `out` is in the folder that is read (`source`), is not empty, or cannot be made.
+    Raises UserError if `out` is inside the input folder `source`, is not empty, or cannot be created.
     """
     reason = why_not(out, source)
     if reason:
@@ -35,11 +35,11 @@ def new_folder(out: Path, source: Path) -> Iterator[Path]:
 
 
 def why_not(out: Path, source: Path) -> str | None:
-    """Why nothing is written to `out`; None where nothing speaks against it."""
+    """The reason why `out` cannot be written, or None."""
     if out.resolve() == source.resolve():
-        return "is the folder that is read"
+        return "is the input folder"
     if source.resolve() in out.resolve().parents:
-        return f"is inside the folder that is read, {shown(source)}"
+        return f"is inside the input folder, {shown(source)}"
     if out.exists() and not out.is_dir():
         return "is a file, not a folder"
     if out.exists() and any(out.iterdir()):

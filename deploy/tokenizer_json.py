@@ -1,4 +1,4 @@
-"""A run's tokenizer as tokenizer.json, the file of the library `tokenizers`, and back."""
+"""Converts a run's tokenizer to and from tokenizer.json, the format of the library `tokenizers`."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ ANY_CHARACTER = r"[\s\S]"
 
 
 def write(meta: dict, run: Path, folder: Path, context: int) -> None:
-    """Writes tokenizer.json and tokenizer_config.json for a run: those imported with it, or new ones."""
+    """Writes tokenizer.json and tokenizer_config.json for a run: the imported ones, or new ones."""
     copy_side_files(run, folder)
     if not (folder / "tokenizer.json").exists():
         tokenizer = of_characters(meta["characters"]) if meta["tokenizer"] == "char" else of_gpt2()
@@ -37,28 +37,29 @@ def write(meta: dict, run: Path, folder: Path, context: int) -> None:
 
 
 def unbind(folder: Path) -> None:
-    """Names a class in tokenizer_config.json that goes by tokenizer.json alone, not by the kind of model."""
+    """Sets a tokenizer class that depends on tokenizer.json only, not on the model type."""
     config = read_object(folder / "tokenizer_config.json") | {"tokenizer_class": "PreTrainedTokenizerFast"}
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
 
 
 def of_characters(characters: str):
-    """The tokenizers.Tokenizer with the ids of CharTokenizer; a character without an id is an error."""
+    """A tokenizers.Tokenizer with CharTokenizer's ids, which raises an error for an unknown character."""
     library = import_tokenizers()
     ids = {character: i for i, character in enumerate(CharTokenizer(characters).characters)}
-    # WordLevel alone raises an error for an unknown word: its own unk_token must be unknown too.
+    # WordLevel raises an error for an unknown character only if its unk_token is not in the vocabulary
+    # either.
     tokenizer = library.Tokenizer(library.models.WordLevel(ids, unk_token=""))
     tokenizer.pre_tokenizer = library.pre_tokenizers.Split(library.Regex(ANY_CHARACTER), "isolated")
-    tokenizer.decoder = library.decoders.Fuse()  # without spaces between
+    tokenizer.decoder = library.decoders.Fuse()  # join without spaces
     return tokenizer
 
 
 def of_gpt2():
-    """The tokenizers.Tokenizer with GPT-2's ids.
+    """A tokenizers.Tokenizer with GPT-2's ids.
 
-    <|endoftext|> is no special token in it: as in sample.py it is text in a prompt, is shown when it is made,
-    and ends nothing.
+    <|endoftext|> is not a special token in it, as in sample.py: in a prompt it is ordinary text, and when
+    generated it is shown and does not end the text.
     """
     library = import_tokenizers()
     vocab, encoder = gpt2_files()
@@ -69,16 +70,16 @@ def of_gpt2():
 
 
 def read(folder: Path) -> dict:
-    """What meta.json of an imported run says of the tokenizer in a folder: {"tokenizer", …}.
+    """The fields about the tokenizer for the meta.json of an imported run: {"tokenizer": …, …}.
 
-    "char" and "gpt2" are those whose ids for any text are exactly ours; "hf" is any other.
+    "char" or "gpt2" if its ids for any text are exactly those of our tokenizer, else "hf".
     """
     if not (folder / "tokenizer.json").exists():
         raise UserError(
             f"{shown(folder)} has no tokenizer.json; transformers writes one: "
             "AutoTokenizer.from_pretrained(…).save_pretrained(FOLDER)"
         )
-    described = json.loads(library_tokenizer(folder).to_str())  # every field, also those left to defaults
+    described = json.loads(library_tokenizer(folder).to_str())  # with defaults filled in
     if described["model"]["type"] == "WordLevel":
         characters = "".join(described["model"]["vocab"])
         if described == json.loads(of_characters(characters).to_str()):
@@ -87,10 +88,10 @@ def read(folder: Path) -> dict:
 
 
 def is_gpt2(described: dict) -> bool:
-    """Whether a tokenizer.json gives every text GPT-2's ids, and its ids the same text as GPT-2.
+    """Whether a tokenizer.json encodes and decodes exactly as GPT-2's tokenizer.
 
-    It may know <|endoftext|> as a special token: sample.py then takes it for one in a prompt, train.py takes
-    it for text in data, as always.
+    It may define <|endoftext|> as a special token: sample.py then treats it as one in a prompt; train.py
+    always treats it as text in data.
     """
     model = described["model"]
     splitter, processor, decoder = (  # null where there is none
@@ -107,7 +108,7 @@ def is_gpt2(described: dict) -> bool:
     )
     if not splits_alike or model["type"] != "BPE":
         return False
-    # unk_token and fuse_unk have no effect: every byte is known
+    # unk_token and fuse_unk have no effect, because every byte has a token
     options = ("dropout", "byte_fallback", "ignore_merges", "continuing_subword_prefix", "end_of_word_suffix")
     if any(model[option] for option in options):
         return False
@@ -120,7 +121,7 @@ def is_gpt2(described: dict) -> bool:
 
 
 def say_what_is_ignored(folder: Path) -> None:
-    """Names on stderr what tokenizer_config.json asks for and tokenizer.json, which decides, does not do."""
+    """Warns on stderr if tokenizer_config.json and tokenizer.json disagree about special tokens."""
     config = read_object(folder / "tokenizer_config.json")
     tokenizer = library_tokenizer(folder)
     added = tokenizer.encode("").tokens  # the special tokens around every text
@@ -131,6 +132,6 @@ def say_what_is_ignored(folder: Path) -> None:
         if isinstance(asked, bool) and content and asked != (content in added):
             print(
                 f"tokenizer_config.json has add_{name} = {json.dumps(asked)}, but tokenizer.json adds "
-                f"{'no ' if asked else ''}{content}: tokenizer.json decides, as in transformers 5",
+                f"{'no ' if asked else ''}{content}: tokenizer.json wins, as in transformers 5",
                 file=sys.stderr,
             )

@@ -205,7 +205,7 @@ def test_a_file_of_another_suffix_is_text_if_it_is_utf8(tmp_path):
 def test_a_file_that_is_no_text_is_refused_by_its_kind_with_the_remedy(tmp_path, name, remedy):
     (tmp_path / name).write_text(TEXT)
     for tokenizer in ("char", "gpt2"):
-        with pytest.raises(UserError, match=f"{name} cannot be trained on: .* not read\n{remedy}") as error:
+        with pytest.raises(UserError, match=f"cannot train on .*{name}: .* not supported\n{remedy}") as error:
             data.load(str(tmp_path / name), tokenizer)
         assert str(error.value).count("\n") == 1
 
@@ -230,9 +230,7 @@ def test_texts_in_linked_folders_and_of_upper_case_suffixes_are_read_once(tmp_pa
     kind, paths = sources.files_of(folder)
     assert kind == ".txt"
     assert [path.relative_to(folder).as_posix() for path in paths] == ["B.TXT", "more/d.Txt", "z/c.txt"]
-    assert capsys.readouterr().err == (
-        f"left out of {folder}: 3 read already under another name (a.txt, a_link, a_loop)\n"
-    )
+    assert capsys.readouterr().err == f"ignored in {folder}: 3 duplicate (a.txt, a_link, a_loop)\n"
     dataset = data.load(str(folder))
     text = dataset.tokenizer.decode(dataset.train) + dataset.tokenizer.decode(dataset.val)
     assert text == "B.TXT " * 20 + "\n" + "d.Txt " * 20 + "\n" + "c.txt " * 20
@@ -257,12 +255,12 @@ def test_what_a_folder_has_that_is_not_read_is_counted_and_named_in_one_line(odd
     assert data.load(str(odd_folder)).meta["sha256"] == sha256(TEXT.encode())
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    listed = said.removeprefix(f"left out of {odd_folder}: ").strip().split("; ")
+    listed = said.removeprefix(f"ignored in {odd_folder}: ").strip().split("; ")
     assert sorted(listed) == [
+        "1 broken link (gone.txt)",
         "1 empty (empty.txt)",
         "1 hidden (.git)",
-        "1 linked to nothing (gone.txt)",
-        "1 neither file nor folder (pipe.txt)",
+        "1 neither a file nor a folder (pipe.txt)",
         "4 not .parquet, .jsonl or .txt (a.pdf, b.md, c.csv, …)",
     ]
 
@@ -331,7 +329,7 @@ def test_a_folder_without_texts_is_refused(tmp_path):
 @pytest.mark.parametrize("name", ["tinyshakespear", "no/such/file.txt", ""])
 def test_an_unknown_dataset_is_answered_with_the_known_ones(name):
     with pytest.raises(
-        UserError, match="name tinyshakespeare, openshakespeare, openwebtext, or a path"
+        UserError, match="use tinyshakespeare, openshakespeare, openwebtext, or the path"
     ) as error:
         data.load(name)
     assert repr(name) in str(error.value)
@@ -471,7 +469,7 @@ def test_pip_hands_over_an_archive_of_the_right_sha256_and_no_other(tmp_path, mo
     monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
     content = wheel.read_bytes()
     assert download.pip_download("little-package==1.0", sha256(content)) == content
-    with pytest.raises(UserError, match=r"cannot get little-package==1\.0 through pip"):
+    with pytest.raises(UserError, match=r"cannot download little-package==1\.0 with pip"):
         download.pip_download("little-package==1.0", sha256(b"another"))
 
 
@@ -541,7 +539,7 @@ def test_without_tinyshakespeare_the_stand_in_is_used_under_its_own_name_and_sai
     assert dataset.folder.name == "openshakespeare-char"
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert "do not compare" in said and "set TINYSHAKESPEARE" in said
+    assert "not comparable" in said and "TINYSHAKESPEARE to the path" in said
 
 
 def test_the_stand_in_can_be_asked_for_by_name_without_a_warning(stand_in, capsys):
@@ -667,7 +665,7 @@ def test_the_stand_in_is_cut_to_length_and_checked(monkeypatch):
             package.addfile(member, io.BytesIO(body))
     expected = "KING:\nThis is play a.\n\nKING:\nThis is p\n"
     monkeypatch.setattr(openshakespeare, "LENGTH", len(expected))
-    with pytest.raises(UserError, match="gave another text than expected"):
+    with pytest.raises(UserError, match="gave an unexpected text"):
         openshakespeare.text_from(content.getvalue())
     monkeypatch.setattr(openshakespeare, "SHA256", sha256(expected.encode()))
     assert openshakespeare.text_from(content.getvalue()) == expected
@@ -776,7 +774,7 @@ def test_text_without_a_break_for_too_long_is_refused_by_name_and_place(gpt2, tm
     for run in ("a", " "):
         path.write_text("word " * 1000 + run * 1001 + " word" * 1000)
         with pytest.raises(
-            UserError, match=r"blob\.txt: from character 4,999 on, .*\nbreak them up"
+            UserError, match=r"blob\.txt: from character 4,999 on, .*\ninsert spaces"
         ) as error:
             data.load(str(path), "gpt2")
         assert str(error.value).count("\n") == 1

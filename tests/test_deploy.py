@@ -380,7 +380,7 @@ def test_a_mixture_that_is_no_mixtral_is_not_exported_as_one(run_export, capsys,
         ({"sliding_window": 8}, "sliding_window = 8"),
         ({"num_experts_per_tok": 1}, "num_experts_per_tok = 1"),
         ({"num_local_experts": 5}, "experts.4.w1.weight is missing"),
-        ({"num_local_experts": 3}, "a tensor too many, model.layers.0.block_sparse_moe.experts.3."),
+        ({"num_local_experts": 3}, "an unexpected tensor, model.layers.0.block_sparse_moe.experts.3."),
     ],
 )
 def test_a_mixtral_that_stage_6_cannot_represent_is_refused_by_name(run_import, capsys, changes, message):
@@ -460,7 +460,7 @@ def test_gpt2_as_openai_published_it_is_imported(run_import, capsys):
 
     change_weights("theirs", as_published)
     assert run_import("theirs", "--out", "run") == 0
-    assert "no weights: transformer.h.0.attn.bias, transformer.h.1.attn.bias" in capsys.readouterr().err
+    assert "not weights: transformer.h.0.attn.bias, transformer.h.1.attn.bias" in capsys.readouterr().err
     assert_same_logits(runs.load(Path("run"), "best", CPU)[0], theirs)
 
 
@@ -482,7 +482,7 @@ def test_a_field_that_nothing_here_knows_is_named(run_import, capsys):
     save_theirs(llama(), "theirs")
     edit_config("theirs", secret_sauce=0.5, unset=False)
     assert run_import("theirs", "--out", "run") == 0
-    assert capsys.readouterr().err == "left out, as nothing here knows them: secret_sauce = 0.5\n"
+    assert capsys.readouterr().err == "ignored unknown fields in config.json: secret_sauce = 0.5\n"
 
 
 @pytest.mark.parametrize("make", [llama, gpt2, mixtral, deepseek])
@@ -519,7 +519,7 @@ REFUSED_LLAMAS = {
     "word for a float": ({"rms_norm_eps": "small"}, 'rms_norm_eps = "small"'),
     "word for a flag": ({"tie_word_embeddings": "no"}, 'tie_word_embeddings = "no"'),
     "more layers than tensors": ({"num_hidden_layers": 3}, "layers.2.input_layernorm.weight is missing"),
-    "fewer layers than tensors": ({"num_hidden_layers": 1}, "a tensor too many, model.layers.1."),
+    "fewer layers than tensors": ({"num_hidden_layers": 1}, "an unexpected tensor, model.layers.1."),
     "other widths": ({"intermediate_size": 51}, "model.layers.0.mlp.down_proj.weight is (32, 50)"),
     "another head's kind": ({"tie_word_embeddings": True}, "lm_head.weight differs"),
     "more tokens than the model": ({"vocab_size": 60}, "tokenizer.json has 61 tokens"),
@@ -594,19 +594,19 @@ SPOILT = {
     ),
     "missing tensor": (
         lambda: change_weights("theirs", lambda tensors: tensors.pop("model.norm.weight")),
-        "theirs: model.norm.weight is missing, but config.json asks for (32,)",
+        "theirs: model.norm.weight is missing, but config.json requires (32,)",
     ),
     "unexpected tensor": (
         lambda: change_weights(
             "theirs", lambda tensors: tensors.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(32)})
         ),
-        "a tensor too many, model.layers.0.self_attn.q_proj.bias of shape (32,)",
+        "an unexpected tensor, model.layers.0.self_attn.q_proj.bias of shape (32,)",
     ),
     "eight bits": (
         lambda: change_weights(
             "theirs", lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)})
         ),
-        "model.norm.weight is in int8",
+        "model.norm.weight has dtype int8",
     ),
 }
 
@@ -626,7 +626,7 @@ def test_stages_without_counterpart_are_refused_with_those_that_have_one(run_exp
     explained(
         capsys,
         stages.find(stage),
-        "stages 0 (GPT2LMHeadModel), 3, 4, 5 (LlamaForCausalLM), 6 (MixtralForCausalLM), 7a, 7 and",
+        "stage 0 (GPT2LMHeadModel), 3, 4, 5 (LlamaForCausalLM), 6 (MixtralForCausalLM), 7a, 7 or",
     )
 
 
@@ -636,7 +636,7 @@ def test_an_occupied_folder_is_not_touched(run_export, run_import, spoilt, capsy
     before = sorted((path, path.stat().st_mtime_ns) for path in Path("run").rglob("*"))
     for to in ("hf", "llama2c"):
         assert run_export("--run", "run", "--to", to, "--out", "run") == 2
-        explained(capsys, "run is the folder that is read")
+        explained(capsys, "run is the input folder")
     assert run_import("theirs", "--out", "run") == 2
     explained(capsys, "run exists and is not empty")
     assert sorted((path, path.stat().st_mtime_ns) for path in Path("run").rglob("*")) == before
@@ -1097,7 +1097,7 @@ def test_fine_tuning_names_a_character_that_the_run_does_not_know(fine_tune, cap
 
 def test_data_in_other_tokens_than_the_run_is_refused(workshop):
     dataset = data.load("words.txt")
-    with pytest.raises(UserError, match="words is in tokens of 'char', the run in those of 'gpt2'"):
+    with pytest.raises(UserError, match="words uses the tokenizer 'char', but the run uses 'gpt2'"):
         data.recode(dataset, {"tokenizer": "gpt2", "vocab_size": 50257})
 
 

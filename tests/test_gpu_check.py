@@ -124,7 +124,7 @@ def test_the_pictures_and_the_summary_are_written_and_fit_in_eight_files(smoke):
     "fault, said",
     [
         ("raise RuntimeError('made to fail')", "RuntimeError: made to fail"),
-        ("import os; os.kill(os.getpid(), 9)", "its process ended with status -9"),
+        ("import os; os.kill(os.getpid(), 9)", "its process exited with status -9"),
     ],
     ids=["exception", "crash"],
 )
@@ -187,10 +187,10 @@ def test_the_time_is_kept_and_what_was_not_reached_is_listed(tmp_path):
 @pytest.mark.parametrize(
     "flags, said",
     [
-        ([], "there is no CUDA device here, and this program measures one\n--smoke runs all of it with tiny"),
-        (["--only", "1,9"], "--only 1,9: write numbers from 1 to 7 with commas, as in 1,3"),
+        ([], "this program measures a CUDA device, but this machine has none\nuse --smoke to run everything"),
+        (["--only", "1,9"], "--only 1,9: use numbers from 1 to 7 separated by commas, such as 1,3"),
         (["--minutes", "0"], "minutes must be above 0, not 0.0"),
-        (["--nanogpt", "nowhere"], "nowhere is no checkout of nanoGPT: it has no model.py"),
+        (["--nanogpt", "nowhere"], "nowhere is not a checkout of nanoGPT: it has no model.py"),
     ],
     ids=str,
 )

@@ -151,8 +151,8 @@ def test_more_text_than_memory_holds_is_explained(workshop, run_sample, capsys, 
 
 
 REMEDIES = {
-    "export": (export, ["--run", "run", "--to", "hf", "--out", "out"], "storage.runs.load", "export holds"),
-    "import": (import_hf, ["theirs", "--out", "out"], "deploy.import_hf.read_config", "import holds"),
+    "export": (export, ["--run", "run", "--to", "hf", "--out", "out"], "storage.runs.load", "export needs"),
+    "import": (import_hf, ["theirs", "--out", "out"], "deploy.import_hf.read_config", "import needs"),
     "compare": (compare, ["--stages", "0"], "comparison.wanted_runs.chosen_stages", "--rounds 0"),
     "throughput": (isolated, ["--stage", "0"], "stages.load", "--batch-size"),
 }
@@ -366,10 +366,10 @@ def test_nothing_is_written_over_a_run_a_file_or_a_folder_with_files_and_nobody_
         source, driver, flags = "theirs", import_hf, ["theirs"]
     before = files_under(".")
     for out, reason in (
-        (source, "is the folder that is read"),
-        (f"mine/../{source}", "is the folder that is read"),
-        (f"{source}/new", f"is inside the folder that is read, {source}"),
-        (f"{source}/best/a/b", f"is inside the folder that is read, {source}"),
+        (source, "is the input folder"),
+        (f"mine/../{source}", "is the input folder"),
+        (f"{source}/new", f"is inside the input folder, {source}"),
+        (f"{source}/best/a/b", f"is inside the input folder, {source}"),
         ("train.py", "train.py is a file, not a folder"),
         ("mine", "mine exists and is not empty"),
     ):

@@ -376,7 +376,7 @@ def test_a_tokenizing_process_that_dies_is_said_and_loses_nothing(parquet, monke
 
     with monkeypatch.context() as patch:
         patch.setattr(workers.Workers, "_encode", murderous)
-        with pytest.raises(UserError, match=r"a tokenizing process ended, with status -9.*\nrun again"):
+        with pytest.raises(UserError, match=r"a tokenizing process exited with status -9.*\nrerun"):
             prepared(parquet)
     assert documents.read_state(files.root() / "tokens" / ".unfinished-made")["parts"] > 0
     assert prepared(parquet).train[:].tolist() == expected(TEXTS, 10)["train"]
@@ -386,7 +386,7 @@ BROKEN = {
     "an error of the tokenizer": (
         "raise ValueError('Regex error:\\nout of stack')",
         r"^cannot tokenize the text that begins with '.+': ValueError: Regex error: out of stack\n"
-        r"running again will not help: leave that text out$",
+        r"running again will not help: remove that text$",
     ),
     "a panic of Rust's": (
         "raise BaseException('panicked')",
@@ -398,19 +398,19 @@ BROKEN = {
     ),
     "no memory": (
         "raise MemoryError",
-        r"^a tokenizing process has no memory left; .* too little memory\?\nrun again",
+        r"^a tokenizing process failed; .* run out of memory\nrerun the command",
     ),
     "an end by itself": (
         "print('no such library', file=sys.stderr); os._exit(3)",
-        r"^a tokenizing process ended, with status 3: no such library\nmend that and run again",
+        r"^a tokenizing process exited with status 3: no such library\nfix that and rerun",
     ),
     "a signal": (
         "os.kill(os.getpid(), signal.SIGSEGV)",
-        r"^a tokenizing process ended, with status -11: Segmentation fault\nmend that and run again",
+        r"^a tokenizing process exited with status -11: Segmentation fault\nfix that and rerun",
     ),
     "an abort for want of memory": (
         "print('memory allocation of 9 bytes failed', file=sys.stderr, flush=True); os.abort()",
-        r"^a tokenizing process ended, with status -6; was there too little memory\?\nrun again",
+        r"^a tokenizing process exited with status -6; it may have run out of memory\nrerun",
     ),
 }
 
@@ -429,7 +429,7 @@ def test_what_goes_wrong_in_a_tokenizing_process_reaches_the_user(parquet, monke
 def test_a_tokenizing_process_that_cannot_start_says_why(parquet, monkeypatch, capfd):
     monkeypatch.setattr(workers, "COMMAND", [sys.executable, "-c", "import missing_module"])
     with pytest.raises(
-        UserError, match=r"status 1: ModuleNotFoundError: No module named 'missing_module'\nmend"
+        UserError, match=r"status 1: ModuleNotFoundError: No module named 'missing_module'\nfix that"
     ):
         prepared(parquet)
     assert "Traceback" not in capfd.readouterr().err
@@ -442,10 +442,10 @@ def test_an_unfinished_preparation_may_be_copied_but_not_changed(made, parquet, 
     assert begun["parts"] > 50 and len(begun["shards"]) == 3
     shutil.copytree(tokens / ".unfinished-half", tokens / ".unfinished-other")
     assert same_tokens(made, prepared(parquet, name="other"))
-    assert "going on after" in capsys.readouterr().err
+    assert "resuming after" in capsys.readouterr().err
     damage(tokens / ".unfinished-half" / "tokens" / "train-00001.bin", "changed")
     assert same_tokens(made, prepared(parquet, name="half"))
-    assert "train-00001.bin has changed): from the start" in capsys.readouterr().err
+    assert "train-00001.bin has changed): starting over" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_said_and_loses_nothing(made, parquet, monkeypatch):
@@ -460,7 +460,7 @@ def test_a_full_disk_is_said_and_loses_nothing(made, parquet, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(documents._Writer, "add", full)
-        with pytest.raises(UserError, match=r"No space left on device\)\nmake room and run again"):
+        with pytest.raises(UserError, match=r"No space left on device\)\nfree some space and rerun"):
             prepared(parquet, name="other")
     assert documents.read_state(files.root() / "tokens" / ".unfinished-other")["parts"] > 0
     assert same_tokens(made, prepared(parquet, name="other"))
@@ -475,7 +475,7 @@ def test_two_processes_do_not_prepare_the_same_folder_at_once(parquet):
 
 def test_an_unfinished_preparation_of_something_else_is_not_continued(parquet):
     assert run_until(parquet, "made", "save", 2).returncode == -signal.SIGKILL
-    with pytest.raises(UserError, match=r"has every 10, not 20\nask for the same, or delete"):
+    with pytest.raises(UserError, match=r"has every 10, not 20\nuse the same settings, or delete"):
         prepared(parquet, every=20)
     write_parquet(parquet / "plain_text" / "train-1.parquet", TEXTS[:3])
     with pytest.raises(UserError, match="read files that have changed since"):
@@ -585,7 +585,7 @@ def refused(source: Path, message: str) -> None:
 
 
 def test_a_missing_an_empty_and_a_mixed_folder_are_named(tmp_path, parquet):
-    refused(tmp_path / "nowhere", "there is no folder .*nowhere")
+    refused(tmp_path / "nowhere", "no folder .*nowhere")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", r"empty has no \.parquet, \.jsonl or \.txt files")
     write_jsonl(parquet / "a.jsonl", TEXTS)
@@ -618,14 +618,14 @@ def test_a_line_that_is_no_document_is_named(tmp_path, line, message):
 
 def test_a_file_that_is_no_parquet_and_a_text_that_is_no_utf8_are_named(tmp_path):
     files.write(tmp_path / "a" / "x.parquet", b"not parquet at all")
-    refused(tmp_path / "a", "x.parquet in .*: it is not a parquet file that can be read")
+    refused(tmp_path / "a", "x.parquet in .*: not a readable parquet file")
     files.write(tmp_path / "b" / "x.txt", b"caf\xe9 ")
-    refused(tmp_path / "b", "x.txt in .*: it is not UTF-8 at byte 3")
+    refused(tmp_path / "b", "x.txt in .*: not UTF-8 at byte 3")
 
 
 def test_too_few_documents_are_refused(tmp_path):
     write_jsonl(tmp_path / "lines" / "a.jsonl", TEXTS[:1])
-    refused(tmp_path / "lines", "has 1 documents: too few .*\none of each 10 is held out")
+    refused(tmp_path / "lines", "has 1 documents: too few .*\none of every 10 is held out")
 
 
 def test_documents_without_text_are_refused_before_the_training(tmp_path):
@@ -691,7 +691,7 @@ def test_the_hub_is_read_at_the_revision_that_was_begun(parquet, monkeypatch):
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", info)
     monkeypatch.setattr(file_utils, "xopen", xopen)
     monkeypatch.setattr(openwebtext, "EVERY", 10)
-    with pytest.raises(UserError, match=r"Server Disconnected\)\nrun again .*: it goes on where it was"):
+    with pytest.raises(UserError, match=r"Server Disconnected\)\nrun again .* resumes"):
         openwebtext.load(shard_tokens=SHARD)
     dataset = openwebtext.load(shard_tokens=SHARD)
     assert asked == [None, "abc"]

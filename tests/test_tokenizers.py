@@ -159,7 +159,7 @@ def test_a_bos_that_tokenizer_json_does_not_add_is_reported_at_the_import(import
     for added, where, make in ((True, "no <|begin|>", byte_level), (False, "<s>", sentence_piece)):
         side = FAST | {"bos_token": where.removeprefix("no "), "add_bos_token": added}
         assert import_with(make(text), tokenizer_config=side) == 0
-        said = f"add_bos_token = {json.dumps(added)}, but tokenizer.json adds {where}: tokenizer.json decides"
+        said = f"add_bos_token = {json.dumps(added)}, but tokenizer.json adds {where}: tokenizer.json wins"
         assert said in capsys.readouterr().err
         assert import_with(make(text), tokenizer_config=side | {"add_bos_token": not added}) == 0
         assert "add_bos_token" not in capsys.readouterr().err
@@ -190,7 +190,7 @@ REFUSED = {
     "ids that are words": ({"tokenizer_config": {"added_tokens_decoder": {"x": token("<x>")}}}, "damaged"),
     "a file for each version": (
         {"tokenizer_config": {"fast_tokenizer_files": ["tokenizer.4.0.0.json"]}},
-        "only tokenizer.json is read",
+        "only tokenizer.json is supported",
     ),
 }
 
@@ -576,7 +576,7 @@ def test_a_prompt_file_that_cannot_be_read_is_named(import_with, run_sample, tex
 def test_what_the_model_has_no_token_for_is_named(workshop, capsys):
     library = tokenizers.Tokenizer(models.BPE({"a": 0, "b": 1}, []))
     assert HuggingFaceTokenizer(save(library)).encode("aé bxé").tolist() == [0, 1]
-    assert capsys.readouterr().err == "left out, as the model has no token for it: é x\n"
+    assert capsys.readouterr().err == "dropped, because the model has no token for it: é x\n"
     library = tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token=""))
     with pytest.raises(UserError, match="cannot encode this text"):
         HuggingFaceTokenizer(save(library)).encode("x")

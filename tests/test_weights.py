@@ -75,7 +75,7 @@ def test_each_tensor_comes_from_the_part_that_the_index_names(run_import, parts,
     assert run_import("theirs", "--out", "run") == 0
     assert_same_logits(imported(), theirs)
     (said,) = capsys.readouterr().err.splitlines()
-    assert said.startswith("left out, as model.safetensors.index.json does not name them: ")
+    assert said.startswith("ignored tensors not listed in model.safetensors.index.json: ")
     assert f"{last} in {paths[0].name}" in said and f"of.another.model in {paths[-1].name}" in said
 
 
@@ -104,7 +104,7 @@ def test_an_index_that_is_wrong_is_explained(run_import, parts, capsys, edit, me
     parts[2](edit)
     assert run_import("theirs", "--out", "out") == 2
     err = capsys.readouterr().err
-    said = [line for line in err.splitlines() if not line.startswith("left out, ")]
+    said = [line for line in err.splitlines() if not line.startswith("ignored ")]
     assert said[0].startswith("error: ") and len(said) <= 2
     assert message in err and not Path("out").exists()
 
@@ -116,7 +116,7 @@ def test_a_weight_that_is_not_a_finite_number_is_refused_by_name(run_import, cap
     name = "model.layers.1.mlp.up_proj.weight"
     change_weights("theirs", lambda tensors: tensors[name][3, 2].fill_(float(number)))
     assert run_import("theirs", "--out", "out") == 2
-    explained(capsys, f"model.safetensors: {name} has numbers that are NaN or infinite")
+    explained(capsys, f"model.safetensors: {name} contains NaN or infinity")
 
 
 def test_an_infinity_in_a_saved_mask_does_no_harm(run_import):  # noqa: F811

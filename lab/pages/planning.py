@@ -73,10 +73,10 @@ def plan(number: str, sizes: dict) -> dict:
     parallel.recompute_blocks(model)
     recomputed, _ = step_bytes(model)
     # What a GPU holds whatever the batch. Alone: the state, and the 16-bit copies of the weights that
-    # autocast makes. DDP: the gradients once more, in the buckets that travel. FSDP: its part, and what is
-    # whole at a time.
+    # autocast makes. DDP: the same, because the gradients are views of the buckets that it sends. FSDP: its
+    # part, and what is whole at a time.
     fixed = {"1": state["1"] + copies}
-    fixed["ddp"] = fixed["1"] + sum(p.nbytes for p in model.parameters())
+    fixed["ddp"] = fixed["1"]
     fixed |= {f"fsdp {n_gpus}": state[str(n_gpus)] + whole_bytes(model) for n_gpus in GPUS[1:]}
     return {
         "config": sizes
