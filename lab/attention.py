@@ -1,4 +1,4 @@
-"""Replaces what computes attention in stages 5 and later: train.py --attention-kernel."""
+"""Selects the attention implementation of stages 5 and later: train.py --attention-kernel."""
 
 import functools
 from types import ModuleType
@@ -13,15 +13,15 @@ Kernel = Literal["auto", "explicit", "sdpa", "tiled", "triton"]
 
 
 def use(kernel: Kernel, stage: ModuleType, config, device: torch.device) -> None:
-    """Lets the models of a stage compute attention with this kernel; auto: as their code says.
+    """Makes the models of a stage compute attention with this kernel; auto: as the stage's code chooses.
 
-    UserError where the stage, the sizes of the model or the device do not go together with it.
+    Raises UserError if the kernel does not support the stage, the model's sizes or the device.
     """
     if kernel == "auto":
         return
     if not hasattr(stage, "explicit_attention"):
         raise UserError(
-            f"--attention-kernel {kernel} needs stage 5 or later: earlier stages have one attention"
+            f"--attention-kernel {kernel} needs stage 5 or later: earlier stages have only one implementation"
         )
     if kernel == "explicit":
         stage.attention = stage.explicit_attention
@@ -33,7 +33,7 @@ def use(kernel: Kernel, stage: ModuleType, config, device: torch.device) -> None
 
 
 def sdpa(q, k, v, mask, dropout):
-    """PyTorch's scaled_dot_product_attention, also where the stage's own attention would choose another.
+    """PyTorch's scaled_dot_product_attention, even if the stage itself would choose another implementation.
 
     Shapes as in stage5_flash/model.py.
     """
@@ -46,7 +46,7 @@ def sdpa(q, k, v, mask, dropout):
 
 
 def own_kernel(kernel: Kernel, otherwise):
-    """stage5_flash/tiled.py or kernel.py as a stage's attention; `otherwise` serves a cache's own mask."""
+    """stage5_flash/tiled.py or kernel.py as a stage's attention; `otherwise` handles calls with a mask."""
     if kernel == "triton":
         from stage5_flash.kernel import triton_attention as causal_attention
     else:
@@ -63,13 +63,13 @@ def own_kernel(kernel: Kernel, otherwise):
 
 
 def check_own_kernel(kernel: Kernel, config, device: torch.device) -> None:
-    """UserError for what tiled.py or kernel.py cannot compute."""
+    """Raises UserError if tiled.py or kernel.py does not support the configuration or the device."""
     head_dim, value_dim = head_widths(config)
     if config.dropout:
         raise UserError(f"--attention-kernel {kernel} has no dropout: use --model.dropout 0")
     if head_dim != value_dim:
         raise UserError(
-            f"--attention-kernel {kernel} needs queries and values of one width; here they have "
+            f"--attention-kernel {kernel} needs queries and values of the same width; here they have "
             f"{head_dim} and {value_dim}"
         )
     if kernel == "triton" and device.type != "cuda":
@@ -83,7 +83,7 @@ def check_own_kernel(kernel: Kernel, config, device: torch.device) -> None:
 
 
 def head_widths(config) -> tuple[int, int]:
-    """Dimensions of a head's queries and of its values."""
+    """The width of a head's queries and of its values."""
     if hasattr(config, "v_head_dim"):  # latent attention
         return config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
     return config.n_embd // config.n_head, config.n_embd // config.n_head

@@ -235,7 +235,7 @@ def test_the_trainer_uses_the_kernel_and_names_it(run_train, workshop, capsys, u
         (["--stage", "5", "--attention-kernel", "tiled", "--model.dropout", "0.1"], "has no dropout"),
         (
             ["--stage", "7a", "--attention-kernel", "tiled", "--model.v-head-dim", "12"],
-            "needs queries and values of one width; here they have 8 and 12",
+            "needs queries and values of the same width; here they have 8 and 12",
         ),
     ],
 )

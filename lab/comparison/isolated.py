@@ -87,7 +87,7 @@ def main():
     if settings.what == "training":
         seconds, tokens = training(model, optimizer, idx, settings.steps, autocast, device)
     else:
-        dtype = model.lm_head.weight.dtype  # as sample.py, which does not use autocast
+        dtype = model.lm_head.weight.dtype  # as in sample.py, which does not use autocast
         seconds, tokens = decoding(model, idx, settings.steps, device)
     result = {
         "tokens_per_second": tokens / statistics.median(seconds),

@@ -144,7 +144,7 @@ def table(found: list[tuple[Path, dict, list[dict]]]) -> list[list[str]]:
 
 
 def value_text(value: object) -> str:
-    """A setting in a cell of the table; a dash where the run has none."""
+    """A setting as the text of a cell; a dash if the run has none."""
     if value is None:
         return "–"
     return f"{value:g}" if isinstance(value, float) else str(value)

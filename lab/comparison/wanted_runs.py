@@ -246,7 +246,7 @@ def plan(
             if finished:
                 folder = finished[0]
             elif begun:
-                folder = begun[-1]  # the one that has come furthest
+                folder = begun[-1]  # the one with the most steps
             else:
                 folder = free_folder(home / wanted.preset, stage, dataset, seed, taken)
             taken.add(folder)
