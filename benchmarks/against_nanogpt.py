@@ -117,7 +117,8 @@ def losses(nanogpt: Path, name: str, best: str, dataset: data.Dataset, scratch: 
 def training_ratios(speed: dict[str, list[float]], names: list[str]) -> dict:
     """The figures for results.json from the speeds that training_speed measured."""
     ratios = {name: compare(speed["nanogpt"], values) for name, values in speed.items()}
-    first = ratios[names[0]] | {"compiled": ratios["compiled"], "machine": runs.machine(CPU)}
+    compiled = compare(speed["nanogpt, compiled"], speed["compiled"])
+    first = ratios[names[0]] | {"compiled": compiled, "machine": runs.machine(CPU)}
     return {
         "rounds": len(speed["nanogpt"]),
         "training_tokens_per_second": first,
@@ -126,13 +127,15 @@ def training_ratios(speed: dict[str, list[float]], names: list[str]) -> dict:
 
 
 def training_speed(nanogpt: Path, names: list[str], rounds: int, scratch: Path) -> dict[str, list[float]]:
-    """Tokens per second in each round of nanoGPT, each of our stages, and the first stage compiled."""
+    """Tokens per second in each round: nanoGPT and our stages, and compiled nanoGPT and our first stage."""
     endless = 10**6  # steps, so that no program evaluates or ends
     theirs = f"--max_iters={endless} --eval_interval={endless}"
     with ExitStack() as programs:
-        command = nanogpt_command(nanogpt, scratch / "nanogpt", 1, *theirs.split())
-        printed = scratch / "nanogpt.log"
-        turns = {"nanogpt": programs.enter_context(in_turn(command, printed, lambda: nanogpt_steps(printed)))}
+        turns = {}
+        for name, more in (("nanogpt", []), ("nanogpt, compiled", ["--compile=True"])):
+            command = nanogpt_command(nanogpt, scratch / name, 1, *theirs.split(), *more)
+            count = partial(nanogpt_steps, scratch / f"{name}.log")
+            turns[name] = programs.enter_context(in_turn(command, scratch / f"{name}.log", count))
         for name in (*names, "compiled"):
             stage, more = (names[0], ["--compile"]) if name == "compiled" else (name, [])
             folder = scratch / f"{name}-speed"

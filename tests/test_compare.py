@@ -152,7 +152,7 @@ def test_an_empty_folder_says_what_to_do(only_draw, capsys):
     "flags, message",
     [
         (["--stages", "9"], "unknown stage '9'"),
-        (["--stages", "0-9"], "unknown stage '8'"),
+        (["--stages", "0-9"], "unknown stage '9'"),
         (["--seeds", "0"], "seeds must be at least 1"),
         (["--seed", "3"], "--seed is a flag of train.py only"),
         (["--wrong", "3"], "wrong"),

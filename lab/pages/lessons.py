@@ -52,9 +52,9 @@ def nanogpt(measured: dict) -> str:
     step = measured["muon_step"]
     speeds = {
         "training tokens/s": speed,
-        "training tokens/s, with `--compile`": speed["compiled"],
+        "training tokens/s, both compiled": speed["compiled"],
         "sampling tokens/s, context 256": sampling,
-        "sampling tokens/s, context 256, with `--compile`": sampling["compiled"],
+        "sampling tokens/s, context 256, ours with `--compile`": sampling["compiled"],
     }
     rows = [
         [what, f"{row['nanogpt']:,.0f}", f"{row['ours']:,.0f}", f"{row['ratio']:.2f}"]
