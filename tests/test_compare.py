@@ -373,15 +373,24 @@ def test_the_memory_of_a_measurement_is_its_own():
 
 def test_the_diff_counts_lines_and_names(capsys, monkeypatch):
     assert call(monkeypatch, compare, "--diff", "3", "4") == 0
-    out = capsys.readouterr().out
+    said = capsys.readouterr().err
     added, removed = diffs.changed_lines("stage3_swiglu", "stage4_gqa")
-    assert f"{added} lines added, {removed} removed" in out
-    assert "n_kv_head" in out.split("added names: ")[1] and "repeats" in out.split("added names: ")[1]
+    assert f"{added} lines added, {removed} removed" in said
+    assert "n_kv_head" in said.split("added names: ")[1] and "repeats" in said.split("added names: ")[1]
+
+
+def test_a_diff_in_a_pipe_is_a_patch():
+    """Whose lines are whole, whatever the width of the terminal."""
+    command = [sys.executable, "compare.py", "--diff", "3", "4"]
+    patch = subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout
+    by_git = ["git", "diff", "--no-index", "stage3_swiglu/model.py", "stage4_gqa/model.py"]
+    expected = subprocess.run(by_git, cwd=ROOT, capture_output=True).stdout
+    assert patch.splitlines()[2:] == expected.splitlines()[2:] != []  # after the header, whose hashes vary
 
 
 @pytest.mark.parametrize("width, side_by_side", [(119, False), (120, True)])
 def test_a_narrow_terminal_gets_a_unified_diff(width, side_by_side):
-    console = Console(width=width, record=True, file=io.StringIO())
+    console = Console(width=width, record=True, file=io.StringIO(), force_terminal=True)
     diffs.show("stage3_swiglu", "stage4_gqa", console)
     text = console.export_text()
     assert ("+    n_kv_head: int | None = None" in text) is not side_by_side

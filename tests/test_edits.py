@@ -275,7 +275,7 @@ def test_a_copied_folder_is_a_stage_whatever_its_name(copied, monkeypatch, run_s
     assert f"| {name} | variant of 3 swiglu | 2 |" in (folder / "ladder.md").read_text()
     capsys.readouterr()
     assert call(monkeypatch, compare, "--diff", "3", name) == 0
-    assert "1 lines added, 1 removed" in capsys.readouterr().out
+    assert "1 line added, 1 removed" in capsys.readouterr().err
 
 
 def test_a_number_that_two_folders_claim_is_refused_with_both(copied, capsys):

@@ -4,6 +4,7 @@ import difflib
 import io
 import keyword
 import subprocess
+import sys
 import tokenize
 
 from rich.console import Console
@@ -36,8 +37,8 @@ def origin(name: str) -> str | None:
 
 def changed_lines(before: str, after: str) -> tuple[int, int]:
     """How many lines are added and how many removed from one stage to the other."""
-    counted = git_diff("--numstat", file(before), file(after))
-    added, removed, _ = counted.split(maxsplit=2) if counted else (0, 0, "")
+    numbers = git_diff("--numstat", file(before), file(after))
+    added, removed, _ = numbers.split(maxsplit=2) if numbers else (0, 0, "")
     return int(added), int(removed)
 
 
@@ -58,11 +59,16 @@ def git_diff(*arguments: str) -> str:
 def show(first: str, second: str, console: Console) -> None:
     """Prints the diff of two stages, and a summary of the changed lines and names.
 
-    The diff is side by side if the console is wide enough, else unified.
+    The diff is side by side if the console is wide enough, else unified. A file or a pipe gets what git
+    prints, which is a valid patch; the summary then goes to stderr.
     """
     before, after = (source(name) for name in (first, second))
+    unified = git_diff(file(first), file(second))
+    if not console.is_terminal:
+        console.file.write(unified)
+        print(summary(before, after), file=sys.stderr)
+        return
     if console.width < SIDE_BY_SIDE_WIDTH:
-        unified = git_diff(file(first), file(second))
         console.print(Syntax(unified, "diff", theme="ansi_dark", background_color="default", word_wrap=True))
         console.print(summary(before, after), highlight=False)
         return
@@ -104,12 +110,20 @@ def summary(before: list[str], after: list[str]) -> str:
     added = sum(b_end - b for _, _, _, b, b_end in changes)
     old, new = names(before), names(after)
     gained, lost = sorted(new - old), sorted(old - new)
-    lines = [f"{added} lines added, {removed} removed; {len(gained)} names added, {len(lost)} removed"]
+    lines = [
+        f"{counted(added, 'line')} added, {removed} removed; "
+        f"{counted(len(gained), 'name')} added, {len(lost)} removed"
+    ]
     if gained:
         lines.append(f"added names: {', '.join(gained)}")
     if lost:
         lines.append(f"removed names: {', '.join(lost)}")
     return "\n".join(lines)
+
+
+def counted(number: int, what: str) -> str:
+    """A number of things, as in "1 line" or "3 lines"."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def names(lines: list[str]) -> set[str]:
