@@ -76,7 +76,7 @@ def make_both(name: str):
     stage = stages.load(name)
     sizes = presets.PRESETS["laptop"]["model"] | {"block_size": 256}
     if name == "stage6_moe":
-        sizes["n_shared_experts"] = 0  # a Mixtral
+        sizes |= {"router": "softmax", "n_shared_experts": 0}  # a Mixtral
     torch.manual_seed(0)
     ours = stage.GPT(stage.GPTConfig(vocab_size=65, **sizes)).eval()
     counterpart, sizes = COUNTERPARTS[name], asdict(ours.config)

@@ -183,7 +183,7 @@ def mixture_of(run: Run, part: str, n_experts: int, per_token: int, n_embd: int,
     }
     figures = {
         "expert_width": width,
-        "grouped_mm_is_used": stage.grouped_mm_takes(x, moe.experts.down_proj.mT),
+        "grouped_mm_is_used": stage.can_use_grouped_mm(x, moe.experts.down_proj.mT),
     }
     steps = {}
     for name, way in ways.items():
@@ -216,12 +216,12 @@ def batched(stage, moe):
     """Stage 6's fallback, which it uses where grouped_mm is not available."""
 
     def forward(x):
-        real = stage.grouped_mm_takes
-        stage.grouped_mm_takes = lambda x, weight: False
+        real = stage.can_use_grouped_mm
+        stage.can_use_grouped_mm = lambda x, weight: False
         try:
             return moe(x)
         finally:
-            stage.grouped_mm_takes = real
+            stage.can_use_grouped_mm = real
 
     return forward
 

@@ -18,11 +18,23 @@ TESTED = {
     "stage2_rope": ["e43b2fe24f5c64af", "ee992e2241dbbd01"],
     "stage3_swiglu": ["427d956fa0256f21", "5874bb5111c522ef"],
     "stage4_gqa": ["98cec680aeddf217", "9672e922e4e1cbea"],
-    "stage5_flash": ["4b419d24f1138b36", "ba32b63848d291db", "543f7cb7661a57f3"],
-    "stage6_moe": ["b00ddca57954ea76", "ce212cd68b8b57c3", "44c68240be6ffa10", "30363564f5ff3420"],
-    "stage7a_mla": ["febbc8e72e7f281b"],
-    "stage7_mla_mtp": ["e276b1e6b2bb1cb1", "937b765de4d8c432", "d2396f69cd1d0369", "7ac72e4339847057"],
-    "deepseek_v3": ["6ff93438f1444348"],
+    "stage5_flash": ["4b419d24f1138b36", "ba32b63848d291db", "543f7cb7661a57f3", "981644dee4fa8042"],
+    "stage6_moe": [
+        "b00ddca57954ea76",
+        "ce212cd68b8b57c3",
+        "44c68240be6ffa10",
+        "30363564f5ff3420",
+        "9666cf90e6b27c1e",
+    ],
+    "stage7a_mla": ["febbc8e72e7f281b", "6f3affb2a10b7105"],
+    "stage7_mla_mtp": [
+        "e276b1e6b2bb1cb1",
+        "937b765de4d8c432",
+        "d2396f69cd1d0369",
+        "7ac72e4339847057",
+        "645ac9dfd1c365f3",
+    ],
+    "deepseek_v3": ["6ff93438f1444348", "e94fff99cafa405c"],
 }
 
 

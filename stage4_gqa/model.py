@@ -142,7 +142,7 @@ def attention(q, k, v, mask, dropout):
 
     mask (T, S) is added to the scores; dropout is the probability of dropping an attention weight.
     """
-    repeats = q.size(1) // k.size(1)  # query heads to a key/value head
+    repeats = q.size(1) // k.size(1)  # query heads per key/value head
     k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)  # k0, k0, k1, k1
     # Scaling q gives the same result as scaling the scores, with fewer multiplications.
     scores = (q * q.size(3) ** -0.5) @ k.transpose(2, 3) + mask  # (B, n_head, T, S)

@@ -1,8 +1,8 @@
 """Stage 5: FlashAttention: the same attention, but the score matrix is never stored.
 
-Idea: blocks of scores stay in fast memory; a running maximum and sum replace the whole softmax.
+Idea: blocks of scores stay in fast memory; a running maximum and sum replace the softmax of a whole row.
 Paper: Dao 2023, "FlashAttention-2", arXiv 2307.08691.
-Changed: what computes attention. tiled.py and kernel.py beside this file write the algorithm out.
+Changed: the function attention, which chooses a kernel; tiled.py and kernel.py write the algorithm out.
 It should buy memory linear in the context, and speed at long contexts; the loss stays the same.
 """
 
@@ -89,7 +89,7 @@ class KVCache:
         return torch.arange(self.length, self.length + n_new, device=self.keys.device)
 
     def mask(self, n_new):
-        """Additive mask of the next n_new queries against all keys; None: causal."""
+        """Mask of the next n_new queries against all keys. None: causal, all that this cache needs."""
         return None
 
     def update(self, layer_idx, k, v):
@@ -145,26 +145,29 @@ def rotate(x, rope):
 def attention(q, k, v, mask, dropout):
     """q (B, n_head, T, head_dim), k and v (B, n_kv_head, S, head_dim) -> (B, n_head, T, head_dim).
 
-    mask (T, S) is added to the scores (None: a causal one); dropout is the probability of dropping a weight.
+    mask (T, S) is added to the scores, None: causal; dropout: the probability to drop an attention weight.
     """
     T, S = q.size(2), k.size(2)
     if flash_attn_func and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and mask is None:
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # positions before heads
-        return flash_attn_func(q, k, v, dropout, causal=True).transpose(1, 2)
-    if q.device.type == "cpu" and torch.is_grad_enabled() and S <= 512:  # SDPA's backward is slower there
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, T or S, heads, width)
+        return flash_attn_func(q, k, v, dropout_p=dropout, causal=True).transpose(1, 2)
+    if (
+        q.device.type == "cpu" and torch.is_grad_enabled() and S <= 512
+    ):  # in bfloat16, SDPA's backward is slower
         return explicit_attention(q, k, v, mask, dropout)
     if mask is None and 1 < T < S:  # SDPA's is_causal would align the first query with the first key
         mask = causal_mask(T, S, q.device)
     if mask is not None:
         return F.scaled_dot_product_attention(q, k, v, mask.to(q.dtype), dropout, enable_gqa=True)
-    return F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal=T > 1, enable_gqa=True)
+    is_causal = T > 1  # T = S, or a single query, which sees every key
+    return F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal, enable_gqa=True)
 
 
 def explicit_attention(q, k, v, mask, dropout):
-    """The same by storing the score matrix, as in stage 4."""
+    """The same function, with the score matrix stored, as in stage 4."""
     if mask is None:
         mask = causal_mask(q.size(2), k.size(2), q.device)
-    repeats = q.size(1) // k.size(1)  # query heads to a key/value head
+    repeats = q.size(1) // k.size(1)  # query heads per key/value head
     k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)  # k0, k0, k1, k1
     # Scaling q gives the same result as scaling the scores, with fewer multiplications.
     scores = (q * q.size(3) ** -0.5) @ k.transpose(2, 3) + mask  # (B, n_head, T, S)

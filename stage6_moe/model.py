@@ -1,8 +1,8 @@
 """Stage 6: mixture of experts: many small MLPs instead of one, and each token uses a few of them.
 
-Idea: a router scores the experts for each token; the outputs of the best few are added up, weighted.
+Idea: a router scores the experts for each token; the weighted outputs of the best few are added up.
 Papers: Switch, arXiv 2101.03961; Mixtral, 2401.04088; DeepSeekMoE, 2401.06066; DeepSeek-V3, 2412.19437.
-Changed: the MLP, and what keeps the experts equally busy: a bias (sigmoid router) or a loss (softmax router).
+Changed: the MLP. A bias (sigmoid router) or a loss (softmax router) keeps the experts equally busy.
 It should buy a lower loss for the same arithmetic per token. The price is memory for idle parameters.
 """
 
@@ -52,13 +52,13 @@ class GPTConfig:
     n_shared_experts: int = 1
     """Number of experts that every token uses."""
     moe_intermediate_size: int | None = None
-    """Width of an expert. None: a token's experts together are as wide as intermediate_size."""
+    """Width of an expert. None: a token's experts together are about as wide as the MLP."""
     first_k_dense_replace: int = 0
-    """Number of first layers that keep a dense MLP."""
+    """How many of the first layers keep a dense MLP."""
     router: str = "sigmoid"
-    """sigmoid (balanced by a bias, as DeepSeek-V3) or softmax (balanced by a loss, as Switch and Mixtral)."""
+    """sigmoid (balanced by a bias, as in DeepSeek-V3) or softmax (balanced by a loss, as in Mixtral)."""
     routed_scaling_factor: float = 1.0
-    """Factor of the routed experts' output."""
+    """Multiplies the routed experts' output."""
     router_aux_loss_coef: float = 0.01
     """Weight of the softmax router's balance loss."""
     bias_update_speed: float = 0.001
@@ -70,7 +70,7 @@ class GPTConfig:
         if self.intermediate_size is None:
             self.intermediate_size = math.ceil(self.n_embd / 3) * 8
         if self.moe_intermediate_size is None:
-            n_active = max(1, self.num_experts_per_tok + self.n_shared_experts)
+            n_active = max(1, self.num_experts_per_tok + self.n_shared_experts)  # invalid sizes: see below
             self.moe_intermediate_size = max(8, round(self.intermediate_size / n_active / 8) * 8)
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "intermediate_size"):
             if getattr(self, name) < 1:
@@ -127,7 +127,7 @@ class KVCache:
         return torch.arange(self.length, self.length + n_new, device=self.keys.device)
 
     def mask(self, n_new):
-        """Additive mask of the next n_new queries against all keys; None: causal."""
+        """Mask of the next n_new queries against all keys. None: causal, all that this cache needs."""
         return None
 
     def update(self, layer_idx, k, v):
@@ -183,26 +183,29 @@ def rotate(x, rope):
 def attention(q, k, v, mask, dropout):
     """q (B, n_head, T, head_dim), k and v (B, n_kv_head, S, head_dim) -> (B, n_head, T, head_dim).
 
-    mask (T, S) is added to the scores (None: a causal one); dropout is the probability of dropping a weight.
+    mask (T, S) is added to the scores, None: causal; dropout: the probability to drop an attention weight.
     """
     T, S = q.size(2), k.size(2)
     if flash_attn_func and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and mask is None:
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # positions before heads
-        return flash_attn_func(q, k, v, dropout, causal=True).transpose(1, 2)
-    if q.device.type == "cpu" and torch.is_grad_enabled() and S <= 512:  # SDPA's backward is slower there
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, T or S, heads, width)
+        return flash_attn_func(q, k, v, dropout_p=dropout, causal=True).transpose(1, 2)
+    if (
+        q.device.type == "cpu" and torch.is_grad_enabled() and S <= 512
+    ):  # in bfloat16, SDPA's backward is slower
         return explicit_attention(q, k, v, mask, dropout)
     if mask is None and 1 < T < S:  # SDPA's is_causal would align the first query with the first key
         mask = causal_mask(T, S, q.device)
     if mask is not None:
         return F.scaled_dot_product_attention(q, k, v, mask.to(q.dtype), dropout, enable_gqa=True)
-    return F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal=T > 1, enable_gqa=True)
+    is_causal = T > 1  # T = S, or a single query, which sees every key
+    return F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal, enable_gqa=True)
 
 
 def explicit_attention(q, k, v, mask, dropout):
-    """The same by storing the score matrix, as in stage 4."""
+    """The same function, with the score matrix stored, as in stage 4."""
     if mask is None:
         mask = causal_mask(q.size(2), k.size(2), q.device)
-    repeats = q.size(1) // k.size(1)  # query heads to a key/value head
+    repeats = q.size(1) // k.size(1)  # query heads per key/value head
     k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)  # k0, k0, k1, k1
     # Scaling q gives the same result as scaling the scores, with fewer multiplications.
     scores = (q * q.size(3) ** -0.5) @ k.transpose(2, 3) + mask  # (B, n_head, T, S)
@@ -264,50 +267,52 @@ class Router(nn.Module):
     def forward(self, x):
         """x (N, n_embd) -> weights and indices of the chosen experts, both (N, num_experts_per_tok)."""
         k = self.config.num_experts_per_tok
-        with torch.autocast(
-            "cpu" if x.is_meta else x.device.type, enabled=False
-        ):  # rounding could change the choice
+        device_type = "cpu" if x.is_meta else x.device.type  # autocast does not know the meta device
+        with torch.autocast(device_type, enabled=False):  # rounding could change the choice
             logits = F.linear(x.float(), self.weight.float())  # (N, n_routed_experts)
         if self.config.router == "softmax":
             probs = F.softmax(logits, dim=-1)
             weights, indices = probs.topk(k, dim=-1)
         else:
             scores = logits.sigmoid()
-            probs = scores / scores.sum(-1, keepdim=True)
+            probs = scores / scores.sum(-1, keepdim=True)  # for the statistics only
             indices = (scores + self.e_score_correction_bias).topk(k, dim=-1).indices
             weights = scores.gather(1, indices)  # without the bias, which only takes part in the choice
-        if k > 1:  # a single weight would always be 1 and teach the router nothing
+        if k > 1:  # for k = 1 the weight would always be 1, without a gradient
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         if self.training:
-            tokens = self.count(probs, indices)
+            counts = self.count(probs, indices)
             if self.config.router == "softmax":
-                self.balance_loss = balance_loss(probs, tokens)
+                self.balance_loss = balance_loss(probs, counts)  # for GPT.forward to collect
         return weights * self.config.routed_scaling_factor, indices
 
     @torch.no_grad()
     def count(self, probs, indices):
         """Adds to the statistics; returns how many tokens chose each expert: (n_routed_experts,)."""
-        tokens = torch.zeros_like(self.tokens_per_expert)
-        tokens.scatter_add_(0, indices.flatten(), torch.ones_like(indices.flatten(), dtype=tokens.dtype))
-        tokens = sum_over_processes(tokens)
-        self.tokens_per_expert += tokens
+        chosen = indices.flatten()  # (N · k,)
+        counts = torch.zeros_like(self.tokens_per_expert)
+        counts.scatter_add_(
+            0, chosen, torch.ones_like(chosen, dtype=counts.dtype)
+        )  # on a GPU without waiting
+        counts = sum_over_processes(counts)
+        self.tokens_per_expert += counts
         self.entropy -= (probs * probs.clamp_min(1e-20).log()).sum()
-        return tokens
+        return counts
 
 
 def sum_over_processes(x):
-    """The sum of x over the processes that train together."""
+    """Adds up x over the processes that train together, in place; returns x."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(x)
     return x
 
 
-def balance_loss(probs, tokens):
+def balance_loss(probs, counts):
     """1 if all experts are equally busy, more if not (Switch, arXiv 2101.03961, equations 4 to 6).
 
-    probs (N, n_routed_experts) carry the gradient; tokens (n_routed_experts,), the counts, carry none.
+    probs (N, n_routed_experts) carry the gradient; counts (n_routed_experts,), of tokens, carry none.
     """
-    return len(tokens) * (tokens / tokens.sum() * probs.mean(0)).sum()
+    return len(counts) * (counts / counts.sum() * probs.mean(0)).sum()
 
 
 class Experts(nn.Module):
@@ -316,7 +321,7 @@ class Experts(nn.Module):
     def __init__(self, config):
         super().__init__()
         E, d, width = config.n_routed_experts, config.n_embd, config.moe_intermediate_size
-        self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * width, d))
+        self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * width, d))  # gate above up
         self.down_proj = nn.Parameter(torch.empty(E, d, width))
 
     def forward(self, x, weights, indices):
@@ -324,25 +329,34 @@ class Experts(nn.Module):
         if x.is_cuda and torch.is_autocast_enabled("cuda"):  # autocast does not cover grouped_mm
             x = x.to(torch.get_autocast_dtype("cuda"))
         gate_up, down = self.gate_up_proj.mT.to(x.dtype), self.down_proj.mT.to(x.dtype)  # (E, in, out)
-        if grouped_mm_takes(x, down):
+        if can_use_grouped_mm(x, down):
             return grouped_experts(x, weights, indices, gate_up, down)
         return dense_experts(x, weights, indices, gate_up, down)
 
 
-def grouped_mm_takes(x, weight):
-    """Whether F.grouped_mm, which PyTorch 2.9 does not have, can multiply x by weight (E, in, out)."""
-    aligned = hasattr(F, "grouped_mm") and all(n * x.element_size() % 16 == 0 for n in weight.shape[1:])
-    eager = x.device.type in ("cpu", "cuda") and not torch.compiler.is_compiling()
-    return aligned and x.device.type != "mps" and (x.dtype == torch.bfloat16 or eager)
+def can_use_grouped_mm(x, weight):
+    """Whether F.grouped_mm can multiply x by weight (E, in, out). PyTorch 2.9 does not have it."""
+    if not hasattr(F, "grouped_mm") or x.device.type == "mps":
+        return False
+    if any(n * x.element_size() % 16 for n in weight.shape[1:]):  # rows must be multiples of 16 bytes
+        return False
+    if x.dtype == torch.bfloat16:
+        return True
+    return x.device.type in ("cpu", "cuda") and not torch.compiler.is_compiling()
 
 
 def grouped_experts(x, weights, indices, gate_up, down):
-    """Each expert computes its own tokens: one matrix product over all rows, grouped by expert."""
+    """Each expert computes its own tokens: one product over all rows, grouped by expert.
+
+    gate_up (E, n_embd, 2 width) and down (E, width, n_embd); the rest and the result as in Experts.forward.
+    """
     N, k = indices.shape
     experts, order = indices.flatten().sort(stable=True)  # the N · k choices, expert by expert
     x = x.repeat_interleave(k, dim=0).index_select(0, order)  # (N · k, n_embd)
     all_experts = torch.arange(len(down), device=x.device)
-    ends = torch.searchsorted(experts, all_experts, right=True, out_int32=True)  # where each one's rows end
+    ends = torch.searchsorted(
+        experts, all_experts, right=True, out_int32=True
+    )  # ends[e]: where expert e's rows end
     gate, up = F.grouped_mm(x, gate_up, offs=ends).chunk(2, dim=-1)
     y = F.grouped_mm(F.silu(gate) * up, down, offs=ends)  # (N · k, n_embd)
     y = y.index_select(0, order.argsort()).view(N, k, -1)  # back in the order of the tokens
@@ -450,8 +464,9 @@ class GPT(nn.Module):
         losses = {}
         if targets is not None:
             losses["next_token"] = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
-            if self.training and self.config.router == "softmax":  # the mean over layers; Switch adds them up
-                balance = torch.stack([router.balance_loss for router in self.routers()]).mean()
+            if self.training and self.config.router == "softmax":
+                balance = torch.stack([router.balance_loss for router in self.routers()])
+                balance = balance.mean()  # over layers; Switch adds them up
                 losses["balance"] = self.config.router_aux_loss_coef * balance
         for router in self.routers():
             router.balance_loss = None  # it would keep the step's graph alive
@@ -469,11 +484,12 @@ class GPT(nn.Module):
         probabilities.
         """
         tokens = torch.stack([router.tokens_per_expert for router in self.routers()])
+        # The tokens are those of all processes already.
         entropy = sum_over_processes(torch.stack([router.entropy for router in self.routers()]))
         for router, n in zip(self.routers(), tokens, strict=True):
             if self.config.router == "sigmoid":
                 router.e_score_correction_bias += self.config.bias_update_speed * (n.mean() - n).sign()
             router.tokens_per_expert.zero_()
             router.entropy.zero_()
-        mean_entropy = entropy / tokens.sum(1) * self.config.num_experts_per_tok
-        return {"expert_tokens": tokens, "router_entropy": mean_entropy}
+        n_tokens = tokens.sum(1) / self.config.num_experts_per_tok  # each token chose several experts
+        return {"expert_tokens": tokens, "router_entropy": entropy / n_tokens}

@@ -125,6 +125,9 @@ def test_a_closed_group_stays_closed_when_all_scores_are_negative():
         ({"n_group": 4, "num_experts_per_tok": 3}, "topk_group \\(1\\)"),
         ({"n_group": 2, "topk_group": 3}, "topk_group \\(3\\)"),
         ({"n_group": 0}, "n_group \\(0\\)"),
+        ({"n_group": 2, "topk_group": 2, "router": "softmax"}, "n_group \\(2\\) needs the sigmoid router"),
+        ({"rope_scaling": {"factor": 4.0}}, "original_max_position_embeddings above 0, not None"),
+        ({"rope_scaling": YARN | {"factor": -1.0}}, "factor above 0, not -1.0"),
         ({"q_lora_rank": 0}, "q_lora_rank must be at least 1 or None, not 0"),
     ],
 )

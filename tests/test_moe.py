@@ -84,7 +84,7 @@ def test_the_fast_path_is_the_loop_over_experts(router, sizes):
 @pytest.mark.parametrize("router", ROUTERS)
 def test_the_batched_path_is_the_loop_over_experts(router, monkeypatch):
     """What a backend without grouped_mm takes, such as mps."""
-    monkeypatch.setattr(STAGE6, "grouped_mm_takes", lambda x, weight: False)
+    monkeypatch.setattr(STAGE6, "can_use_grouped_mm", lambda x, weight: False)
     made, x = moe(router=router), torch.randn(3, 11, 32)
     assert_close(with_gradients(made, made, x), with_gradients(lambda x: loop(made, x), made, x))
 
@@ -106,7 +106,7 @@ def test_the_grouped_product_is_used_where_it_can_be(monkeypatch):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         made(x)
     assert calls == [torch.float32] * 4  # a product for gate and up, one for down; on a CPU always in float32
-    assert not STAGE6.grouped_mm_takes(torch.zeros(1, 8, device="meta"), torch.zeros(1, 8, 8))
+    assert not STAGE6.can_use_grouped_mm(torch.zeros(1, 8, device="meta"), torch.zeros(1, 8, 8))
     for name in ("for expert", "nonzero", ".item()", ".tolist()", "bincount", ".cpu()"):
         assert name not in Path(STAGE6.__file__).read_text()  # no loop over experts, no waiting for the GPU
 

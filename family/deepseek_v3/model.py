@@ -1,6 +1,6 @@
 """DeepSeek-V3 in full: stage 7 with a latent for the queries, groups of experts and YaRN.
 
-Idea: large models save memory and traffic with the first two; YaRN stretches the trained context.
+Idea: a latent for queries saves memory, groups of experts save traffic, YaRN stretches the context.
 Papers: DeepSeek-V2, arXiv 2405.04434; DeepSeek-V3, arXiv 2412.19437, section 2.1; YaRN, arXiv 2309.00071.
 Changed: q_lora_rank in attention, n_group and topk_group in the router, rope_scaling in the rotation.
 """
@@ -49,13 +49,13 @@ class GPTConfig:
     n_shared_experts: int = 1
     """Number of experts that every token uses."""
     moe_intermediate_size: int | None = None
-    """Width of an expert. None: a token's experts together are as wide as intermediate_size."""
+    """Width of an expert. None: a token's experts together are about as wide as the MLP."""
     first_k_dense_replace: int = 0
-    """Number of first layers that keep a dense MLP."""
+    """How many of the first layers keep a dense MLP."""
     router: str = "sigmoid"
-    """sigmoid (balanced by a bias, as DeepSeek-V3) or softmax (balanced by a loss, as Switch and Mixtral)."""
+    """sigmoid (balanced by a bias, as in DeepSeek-V3) or softmax (balanced by a loss, as in Mixtral)."""
     routed_scaling_factor: float = 1.0
-    """Factor of the routed experts' output."""
+    """Multiplies the routed experts' output."""
     router_aux_loss_coef: float = 0.01
     """Weight of the softmax router's balance loss."""
     bias_update_speed: float = 0.001
@@ -75,7 +75,7 @@ class GPTConfig:
     v_head_dim: int | None = None
     """Width of a head's values. None: n_embd / n_head."""
     rope_scaling: dict[str, float] | None = None
-    """YaRN: factor, original_max_position_embeddings; beta_fast, beta_slow, mscale, mscale_all_dim."""
+    """YaRN: factor and original_max_position_embeddings; beta_fast, beta_slow, mscale and mscale_all_dim."""
     num_nextn_predict_layers: int = 1
     """Number of MTP blocks. Each predicts one token further ahead."""
     mtp_loss_weight: float = 0.3
@@ -83,10 +83,10 @@ class GPTConfig:
 
     def __post_init__(self):
         if self.kv_lora_rank is None:
-            self.kv_lora_rank = math.ceil(self.n_embd * 3 / 64) * 8
+            self.kv_lora_rank = math.ceil(self.n_embd * 3 / 8 / 8) * 8
         head_dim = self.n_embd // max(1, self.n_head)
         if self.qk_rope_head_dim is None:
-            self.qk_rope_head_dim = max(2, head_dim // 4 * 2)
+            self.qk_rope_head_dim = max(2, head_dim // 4 * 2)  # half of it, made even
         if self.qk_nope_head_dim is None:
             self.qk_nope_head_dim = max(1, head_dim - self.qk_rope_head_dim)
         if self.v_head_dim is None:
@@ -94,7 +94,7 @@ class GPTConfig:
         if self.intermediate_size is None:
             self.intermediate_size = math.ceil(self.n_embd / 3) * 8
         if self.moe_intermediate_size is None:
-            n_active = max(1, self.num_experts_per_tok + self.n_shared_experts)
+            n_active = max(1, self.num_experts_per_tok + self.n_shared_experts)  # invalid sizes: see below
             self.moe_intermediate_size = max(8, round(self.intermediate_size / n_active / 8) * 8)
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "intermediate_size"):
             if getattr(self, name) < 1:
@@ -132,10 +132,19 @@ class GPTConfig:
         group_size, remainder = divmod(self.n_routed_experts, self.n_group)
         if remainder or (self.n_group > 1 and group_size < 2):
             raise ValueError(
-                f"n_group ({self.n_group}) must divide n_routed_experts into groups of at least 2"
+                f"n_group ({self.n_group}) must divide n_routed_experts ({self.n_routed_experts}) "
+                "into groups of at least 2"
             )
         if self.topk_group * group_size < self.num_experts_per_tok:
-            raise ValueError(f"topk_group ({self.topk_group}) groups have too few experts for a token")
+            raise ValueError(
+                f"topk_group ({self.topk_group}) groups of {group_size} experts are too few for "
+                f"num_experts_per_tok ({self.num_experts_per_tok})"
+            )
+        if self.n_group > 1 and self.router == "softmax":
+            raise ValueError(f"n_group ({self.n_group}) needs the sigmoid router")
+        for name in ("factor", "original_max_position_embeddings"):
+            if self.rope_scaling and self.rope_scaling.get(name, 0) <= 0:
+                raise ValueError(f"rope_scaling needs {name} above 0, not {self.rope_scaling.get(name)}")
 
 
 class KVCache:
@@ -163,16 +172,16 @@ class KVCache:
         return torch.arange(self.length, self.length + n_new, device=self.keys.device)
 
     def mask(self, n_new):
-        """Additive mask of the next n_new queries against all keys; None: causal."""
+        """Mask of the next n_new queries against all keys. None: causal, all that this cache needs."""
         return None
 
     def update(self, layer_idx, k, latent):
-        """Stores k and latent (B, 1, n_new, their width); returns those of all tokens so far."""
+        """Stores k (B, 1, n_new, rope_dim) and latent (B, 1, n_new, rank); returns those of all tokens."""
         end = self.length + k.size(2)
         keys, latents = self.keys[layer_idx, :, :, :end], self.latents[layer_idx, :, :, :end]
         keys[:, :, self.length :] = k
         latents[:, :, self.length :] = latent
-        return keys, latents  # (B, 1, length + n_new, their width)
+        return keys, latents  # (B, 1, length + n_new, …)
 
     def advance(self, n_new):
         """Counts n_new more tokens, once every layer has stored them."""
@@ -205,12 +214,14 @@ def yarn_frequencies(frequencies, config):
     """Frequencies for a context `factor` times as long (arXiv 2309.00071): slow pairs turn more slowly."""
     scaling, rope_dim = config.rope_scaling, config.qk_rope_head_dim
 
-    def pair(n_turns):  # the (fractional) pair that turns n_turns times within the original context
-        period = scaling["original_max_position_embeddings"] / (n_turns * 2 * math.pi)
-        return rope_dim * math.log(period) / (2 * math.log(config.rope_theta))
+    def pair_that_turns(n_times):  # within the original context: theta^(-2 pair / rope_dim), solved for pair
+        inverse_frequency = scaling["original_max_position_embeddings"] / (n_times * 2 * math.pi)
+        return rope_dim * math.log(inverse_frequency) / (2 * math.log(config.rope_theta))
 
-    low = max(math.floor(pair(scaling.get("beta_fast") or 32)), 0)
-    high = min(math.ceil(pair(scaling.get("beta_slow") or 1)), rope_dim - 1)
+    low = max(math.floor(pair_that_turns(scaling.get("beta_fast") or 32)), 0)
+    high = min(
+        math.ceil(pair_that_turns(scaling.get("beta_slow") or 1)), rope_dim - 1
+    )  # as in DeepSeek's code
     ramp = torch.arange(len(frequencies), device=frequencies.device) - low
     ramp = (ramp / max(high - low, 0.001)).clamp(0, 1)  # 0: unchanged, 1: slower by the factor
     return frequencies * (1 - ramp) + frequencies / scaling["factor"] * ramp
@@ -228,7 +239,7 @@ def rotation(positions, config):
     frequencies = 1 / config.rope_theta ** (pairs.float() / head_dim)
     if scaling:
         frequencies = yarn_frequencies(frequencies, config)
-        if scaling.get("mscale") and scaling.get("mscale_all_dim"):
+        if scaling.get("mscale") and scaling.get("mscale_all_dim"):  # the scores are scaled by the latter
             mscale = yarn_mscale(scaling, scaling["mscale"]) / yarn_mscale(scaling, scaling["mscale_all_dim"])
         else:
             mscale = yarn_mscale(scaling, 1)
@@ -244,26 +255,29 @@ def rotate(x, rope):
 
 
 def attention(q, k, v, mask, dropout):
-    """q (B, n_head, T, head_dim), k and v (B, n_head, S, their width) -> (B, n_head, T, v_head_dim).
+    """q and k (B, n_head, T or S, head_dim), v (B, n_head, S, v_head_dim) -> (B, n_head, T, v_head_dim).
 
-    mask (T, S) is added to the scores (None: a causal one); dropout is the probability of dropping a weight.
+    mask (T, S) is added to the scores, None: causal; dropout: the probability to drop an attention weight.
     """
     T, S = q.size(2), k.size(2)
     flash = flash_attn_func and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and mask is None
-    if flash and q.size(3) == v.size(3):
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # positions before heads
-        return flash_attn_func(q, k, v, dropout, causal=True).transpose(1, 2)
-    if q.device.type == "cpu" and torch.is_grad_enabled() and S <= 512:  # SDPA's backward is slower there
+    if flash and q.size(3) == v.size(3):  # it knows one width only
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, T or S, heads, width)
+        return flash_attn_func(q, k, v, dropout_p=dropout, causal=True).transpose(1, 2)
+    if (
+        q.device.type == "cpu" and torch.is_grad_enabled() and S <= 512
+    ):  # in bfloat16, SDPA's backward is slower
         return explicit_attention(q, k, v, mask, dropout)
     if mask is None and 1 < T < S:  # SDPA's is_causal would align the first query with the first key
         mask = causal_mask(T, S, q.device)
     if mask is not None:
         return F.scaled_dot_product_attention(q, k, v, mask.to(q.dtype), dropout, enable_gqa=True)
-    return F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal=T > 1, enable_gqa=True)
+    is_causal = T > 1  # T = S, or a single query, which sees every key
+    return F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal, enable_gqa=True)
 
 
 def explicit_attention(q, k, v, mask, dropout):
-    """The same by storing the score matrix, as in stage 4."""
+    """The same function, with the score matrix stored, as in stage 4."""
     if mask is None:
         mask = causal_mask(q.size(2), k.size(2), q.device)
     # Scaling q gives the same result as scaling the scores, with fewer multiplications.
@@ -286,11 +300,12 @@ class Attention(nn.Module):
             self.q_a_proj = nn.Linear(config.n_embd, config.q_lora_rank, bias=False)
             self.q_a_layernorm = RMSNorm(config.q_lora_rank, 1e-6)
             self.q_b_proj = nn.Linear(config.q_lora_rank, config.n_head * self.head_dim, bias=False)
-        width = config.kv_lora_rank + config.qk_rope_head_dim
-        self.kv_a_proj_with_mqa = nn.Linear(config.n_embd, width, bias=False)
+        # DeepSeek's names: kv_a projects down to the latent and the shared rotated key, kv_b up to all heads.
+        down_width = config.kv_lora_rank + config.qk_rope_head_dim
+        self.kv_a_proj_with_mqa = nn.Linear(config.n_embd, down_width, bias=False)
         self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, 1e-6)  # 1e-6 whatever norm_eps is, as in DeepSeek
-        width = config.n_head * (config.qk_nope_head_dim + config.v_head_dim)
-        self.kv_b_proj = nn.Linear(config.kv_lora_rank, width, bias=False)
+        up_width = config.n_head * (config.qk_nope_head_dim + config.v_head_dim)
+        self.kv_b_proj = nn.Linear(config.kv_lora_rank, up_width, bias=False)
         self.o_proj = nn.Linear(config.n_head * config.v_head_dim, config.n_embd, bias=False)
         self.dropout = config.dropout
         scaling = config.rope_scaling or {"factor": 1.0}
@@ -312,7 +327,7 @@ class Attention(nn.Module):
         q = torch.cat((q_nope, q_rope), dim=-1) * self.mscale
         if cache is not None:
             k_rope, latent = cache.update(self.layer_idx, k_rope, latent)  # (B, 1, S, …), S tokens so far
-            if self.absorbing_is_cheaper(T, latent.size(2)):
+            if self.absorbing_is_cheaper(T, latent.size(2)):  # never in training, which has no cache
                 y = self.absorbed_attention(q, k_rope, latent, mask)
                 return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
         kv = self.kv_b_proj(latent).view(B, latent.size(2), -1, nope_dim + self.config.v_head_dim)
@@ -323,8 +338,11 @@ class Attention(nn.Module):
 
     def absorbing_is_cheaper(self, T, S):
         """Whether T queries against S latents need fewer multiplications than against keys and values."""
-        rank, expanded = self.config.kv_lora_rank, self.config.qk_nope_head_dim + self.config.v_head_dim
-        return T * (rank * expanded + S * (2 * rank - expanded)) < S * rank * expanded
+        rank, rope_dim = self.config.kv_lora_rank, self.config.qk_rope_head_dim
+        nope_dim, v_dim = self.config.qk_nope_head_dim, self.config.v_head_dim
+        expanded = S * rank * (nope_dim + v_dim) + T * S * (nope_dim + rope_dim + v_dim)
+        absorbed = T * rank * (nope_dim + v_dim) + T * S * (rank + rope_dim + rank)
+        return absorbed < expanded
 
     def absorbed_attention(self, q, k_rope, latent, mask):
         """Attention on k_rope and latent (B, 1, S, …) themselves: q · (W_k latent) = (q W_k) · latent."""
@@ -333,9 +351,11 @@ class Attention(nn.Module):
         w_k, w_v = by_head.split((nope_dim, self.config.v_head_dim), dim=1)  # (n_head, …, kv_lora_rank)
         q = torch.cat((q[..., :nope_dim] @ w_k, q[..., nope_dim:]), dim=-1)  # (B, n_head, T, rank + rope_dim)
         k = torch.cat((latent, k_rope), dim=-1).squeeze(1)  # (B, S, rank + rope_dim)
-        scores = torch.einsum("bhtr,bsr->bhts", q * self.head_dim**-0.5, k)
-        scores = scores + (causal_mask(*scores.shape[2:], q.device) if mask is None else mask)
-        y = torch.einsum("bhts,bsr->bhtr", F.softmax(scores, dim=-1).type_as(latent), latent.squeeze(1))
+        if mask is None:
+            mask = causal_mask(q.size(2), k.size(1), q.device)
+        scores = torch.einsum("bhtr,bsr->bhts", q * self.head_dim**-0.5, k) + mask  # scaled as if expanded
+        weights = F.softmax(scores, dim=-1).type_as(latent)  # the mask is in float32
+        y = torch.einsum("bhts,bsr->bhtr", weights, latent.squeeze(1))
         return y @ w_v.mT  # (B, n_head, T, v_head_dim): W_v after the weighted mean
 
 
@@ -368,60 +388,63 @@ class Router(nn.Module):
     def forward(self, x):
         """x (N, n_embd) -> weights and indices of the chosen experts, both (N, num_experts_per_tok)."""
         k = self.config.num_experts_per_tok
-        with torch.autocast(
-            "cpu" if x.is_meta else x.device.type, enabled=False
-        ):  # rounding could change the choice
+        device_type = "cpu" if x.is_meta else x.device.type  # autocast does not know the meta device
+        with torch.autocast(device_type, enabled=False):  # rounding could change the choice
             logits = F.linear(x.float(), self.weight.float())  # (N, n_routed_experts)
         if self.config.router == "softmax":
             probs = F.softmax(logits, dim=-1)
             weights, indices = probs.topk(k, dim=-1)
         else:
             scores = logits.sigmoid()
-            probs = scores / scores.sum(-1, keepdim=True)
+            probs = scores / scores.sum(-1, keepdim=True)  # for the statistics only
             biased = scores + self.e_score_correction_bias
             if self.config.n_group > 1:
                 biased = self.limit_to_groups(biased)
             indices = biased.topk(k, dim=-1).indices
             weights = scores.gather(1, indices)  # without the bias, which only takes part in the choice
-        if k > 1:  # a single weight would always be 1 and teach the router nothing
+        if k > 1:  # for k = 1 the weight would always be 1, without a gradient
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         if self.training:
-            tokens = self.count(probs, indices)
+            counts = self.count(probs, indices)
             if self.config.router == "softmax":
-                self.balance_loss = balance_loss(probs, tokens)
+                self.balance_loss = balance_loss(probs, counts)  # for GPT.forward to collect
         return weights * self.config.routed_scaling_factor, indices
 
     def limit_to_groups(self, biased):
-        """-inf for experts outside the topk_group groups whose best two experts add up to most."""
+        """biased (N, n_routed_experts), with -inf outside the topk_group groups of the highest scores."""
         groups = biased.unflatten(1, (self.config.n_group, -1))  # (N, n_group, experts of a group)
-        best = groups.topk(2, dim=-1).values.sum(-1).topk(self.config.topk_group, dim=-1).indices
+        group_scores = groups.topk(2, dim=-1).values.sum(-1)  # of the best two experts: (N, n_group)
+        best = group_scores.topk(self.config.topk_group, dim=-1).indices
         excluded = torch.ones_like(groups[..., 0], dtype=torch.bool).scatter(1, best, False)  # (N, n_group)
         return groups.masked_fill(excluded.unsqueeze(-1), -torch.inf).flatten(1)
 
     @torch.no_grad()
     def count(self, probs, indices):
         """Adds to the statistics; returns how many tokens chose each expert: (n_routed_experts,)."""
-        tokens = torch.zeros_like(self.tokens_per_expert)
-        tokens.scatter_add_(0, indices.flatten(), torch.ones_like(indices.flatten(), dtype=tokens.dtype))
-        tokens = sum_over_processes(tokens)
-        self.tokens_per_expert += tokens
+        chosen = indices.flatten()  # (N · k,)
+        counts = torch.zeros_like(self.tokens_per_expert)
+        counts.scatter_add_(
+            0, chosen, torch.ones_like(chosen, dtype=counts.dtype)
+        )  # on a GPU without waiting
+        counts = sum_over_processes(counts)
+        self.tokens_per_expert += counts
         self.entropy -= (probs * probs.clamp_min(1e-20).log()).sum()
-        return tokens
+        return counts
 
 
 def sum_over_processes(x):
-    """The sum of x over the processes that train together."""
+    """Adds up x over the processes that train together, in place; returns x."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(x)
     return x
 
 
-def balance_loss(probs, tokens):
+def balance_loss(probs, counts):
     """1 if all experts are equally busy, more if not (Switch, arXiv 2101.03961, equations 4 to 6).
 
-    probs (N, n_routed_experts) carry the gradient; tokens (n_routed_experts,), the counts, carry none.
+    probs (N, n_routed_experts) carry the gradient; counts (n_routed_experts,), of tokens, carry none.
     """
-    return len(tokens) * (tokens / tokens.sum() * probs.mean(0)).sum()
+    return len(counts) * (counts / counts.sum() * probs.mean(0)).sum()
 
 
 class Experts(nn.Module):
@@ -430,7 +453,7 @@ class Experts(nn.Module):
     def __init__(self, config):
         super().__init__()
         E, d, width = config.n_routed_experts, config.n_embd, config.moe_intermediate_size
-        self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * width, d))
+        self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * width, d))  # gate above up
         self.down_proj = nn.Parameter(torch.empty(E, d, width))
 
     def forward(self, x, weights, indices):
@@ -438,25 +461,34 @@ class Experts(nn.Module):
         if x.is_cuda and torch.is_autocast_enabled("cuda"):  # autocast does not cover grouped_mm
             x = x.to(torch.get_autocast_dtype("cuda"))
         gate_up, down = self.gate_up_proj.mT.to(x.dtype), self.down_proj.mT.to(x.dtype)  # (E, in, out)
-        if grouped_mm_takes(x, down):
+        if can_use_grouped_mm(x, down):
             return grouped_experts(x, weights, indices, gate_up, down)
         return dense_experts(x, weights, indices, gate_up, down)
 
 
-def grouped_mm_takes(x, weight):
-    """Whether F.grouped_mm, which PyTorch 2.9 does not have, can multiply x by weight (E, in, out)."""
-    aligned = hasattr(F, "grouped_mm") and all(n * x.element_size() % 16 == 0 for n in weight.shape[1:])
-    eager = x.device.type in ("cpu", "cuda") and not torch.compiler.is_compiling()
-    return aligned and x.device.type != "mps" and (x.dtype == torch.bfloat16 or eager)
+def can_use_grouped_mm(x, weight):
+    """Whether F.grouped_mm can multiply x by weight (E, in, out). PyTorch 2.9 does not have it."""
+    if not hasattr(F, "grouped_mm") or x.device.type == "mps":
+        return False
+    if any(n * x.element_size() % 16 for n in weight.shape[1:]):  # rows must be multiples of 16 bytes
+        return False
+    if x.dtype == torch.bfloat16:
+        return True
+    return x.device.type in ("cpu", "cuda") and not torch.compiler.is_compiling()
 
 
 def grouped_experts(x, weights, indices, gate_up, down):
-    """Each expert computes its own tokens: one matrix product over all rows, grouped by expert."""
+    """Each expert computes its own tokens: one product over all rows, grouped by expert.
+
+    gate_up (E, n_embd, 2 width) and down (E, width, n_embd); the rest and the result as in Experts.forward.
+    """
     N, k = indices.shape
     experts, order = indices.flatten().sort(stable=True)  # the N · k choices, expert by expert
     x = x.repeat_interleave(k, dim=0).index_select(0, order)  # (N · k, n_embd)
     all_experts = torch.arange(len(down), device=x.device)
-    ends = torch.searchsorted(experts, all_experts, right=True, out_int32=True)  # where each one's rows end
+    ends = torch.searchsorted(
+        experts, all_experts, right=True, out_int32=True
+    )  # ends[e]: where expert e's rows end
     gate, up = F.grouped_mm(x, gate_up, offs=ends).chunk(2, dim=-1)
     y = F.grouped_mm(F.silu(gate) * up, down, offs=ends)  # (N · k, n_embd)
     y = y.index_select(0, order.argsort()).view(N, k, -1)  # back in the order of the tokens
@@ -511,15 +543,16 @@ class MTPBlock(Block):
     """A block that predicts one token further ahead (arXiv 2412.19437, equations 21 to 23)."""
 
     def __init__(self, config, depth):
-        super().__init__(config, config.n_layer + depth)
-        self.self_attn.layer_idx = depth  # in the cache for drafting
+        super().__init__(config, config.n_layer + depth)  # beyond the dense layers: it has experts
+        self.self_attn.layer_idx = depth  # in the cache for drafting, whose only layer is depth 0
+        # DeepSeek's names: e for the embedding, h for the hidden state; of the head only the norm is its own.
         self.enorm = RMSNorm(config.n_embd, config.norm_eps)
         self.hnorm = RMSNorm(config.n_embd, config.norm_eps)
         self.eh_proj = nn.Linear(2 * config.n_embd, config.n_embd, bias=False)
         self.shared_head = nn.ModuleDict({"norm": RMSNorm(config.n_embd, config.norm_eps)})
 
     def forward(self, hidden, embedding, rope, mask, cache):
-        """hidden states, and the embeddings of the tokens that follow them: both (B, T, n_embd)."""
+        """hidden, and the embedding of the token that follows each position -> new hidden: (B, T, n_embd)."""
         x = self.eh_proj(torch.cat((self.enorm(embedding), self.hnorm(hidden)), dim=-1))
         return self.shared_head.norm(super().forward(x, rope, mask, cache))
 
@@ -558,15 +591,17 @@ class GPT(nn.Module):
                 nn.init.normal_(weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
 
     def new_cache(self, batch_size, max_length, drafting=False):
-        """An empty KVCache for batch_size sequences of up to max_length tokens; or one for `draft`."""
-        weight, n_layer = self.lm_head.weight, 1 if drafting else self.config.n_layer
+        """An empty KVCache for batch_size sequences of up to max_length tokens. drafting: one for `draft`."""
+        weight = self.lm_head.weight
+        n_layer = 1 if drafting else self.config.n_layer
         return KVCache(self.config, n_layer, batch_size, max_length, weight.device, weight.dtype)
 
     def forward(self, idx, targets=None, cache=None, return_hidden=False):
         """idx (B, T) int64 -> logits (B, T, vocab_size) and a dict of scalar losses.
 
         targets (B, T) hold the token that follows each of idx, or -1 to ignore a position. Without targets,
-        the dict is empty. With a cache, idx are the tokens that follow the cached ones.
+        the dict is empty. With a cache, idx are the tokens that follow the cached ones. With return_hidden,
+        the result is logits and hidden states (B, T, n_embd).
         """
         T = idx.size(1)
         if cache is None:
@@ -589,8 +624,9 @@ class GPT(nn.Module):
             losses["next_token"] = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
             if self.config.num_nextn_predict_layers:
                 losses["mtp"] = self.config.mtp_loss_weight * self.mtp_loss(hidden, idx, targets, rope)
-            if self.training and self.config.router == "softmax":  # the mean over layers; Switch adds them up
-                balance = torch.stack([router.balance_loss for router in self.routers()]).mean()
+            if self.training and self.config.router == "softmax":
+                balance = torch.stack([router.balance_loss for router in self.routers()])
+                balance = balance.mean()  # over layers; Switch adds them up
                 losses["balance"] = self.config.router_aux_loss_coef * balance
         for router in self.routers():
             router.balance_loss = None  # it would keep the step's graph alive
@@ -599,16 +635,16 @@ class GPT(nn.Module):
     def mtp_loss(self, hidden, idx, targets, rope):
         """Mean over the MTP blocks of the cross-entropy of the tokens that each predicts."""
         # The token after each of idx. After the last one it is the last target.
-        following = torch.cat((idx[:, 1:], targets[:, -1:].clamp_min(0)), dim=1)
+        following = torch.cat((idx[:, 1:], targets[:, -1:].clamp_min(0)), dim=1)  # -1 has no embedding
         loss = 0.0
         for block in self.model.layers[self.config.n_layer :]:
             embedding = self.model.dropout(self.model.embed_tokens(following))
             hidden = block(hidden, embedding, rope, None, None)
-            following = F.pad(following[:, 1:], (0, 1))
             targets = F.pad(targets[:, 1:], (0, 1), value=-1)  # none for the last position
             logits = self.lm_head(hidden).flatten(0, 1)
             total = F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction="sum")
             loss = loss + total / (targets != -1).sum().clamp_min(1)
+            following = F.pad(following[:, 1:], (0, 1))
         return loss / self.config.num_nextn_predict_layers
 
     def draft(self, hidden, idx, cache):
@@ -617,7 +653,8 @@ class GPT(nn.Module):
         hidden (B, T, n_embd) are the model's, or those of the last draft; idx (B, T) are the tokens that
         follow them; cache = new_cache(…, drafting=True) holds the earlier positions.
         """
-        T, block = idx.size(1), self.model.layers[self.config.n_layer]
+        T = idx.size(1)
+        block = self.model.layers[self.config.n_layer]
         rope = rotation(cache.positions(T), self.config)
         hidden = block(hidden, self.model.embed_tokens(idx), rope, cache.mask(T), cache)
         cache.advance(T)
@@ -635,11 +672,12 @@ class GPT(nn.Module):
         probabilities.
         """
         tokens = torch.stack([router.tokens_per_expert for router in self.routers()])
+        # The tokens are those of all processes already.
         entropy = sum_over_processes(torch.stack([router.entropy for router in self.routers()]))
         for router, n in zip(self.routers(), tokens, strict=True):
             if self.config.router == "sigmoid":
                 router.e_score_correction_bias += self.config.bias_update_speed * (n.mean() - n).sign()
             router.tokens_per_expert.zero_()
             router.entropy.zero_()
-        mean_entropy = entropy / tokens.sum(1) * self.config.num_experts_per_tok
-        return {"expert_tokens": tokens, "router_entropy": mean_entropy}
+        n_tokens = tokens.sum(1) / self.config.num_experts_per_tok  # each token chose several experts
+        return {"expert_tokens": tokens, "router_entropy": entropy / n_tokens}

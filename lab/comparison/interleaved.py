@@ -34,7 +34,7 @@ def parse_contexts(text: str) -> list[int]:
 
 
 def read(out: Path, notes: list[str]) -> dict:
-    """Earlier measurements of today's code. A line is added to notes for those of other code."""
+    """Earlier measurements of the current code. A line is added to notes for those of other code."""
     path = out / "speeds.json"
     try:
         speeds = json.loads(path.read_text()) if path.exists() else {}

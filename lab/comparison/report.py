@@ -102,7 +102,7 @@ def ladder(rows: dict[str, dict]) -> str:
     tuned = any("tuned" in row for row in rows.values())
     heads = ["stage", "what changed", "lines changed", "parameters (active)", "FLOPs per token", "val loss"]
     heads += ["val loss at its best rate"] if tuned else []
-    heads += ["bits per byte", f"seconds to {LOSS_TO_REACH:.2f}", "training tokens/s", "decoding tokens/s"]
+    heads += ["bits per byte", f"seconds to {LOSS_TO_REACH:.1f}", "training tokens/s", "decoding tokens/s"]
     heads += ["cache bytes per token", "peak memory, MiB"]
     return markdown.table(heads, (cells(name, row, tuned) for name, row in rows.items()))
 

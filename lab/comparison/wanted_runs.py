@@ -56,7 +56,7 @@ class Run:
         return [*train, *self.flags, "--out", str(self.folder)]
 
     def fits(self, config: dict) -> bool:
-        """Whether a run with this config.json is this run, trained with today's code."""
+        """Whether a run with this config.json is this run, trained with the current code."""
         of_this = (config["dataset"], config["settings"]["seed"]) == (self.dataset, self.settings.seed)
         return of_this and same(config, self.settings) and edits.difference(config) is None
 
@@ -145,7 +145,7 @@ def wanted_settings(stage: str, seed: int, flags: list[str]) -> tuple[settings.S
 
 
 def at_hand(notes: list[str]) -> tuple[list[tuple[Path, dict]], list[tuple[Path, dict]]]:
-    """All runs that train.py made, with their configs: those of today's code, and those of other code.
+    """All runs that train.py made, with their configs: those of the current code, and those of other code.
 
     A line is added to notes for each run that cannot be read.
     """
