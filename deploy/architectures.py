@@ -35,6 +35,7 @@ TESTED = {
         "645ac9dfd1c365f3",
     ],
     "deepseek_v3": ["6ff93438f1444348", "e94fff99cafa405c"],
+    "llama3": ["07b4cdb38c232da4"],
 }
 
 

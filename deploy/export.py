@@ -2,8 +2,8 @@
 
 --to hf: a folder that stock transformers loads. pipeline("text-generation", DIR) continues a prompt with the
 same text as `sample.py --temperature 0`, up to the context length. (Beyond it, sample.py slides its window
-and transformers stops.) Stage 0 becomes GPT2LMHeadModel, stages 3 to 5 LlamaForCausalLM, stage 6 with the
-softmax router and without shared experts MixtralForCausalLM, and stages 7a, 7 and deepseek_v3
+and transformers stops.) Stage 0 becomes GPT2LMHeadModel, stages 3 to 5 and llama3 LlamaForCausalLM, stage 6
+with the softmax router and without shared experts MixtralForCausalLM, and stages 7a, 7 and deepseek_v3
 DeepseekV3ForCausalLM. An imported run, or one fine-tuned from it, gets back its tokenizer's files, its
 generation_config.json and the ids of its special tokens. Transformers honours these: it may sample, and it
 may stop at an end-of-text token.
@@ -42,6 +42,7 @@ COUNTERPARTS = {
     "stage7a_mla": deepseek,
     "stage7_mla_mtp": deepseek,
     "deepseek_v3": deepseek,
+    "llama3": llama,
 }
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # exported as they were imported
@@ -74,7 +75,7 @@ def main():
     if settings.to == "hf" and stage not in COUNTERPARTS:
         raise UserError(
             f"{stage} has no counterpart in transformers\nexport stage 0 (GPT2LMHeadModel), 3, 4, 5 "
-            "(LlamaForCausalLM), 6 (MixtralForCausalLM), 7a, 7 or deepseek_v3 (DeepseekV3ForCausalLM)"
+            "(LlamaForCausalLM), 6 (MixtralForCausalLM), 7a, 7 or a model of family/"
         )
     with new_folder(out, run) as folder:
         model, _ = runs.load(run, settings.checkpoint, torch.device("cpu"))

@@ -1,12 +1,13 @@
 """Imports a Hugging Face folder as a run: python -m deploy.import_hf DIR --out runs/NAME
 
-GPT-2 becomes stage 0. Llama, and Mistral without its sliding window, become stage 3 or, with fewer key/value
-heads than heads, stage 4. Mixtral becomes stage 6. DeepSeek-V3 becomes stage 7 or, with YaRN, groups of
-experts or a latent for the queries, deepseek_v3 (in family/). sample.py and deploy/export.py take the run; so
-does train.py --init-from if its tokenizer is GPT-2's or has one token per character. DIR must be on this
-machine: nothing is downloaded. Weights are converted to float32. Anything that no stage can represent is
-refused, with its name. The run keeps the tokenizer's files and generation_config.json for deploy/export.py.
-sample.py does not stop at eos_token_id, as transformers does.
+GPT-2 becomes stage 0. Llama becomes stage 3 or, with fewer key/value heads than heads, stage 4; so does
+Mistral without its sliding window. With scaled positions, or heads of another width, Llama becomes llama3 (in
+family/). Mixtral becomes stage 6. DeepSeek-V3 becomes stage 7 or, with YaRN, groups of experts or a latent
+for the queries, deepseek_v3 (in family/). sample.py and deploy/export.py take the run; so does train.py
+--init-from if its tokenizer is GPT-2's or has one token per character. DIR must be on this machine: nothing
+is downloaded. Weights are converted to float32. Anything that no stage can represent is refused, with its
+name. The run keeps the tokenizer's files and generation_config.json for deploy/export.py. sample.py does not
+stop at eos_token_id, as transformers does.
 """
 
 import sys

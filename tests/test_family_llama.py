@@ -1,0 +1,157 @@
+"""Llama's relatives in family/: each is that of transformers, both ways, and what it adds to stage 5."""
+
+import json
+from pathlib import Path
+
+import pytest
+import test_deploy
+import torch
+from test_deploy import CPU, edit_config, explained, llama, make_run, run_export, run_import, save_theirs
+from transformers import AutoModelForCausalLM
+
+from lab import stages
+from lab.storage import runs
+
+__all__ = ["run_export", "run_import"]  # fixtures
+
+STAGE5, LLAMA3 = stages.load("stage5_flash"), stages.load("llama3")
+SIZES = {"vocab_size": 61, "block_size": 24, "n_layer": 2, "n_head": 4, "n_embd": 32}
+LONG = 60  # tokens: beyond the context, the original context and the windows of the models here
+
+
+def make(stage, **sizes):
+    """A tiny model with large random weights, so that positions and tokens matter."""
+    torch.manual_seed(0)
+    return test_deploy.shake(stage.GPT(stage.GPTConfig(**SIZES | sizes)))
+
+
+def tokens(length=LONG):
+    return torch.randint(61, (2, length), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def assert_same_function(ours, theirs):
+    """The same logits at LONG positions: at once, and through caches filled by some and by single tokens."""
+    idx = tokens()
+    logits = theirs(idx).logits
+    assert logits.std() > 0.3
+    torch.testing.assert_close(ours(idx)[0], logits, atol=1e-4, rtol=0)
+    cache, their_cache = ours.new_cache(2, LONG), None
+    for part in idx.split([10, 3, 20, *[1] * 20, 7], dim=1):
+        answer = theirs(part, past_key_values=their_cache, use_cache=True)
+        their_cache = answer.past_key_values
+        torch.testing.assert_close(ours(part, cache=cache)[0], answer.logits, atol=1e-4, rtol=0)
+
+
+def scaled(rope_type, theta=10_000.0, **numbers):
+    return {"rope_parameters": {"rope_type": rope_type, "rope_theta": theta, **numbers}}
+
+
+BOUNDS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+THEIRS = [
+    ("llama3", llama, scaled("llama3", 500_000.0, factor=8.0, **BOUNDS) | {"num_key_value_heads": 2}),
+    ("llama3", llama, scaled("llama3", 100.0, factor=32.0, **BOUNDS) | {"head_dim": 24}),
+    ("llama3", llama, scaled("linear", factor=2.5) | {"num_hidden_layers": 1}),
+    ("llama3", llama, scaled("dynamic", factor=2.0) | {"tie_word_embeddings": True}),
+    ("llama3", llama, scaled("dynamic", 500.0, factor=4.0) | {"num_key_value_heads": 1, "head_dim": 4}),
+    ("llama3", llama, {"head_dim": 16, "rms_norm_eps": 1e-3}),
+]
+
+
+@pytest.mark.parametrize("stage, theirs, sizes", THEIRS)
+def test_what_is_imported_is_the_same_function_and_exports_as_it_was(
+    run_import, run_export, stage, theirs, sizes
+):
+    test_deploy.test_what_is_imported_has_their_logits_and_exports_as_it_was(
+        run_import, run_export, stage, theirs, sizes
+    )
+    ours, _ = runs.load(Path("runs/imported"), "best", CPU)
+    assert_same_function(ours, AutoModelForCausalLM.from_pretrained("theirs"))
+    exported, original = (json.loads(Path(name, "config.json").read_text()) for name in ("back", "theirs"))
+    assert exported["head_dim"] == original.get("head_dim", exported["head_dim"])
+
+
+OURS = [
+    ("llama3", {}),
+    ("llama3", {"head_dim": 6, "rope_type": "linear", "rope_scaling": {"factor": 3.0}, "n_kv_head": 4}),
+    ("llama3", {"rope_type": "dynamic", "rope_scaling": {"factor": 3.0}, "n_kv_head": 1}),
+    ("llama3", {"rope_type": "llama3", "rope_scaling": {"factor": 4.0, **BOUNDS}, "n_layer": 3}),
+]
+CLASSES = {"llama3": "LlamaForCausalLM"}
+
+
+@pytest.mark.parametrize("stage, sizes", OURS)
+def test_what_is_exported_is_the_same_function_in_stock_transformers(run_export, stage, sizes):
+    ours = make_run("run", stage, "".join(map(chr, range(97, 158))), **sizes)
+    assert run_export("--run", "run", "--to", "hf", "--out", "out") == 0
+    theirs, report = AutoModelForCausalLM.from_pretrained("out", output_loading_info=True)
+    assert type(theirs).__name__ == CLASSES[stage] and not any(report.values()), report
+    assert_same_function(ours, theirs)
+
+
+@pytest.mark.parametrize("stage", CLASSES)
+def test_without_its_additions_a_relative_is_stage_5(stage):
+    if stage == "llama3":
+        assert torch.equal(make(LLAMA3)(tokens())[0], make(STAGE5)(tokens())[0])
+
+
+# llama3
+
+
+def test_the_fields_of_transformers_4_say_the_same(run_import, capsys):
+    """rope_scaling beside rope_theta, under either name of the type, and what transformers 5 assumes."""
+    save_theirs(llama(**scaled("llama3", 500_000.0, factor=8.0, **BOUNDS)), "theirs")
+    numbers = {"factor": 8.0, **BOUNDS}
+    old = {"type": "llama3", "rope_type": "llama3", **numbers}
+    edit_config("theirs", rope_parameters=None, rope_theta=500_000, rope_scaling=old)
+    assert run_import("theirs", "--out", "run") == 0
+    model = runs.read_config(Path("run"))["model"]
+    assert (model["rope_type"], model["rope_scaling"]) == ("llama3", numbers)
+    assert model["rope_theta"] == 500_000 and capsys.readouterr().err == ""
+    del old["original_max_position_embeddings"]
+    edit_config("theirs", rope_scaling=old)
+    assert run_import("theirs", "--out", "again") == 0
+    scaling = runs.read_config(Path("again"))["model"]["rope_scaling"]
+    assert scaling["original_max_position_embeddings"] == test_deploy.CONTEXT
+
+
+def test_an_export_says_how_positions_are_scaled_where_other_programs_look(run_export):
+    make_run("run", "llama3", rope_type="llama3", rope_scaling={"factor": 4.0, **BOUNDS})
+    assert run_export("--run", "run", "--to", "hf", "--out", "out") == 0
+    written = json.loads(Path("out/config.json").read_text())["rope_scaling"]
+    assert written == {"rope_type": "llama3", "factor": 4.0, **BOUNDS}
+
+
+@pytest.mark.parametrize("length, changed", [(24, False), (25, True)])
+def test_a_dynamic_base_changes_beyond_the_context_alone(length, changed):
+    sizes = {"rope_type": "dynamic", "rope_scaling": {"factor": 2.0}}
+    same = torch.equal(make(LLAMA3, **sizes)(tokens(length))[0], make(LLAMA3)(tokens(length))[0])
+    assert same is not changed
+
+
+def test_llama2c_and_llama3_are_no_pair(run_export, capsys):
+    make_run("run", "llama3", head_dim=16)
+    assert run_export("--run", "run", "--to", "llama2c", "--out", "out") == 2
+    explained(capsys, "llama2.c has no counterpart of llama3")
+
+
+@pytest.mark.parametrize(
+    "sizes, message",
+    [
+        ({"head_dim": 7}, "head_dim \\(7\\) must be even"),
+        ({"head_dim": 0}, "head_dim \\(0\\)"),
+        ({"rope_type": "yarn"}, "one of default, linear, dynamic, llama3, not 'yarn'"),
+        ({"rope_type": "linear"}, "linear needs factor in rope_scaling, above 0, not None"),
+        ({"rope_scaling": {"factor": 2.0}}, "default needs nothing in rope_scaling"),
+        ({"rope_type": "linear", "rope_scaling": {"factor": -2.0}}, "above 0, not {'factor': -2.0}"),
+        ({"rope_type": "llama3", "rope_scaling": {"factor": 2.0}}, "needs factor, high_freq_factor, low_"),
+        ({"rope_type": "dynamic", "rope_scaling": {"factor": 2.0}, "head_dim": 2}, "at least 4"),
+        (
+            {"rope_type": "llama3", "rope_scaling": {"factor": 2.0, **BOUNDS, "low_freq_factor": 4.0}},
+            "low_freq_factor \\(4.0\\) must be less than high_freq_factor \\(4.0\\)",
+        ),
+    ],
+)
+def test_positions_that_cannot_be_scaled_are_refused(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        LLAMA3.GPTConfig(**SIZES | sizes)
