@@ -3,10 +3,10 @@
 --to hf: a folder that stock transformers loads. pipeline("text-generation", DIR) continues a prompt with the
 same text as `sample.py --temperature 0`, up to the context length. (Beyond it, sample.py slides its window
 and transformers stops.) Stage 0 becomes GPT2LMHeadModel, stages 3 to 5 and llama3 LlamaForCausalLM, stage 6
-with the softmax router and without shared experts MixtralForCausalLM, and stages 7a, 7 and deepseek_v3
-DeepseekV3ForCausalLM. An imported run, or one fine-tuned from it, gets back its tokenizer's files, its
-generation_config.json and the ids of its special tokens. Transformers honours these: it may sample, and it
-may stop at an end-of-text token.
+with the softmax router and without shared experts MixtralForCausalLM, stages 7a, 7 and deepseek_v3
+DeepseekV3ForCausalLM, and qwen2 Qwen2ForCausalLM. An imported run, or one fine-tuned from it, gets back its
+tokenizer's files, its generation_config.json and the ids of its special tokens. Transformers honours these:
+it may sample, and it may stop at an end-of-text token.
 
 --to llama2c: model.bin and tokenizer.bin for the C program `run` of karpathy/llama2.c. That program puts a
 newline and a space before every prompt; see deploy/llama2c.py.
@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 
 from data.tokenizers import HF_CONFIG, read_object
-from deploy import architectures, deepseek, gpt2, llama, llama2c, mixtral, tokenizer_json
+from deploy import architectures, deepseek, gpt2, llama, llama2c, mixtral, qwen, tokenizer_json
 from deploy.output import new_folder
 from lab import atomic, cli, device
 from lab.errors import UserError, shown
@@ -43,6 +43,7 @@ COUNTERPARTS = {
     "stage7_mla_mtp": deepseek,
     "deepseek_v3": deepseek,
     "llama3": llama,
+    "qwen2": qwen,
 }
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # exported as they were imported
@@ -97,7 +98,7 @@ def main():
 
 
 def write_hf(folder: Path, counterpart, tensors: dict, sizes: dict, meta: dict, run: Path) -> None:
-    """Writes a folder for transformers; `counterpart` is the module gpt2, llama, mixtral or deepseek."""
+    """Writes a folder for transformers; `counterpart` is a module such as llama."""
     tokenizer = runs.tokenizer(run)
     imported = read_object(run / HF_CONFIG)  # empty if the run was not imported
     config = counterpart.to_config(sizes)

@@ -516,7 +516,7 @@ REFUSED_LLAMAS = {
     "no width": ({"head_dim": 0}, "head_dim = 0"),
     "attention dropout": ({"attention_dropout": 0.1}, "attention_dropout = 0.1"),
     "quantized": ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
-    "another model": ({"model_type": "qwen3"}, "model_type 'qwen3'"),
+    "another model": ({"model_type": "gemma2"}, "model_type 'gemma2'"),
     "odd heads": ({"num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 1}, "must be even"),
     "heads that do not divide": ({"num_key_value_heads": 3}, "n_kv_head (3)"),
     "word for a number": ({"num_hidden_layers": "two"}, 'num_hidden_layers = "two"'),

@@ -1,5 +1,6 @@
 """Llama's relatives in family/: each is that of transformers, both ways, and what it adds to stage 5."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 import test_deploy
 import torch
 from test_deploy import CPU, edit_config, explained, llama, make_run, run_export, run_import, save_theirs
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from lab import stages
 from lab.storage import runs
@@ -47,6 +48,7 @@ def scaled(rope_type, theta=10_000.0, **numbers):
     return {"rope_parameters": {"rope_type": rope_type, "rope_theta": theta, **numbers}}
 
 
+qwen2 = functools.partial(llama, Qwen2ForCausalLM, Qwen2Config, num_key_value_heads=2)
 BOUNDS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
 THEIRS = [
     ("llama3", llama, scaled("llama3", 500_000.0, factor=8.0, **BOUNDS) | {"num_key_value_heads": 2}),
@@ -55,6 +57,9 @@ THEIRS = [
     ("llama3", llama, scaled("dynamic", factor=2.0) | {"tie_word_embeddings": True}),
     ("llama3", llama, scaled("dynamic", 500.0, factor=4.0) | {"num_key_value_heads": 1, "head_dim": 4}),
     ("llama3", llama, {"head_dim": 16, "rms_norm_eps": 1e-3}),
+    ("qwen2", qwen2, {"tie_word_embeddings": True, "num_hidden_layers": 1}),
+    ("qwen2", qwen2, {"num_key_value_heads": 4, "rms_norm_eps": 1e-3} | scaled("default", 1e6)),
+    ("qwen2", qwen2, {"num_attention_heads": 6, "hidden_size": 36, "num_key_value_heads": 3}),
 ]
 
 
@@ -68,7 +73,7 @@ def test_what_is_imported_is_the_same_function_and_exports_as_it_was(
     ours, _ = runs.load(Path("runs/imported"), "best", CPU)
     assert_same_function(ours, AutoModelForCausalLM.from_pretrained("theirs"))
     exported, original = (json.loads(Path(name, "config.json").read_text()) for name in ("back", "theirs"))
-    assert exported["head_dim"] == original.get("head_dim", exported["head_dim"])
+    assert exported.get("head_dim") == original.get("head_dim")
 
 
 OURS = [
@@ -76,8 +81,10 @@ OURS = [
     ("llama3", {"head_dim": 6, "rope_type": "linear", "rope_scaling": {"factor": 3.0}, "n_kv_head": 4}),
     ("llama3", {"rope_type": "dynamic", "rope_scaling": {"factor": 3.0}, "n_kv_head": 1}),
     ("llama3", {"rope_type": "llama3", "rope_scaling": {"factor": 4.0, **BOUNDS}, "n_layer": 3}),
+    ("qwen2", {"n_kv_head": 1, "rope_theta": 1e6}),
+    ("qwen2", {"n_kv_head": 4, "tie_word_embeddings": False, "norm_eps": 1e-6}),
 ]
-CLASSES = {"llama3": "LlamaForCausalLM"}
+CLASSES = {"llama3": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 
 
 @pytest.mark.parametrize("stage, sizes", OURS)
@@ -91,8 +98,12 @@ def test_what_is_exported_is_the_same_function_in_stock_transformers(run_export,
 
 @pytest.mark.parametrize("stage", CLASSES)
 def test_without_its_additions_a_relative_is_stage_5(stage):
-    if stage == "llama3":
-        assert torch.equal(make(LLAMA3)(tokens())[0], make(STAGE5)(tokens())[0])
+    five, relative = make(STAGE5), make(stages.load(stage))
+    without = {
+        name: torch.zeros_like(t) for name, t in relative.state_dict().items() if name.endswith("bias")
+    }
+    relative.load_state_dict(five.state_dict() | without)
+    assert torch.equal(relative(tokens())[0], five(tokens())[0])
 
 
 # llama3
@@ -155,3 +166,46 @@ def test_llama2c_and_llama3_are_no_pair(run_export, capsys):
 def test_positions_that_cannot_be_scaled_are_refused(sizes, message):
     with pytest.raises(ValueError, match=message):
         LLAMA3.GPTConfig(**SIZES | sizes)
+
+
+# qwen2
+
+
+def test_qwen2_as_published_has_a_window_that_is_switched_off(run_import, capsys):
+    save_theirs(qwen2(), "theirs")
+    edit_config("theirs", rope_parameters=None, layer_types=None, rope_theta=500.0, eos_token_id=[1, 2])
+    edit_config("theirs", sliding_window=8, max_window_layers=0, use_sliding_window=False, use_mrope=False)
+    assert run_import("theirs", "--out", "run") == 0
+    assert capsys.readouterr().err == ""
+    assert_same_function(
+        runs.load(Path("run"), "best", CPU)[0], AutoModelForCausalLM.from_pretrained("theirs")
+    )
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"use_sliding_window": True, "sliding_window": 8, "layer_types": None}, "use_sliding_window = true"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+            'qwen2 cannot represent that, only rope_type "def',
+        ),
+        ({"head_dim": 16}, "head_dim = 16"),
+        ({"use_mrope": True}, "use_mrope = true"),
+        ({"num_key_value_heads": None}, "n_kv_head (32)"),  # the default of transformers
+        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
+    ],
+)
+def test_a_qwen2_that_cannot_be_represented_is_refused_by_name(run_import, capsys, changes, message):
+    save_theirs(qwen2(), "theirs")
+    edit_config("theirs", **changes)
+    assert run_import("theirs", "--out", "out") == 2
+    explained(capsys, message)
+
+
+def test_biases_that_the_files_lack_are_named(run_import, capsys):
+    save_theirs(qwen2(), "theirs")
+    test_deploy.change_weights("theirs", lambda t: t.pop("model.layers.0.self_attn.q_proj.bias"))
+    assert run_import("theirs", "--out", "out") == 2
+    explained(capsys, "model.layers.0.self_attn.q_proj.bias is missing")
