@@ -1,7 +1,7 @@
-"""Converts configs between family/qwen2 and transformers' Qwen2ForCausalLM.
+"""Converts configs between family/qwen2 and qwen3, and transformers' Qwen2ForCausalLM and Qwen3ForCausalLM.
 
 The tensors have the same names, shapes and meaning in both. Qwen2's config.json states neither its biases nor
-a width of heads, and it often has a sliding_window that use_sliding_window = false switches off.
+a width of heads. Those of both often have a sliding_window that use_sliding_window = false switches off.
 """
 
 from deploy import fields, llama
@@ -18,12 +18,22 @@ REPRESENTABLE = {
     "pruned_heads": ({},),
     "quantization_config": (None,),
 }
-DEFAULTS = {"num_key_value_heads": 32}  # of transformers, for missing fields
+DEFAULTS = {  # of transformers, for missing fields
+    "qwen2": {"num_key_value_heads": 32},
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
+}
 
 
 def to_config(sizes: dict) -> dict:
-    """config.json for a model of qwen2."""
+    """config.json for a model of qwen2 or, if the sizes have a head_dim, of qwen3."""
     config = llama.to_config(sizes)
+    if "head_dim" in sizes:
+        del config["mlp_bias"]
+        return config | {
+            "architectures": ["Qwen3ForCausalLM"],
+            "model_type": "qwen3",
+            "use_sliding_window": False,
+        }
     for name in ("attention_bias", "mlp_bias", "head_dim"):
         del config[name]
     return config | {
@@ -35,8 +45,12 @@ def to_config(sizes: dict) -> dict:
 
 def from_config(config: dict) -> tuple[str, dict]:
     """The stage and its sizes for a config.json. Raises UserError for anything it cannot represent."""
-    config = DEFAULTS | config
-    sizes = llama.common_sizes(config, REPRESENTABLE, "qwen2")
-    ignored = {"sliding_window", "max_window_layers", "attention_bias"}  # the biases are always there
+    stage = config["model_type"]
+    config = DEFAULTS[stage] | config
+    representable = REPRESENTABLE
+    if stage == "qwen3":  # for Qwen2, transformers ignores this field
+        representable = representable | {"attention_bias": (False,)}
+    sizes = llama.common_sizes(config, representable, stage, any_head_dim=stage == "qwen3")
+    ignored = {"sliding_window", "max_window_layers", "attention_bias"}
     fields.say_what_is_unknown(config, {*llama.READ, *REPRESENTABLE, *ignored})
-    return "qwen2", sizes
+    return stage, sizes

@@ -8,7 +8,7 @@ import pytest
 import test_deploy
 import torch
 from test_deploy import CPU, edit_config, explained, llama, make_run, run_export, run_import, save_theirs
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from lab import stages
 from lab.storage import runs
@@ -49,6 +49,7 @@ def scaled(rope_type, theta=10_000.0, **numbers):
 
 
 qwen2 = functools.partial(llama, Qwen2ForCausalLM, Qwen2Config, num_key_value_heads=2)
+qwen3 = functools.partial(llama, Qwen3ForCausalLM, Qwen3Config, num_key_value_heads=2, head_dim=8)
 BOUNDS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
 THEIRS = [
     ("llama3", llama, scaled("llama3", 500_000.0, factor=8.0, **BOUNDS) | {"num_key_value_heads": 2}),
@@ -60,6 +61,13 @@ THEIRS = [
     ("qwen2", qwen2, {"tie_word_embeddings": True, "num_hidden_layers": 1}),
     ("qwen2", qwen2, {"num_key_value_heads": 4, "rms_norm_eps": 1e-3} | scaled("default", 1e6)),
     ("qwen2", qwen2, {"num_attention_heads": 6, "hidden_size": 36, "num_key_value_heads": 3}),
+    ("qwen3", qwen3, {"tie_word_embeddings": True, "head_dim": 16}),
+    (
+        "qwen3",
+        qwen3,
+        {"num_key_value_heads": 1, "head_dim": 6, "rms_norm_eps": 1e-3} | scaled("default", 1e6),
+    ),
+    ("qwen3", qwen3, {"num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 8}),
 ]
 
 
@@ -83,8 +91,10 @@ OURS = [
     ("llama3", {"rope_type": "llama3", "rope_scaling": {"factor": 4.0, **BOUNDS}, "n_layer": 3}),
     ("qwen2", {"n_kv_head": 1, "rope_theta": 1e6}),
     ("qwen2", {"n_kv_head": 4, "tie_word_embeddings": False, "norm_eps": 1e-6}),
+    ("qwen3", {"n_kv_head": 1, "rope_theta": 1e6}),
+    ("qwen3", {"n_kv_head": 3, "n_head": 6, "head_dim": 10, "norm_eps": 1e-3}),
 ]
-CLASSES = {"llama3": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+CLASSES = {"llama3": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
 
 @pytest.mark.parametrize("stage, sizes", OURS)
@@ -96,7 +106,7 @@ def test_what_is_exported_is_the_same_function_in_stock_transformers(run_export,
     assert_same_function(ours, theirs)
 
 
-@pytest.mark.parametrize("stage", CLASSES)
+@pytest.mark.parametrize("stage", ["llama3", "qwen2"])
 def test_without_its_additions_a_relative_is_stage_5(stage):
     five, relative = make(STAGE5), make(stages.load(stage))
     without = {
@@ -209,3 +219,57 @@ def test_biases_that_the_files_lack_are_named(run_import, capsys):
     test_deploy.change_weights("theirs", lambda t: t.pop("model.layers.0.self_attn.q_proj.bias"))
     assert run_import("theirs", "--out", "out") == 2
     explained(capsys, "model.layers.0.self_attn.q_proj.bias is missing")
+
+
+# qwen3
+
+
+def test_qwen3_as_published_is_read_without_a_word(run_import, capsys):
+    save_theirs(qwen3(), "theirs")
+    edit_config("theirs", rope_parameters=None, layer_types=None, rope_theta=500, eos_token_id=[1, 2])
+    edit_config("theirs", sliding_window=8, max_window_layers=0, use_sliding_window=False)
+    assert run_import("theirs", "--out", "run") == 0
+    assert capsys.readouterr().err == ""
+    ours, _ = runs.load(Path("run"), "best", CPU)
+    assert_same_function(ours, AutoModelForCausalLM.from_pretrained("theirs"))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"use_sliding_window": True}, "use_sliding_window = true"),
+        ({"attention_bias": True}, "attention_bias = true"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "qwen3 cannot represent that"),
+        ({"head_dim": None}, "k_norm.weight is (8,), but config.json requires (128,)"),  # theirs by default
+        ({"head_dim": 7}, "head_dim (7) must be even"),
+    ],
+)
+def test_a_qwen3_that_cannot_be_represented_is_refused_by_name(run_import, capsys, changes, message):
+    save_theirs(qwen3(), "theirs")
+    edit_config("theirs", **changes)
+    assert run_import("theirs", "--out", "out") == 2
+    explained(capsys, message)
+
+
+def test_queries_and_keys_have_the_same_length_whatever_the_weights(monkeypatch):
+    """So scores are bounded: each head is scaled to a root mean square of 1, and rotation keeps lengths."""
+    qwen3 = stages.load("qwen3")
+    model = qwen3.GPT(qwen3.GPTConfig(**SIZES, head_dim=10))
+    seen = []
+    monkeypatch.setattr(qwen3, "attention", lambda q, k, v, *rest: (seen.extend((q, k)), q)[1])
+    for name, parameter in model.named_parameters():
+        if "_proj" in name:
+            parameter.data.mul_(100)
+    model(tokens(9))
+    for x in seen:
+        torch.testing.assert_close(x.square().mean(-1), torch.ones(x.shape[:3]), atol=1e-3, rtol=0)
+
+
+def test_under_autocast_queries_keys_and_values_have_one_dtype(monkeypatch):
+    """A norm returns float32, which would rule out kernels for 16 bits."""
+    qwen3 = stages.load("qwen3")
+    model, seen = qwen3.GPT(qwen3.GPTConfig(**SIZES)), []
+    monkeypatch.setattr(qwen3, "attention", lambda q, k, v, *rest: (seen.extend((q, k, v)), q)[1])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(tokens(9))
+    assert {x.dtype for x in seen} == {torch.bfloat16}
