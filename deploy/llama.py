@@ -1,7 +1,7 @@
 """Converts configs between our code and transformers' LlamaForCausalLM.
 
 Ours is stage 3, 4 or 5 or, with scaled positions or heads of another width, family/llama3. The tensors have
-the same names, shapes and meaning in both. Mistral without its sliding window is the same architecture.
+the same names, shapes and meaning in both.
 """
 
 import json
@@ -27,8 +27,6 @@ REPRESENTABLE = {
 # llama3's ways to scale positions, and the fields that each requires.
 SCALING = {"linear": {"factor"}, "dynamic": {"factor"}}
 SCALING["llama3"] = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
-# transformers' defaults for missing fields.
-MISTRAL = {"num_key_value_heads": 8, "sliding_window": 4096}
 
 
 def to_config(sizes: dict) -> dict:
@@ -68,16 +66,18 @@ def to_config(sizes: dict) -> dict:
 
 def from_config(config: dict) -> tuple[str, dict]:
     """The stage and its sizes for a config.json. Raises UserError for anything llama3 cannot represent."""
-    if config["model_type"] == "mistral":
-        config = MISTRAL | config
     sizes = common_sizes(config, REPRESENTABLE, "llama3", scaling=SCALING, any_head_dim=True)
     # pretraining_tp has no effect on the result: it splits the matrix products into parts.
     fields.say_what_is_unknown(config, {*READ, *REPRESENTABLE, "pretraining_tp"})
-    switched_off = {"head_dim": sizes["n_embd"] // sizes["n_head"], "rope_type": "default"}
-    if any(sizes[name] != value for name, value in switched_off.items()):
+    if sizes["rope_type"] != "default" or sizes["n_head"] * sizes["head_dim"] != sizes["n_embd"]:
         return "llama3", sizes
-    for name in ("head_dim", "rope_type", "rope_scaling"):
-        del sizes[name]
+    return plain_stage(sizes)
+
+
+def plain_stage(sizes: dict) -> tuple[str, dict]:
+    """Stage 3 or 4 and its sizes, without those that only the relatives have."""
+    own = ("head_dim", "rope_type", "rope_scaling")
+    sizes = {name: value for name, value in sizes.items() if name not in own}
     if sizes["n_kv_head"] == sizes["n_head"]:
         del sizes["n_kv_head"]
         return "stage3_swiglu", sizes

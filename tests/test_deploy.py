@@ -510,7 +510,6 @@ REFUSED_LLAMAS = {
     "mlp bias": ({"mlp_bias": True}, "mlp_bias = true"),
     "activation": ({"hidden_act": "gelu"}, 'hidden_act = "gelu"'),
     "sliding window": ({"sliding_window": 4096}, "sliding_window = 4096"),
-    "mistral's own window": ({"model_type": "mistral", "num_key_value_heads": 4}, "sliding_window = 4096"),
     "windowed layers": ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
     "wide heads": ({"head_dim": 16}, "k_proj.weight is (32, 32), but config.json requires (64, 32)"),
     "no width": ({"head_dim": 0}, "head_dim = 0"),

@@ -8,14 +8,24 @@ import pytest
 import test_deploy
 import torch
 from test_deploy import CPU, edit_config, explained, llama, make_run, run_export, run_import, save_theirs
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from lab import stages
+from lab.sampling import generation
+from lab.sampling.compiled import CompiledStep
 from lab.storage import runs
 
 __all__ = ["run_export", "run_import"]  # fixtures
 
-STAGE5, LLAMA3 = stages.load("stage5_flash"), stages.load("llama3")
+STAGE5, LLAMA3, MISTRAL = (stages.load(name) for name in ("stage5_flash", "llama3", "mistral"))
 SIZES = {"vocab_size": 61, "block_size": 24, "n_layer": 2, "n_head": 4, "n_embd": 32}
 LONG = 60  # tokens: beyond the context, the original context and the windows of the models here
 
@@ -48,6 +58,7 @@ def scaled(rope_type, theta=10_000.0, **numbers):
     return {"rope_parameters": {"rope_type": rope_type, "rope_theta": theta, **numbers}}
 
 
+mistral = functools.partial(llama, MistralForCausalLM, MistralConfig, num_key_value_heads=2, sliding_window=8)
 qwen2 = functools.partial(llama, Qwen2ForCausalLM, Qwen2Config, num_key_value_heads=2)
 qwen3 = functools.partial(llama, Qwen3ForCausalLM, Qwen3Config, num_key_value_heads=2, head_dim=8)
 BOUNDS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
@@ -58,6 +69,11 @@ THEIRS = [
     ("llama3", llama, scaled("dynamic", factor=2.0) | {"tie_word_embeddings": True}),
     ("llama3", llama, scaled("dynamic", 500.0, factor=4.0) | {"num_key_value_heads": 1, "head_dim": 4}),
     ("llama3", llama, {"head_dim": 16, "rms_norm_eps": 1e-3}),
+    ("mistral", mistral, {"tie_word_embeddings": True, "num_hidden_layers": 1}),
+    ("mistral", mistral, {"sliding_window": 5, "head_dim": 12, "num_hidden_layers": 3}),
+    ("mistral", mistral, {"sliding_window": 2, "num_key_value_heads": 4} | scaled("default", 1e6)),
+    ("mistral", mistral, {"sliding_window": 40, "num_attention_heads": 3, "num_key_value_heads": 1}),
+    ("mistral", mistral, {"sliding_window": None, "head_dim": 16}),
     ("qwen2", qwen2, {"tie_word_embeddings": True, "num_hidden_layers": 1}),
     ("qwen2", qwen2, {"num_key_value_heads": 4, "rms_norm_eps": 1e-3} | scaled("default", 1e6)),
     ("qwen2", qwen2, {"num_attention_heads": 6, "hidden_size": 36, "num_key_value_heads": 3}),
@@ -89,12 +105,20 @@ OURS = [
     ("llama3", {"head_dim": 6, "rope_type": "linear", "rope_scaling": {"factor": 3.0}, "n_kv_head": 4}),
     ("llama3", {"rope_type": "dynamic", "rope_scaling": {"factor": 3.0}, "n_kv_head": 1}),
     ("llama3", {"rope_type": "llama3", "rope_scaling": {"factor": 4.0, **BOUNDS}, "n_layer": 3}),
+    ("mistral", {}),
+    ("mistral", {"sliding_window": 7, "head_dim": 6, "n_kv_head": 1}),
+    ("mistral", {"sliding_window": 30, "n_head": 6, "n_kv_head": 3, "head_dim": 8}),
     ("qwen2", {"n_kv_head": 1, "rope_theta": 1e6}),
     ("qwen2", {"n_kv_head": 4, "tie_word_embeddings": False, "norm_eps": 1e-6}),
     ("qwen3", {"n_kv_head": 1, "rope_theta": 1e6}),
     ("qwen3", {"n_kv_head": 3, "n_head": 6, "head_dim": 10, "norm_eps": 1e-3}),
 ]
-CLASSES = {"llama3": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+CLASSES = {
+    "llama3": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
 
 
 @pytest.mark.parametrize("stage, sizes", OURS)
@@ -106,7 +130,7 @@ def test_what_is_exported_is_the_same_function_in_stock_transformers(run_export,
     assert_same_function(ours, theirs)
 
 
-@pytest.mark.parametrize("stage", ["llama3", "qwen2"])
+@pytest.mark.parametrize("stage", ["llama3", "mistral", "qwen2"])
 def test_without_its_additions_a_relative_is_stage_5(stage):
     five, relative = make(STAGE5), make(stages.load(stage))
     without = {
@@ -176,6 +200,117 @@ def test_llama2c_and_llama3_are_no_pair(run_export, capsys):
 def test_positions_that_cannot_be_scaled_are_refused(sizes, message):
     with pytest.raises(ValueError, match=message):
         LLAMA3.GPTConfig(**SIZES | sizes)
+
+
+# mistral
+
+
+@pytest.mark.parametrize("window", [1, 2, 5, 16, 23, 60, 61])
+@pytest.mark.parametrize(
+    "parts", [[60], [1] * 60, [59, 1], [7, 1, 20, 2, 30], [3, 57], [16, 16, 28]], ids=str
+)
+def test_the_ring_equals_no_cache_however_the_text_is_split(window, parts):
+    model, idx = make(MISTRAL, sliding_window=window), tokens()
+    cache = model.new_cache(2, LONG)
+    for _ in range(2):  # the second time there is something in the ring
+        cache.length = 0
+        made = [model(part, cache=cache)[0] for part in idx.split(parts, dim=1)]
+        torch.testing.assert_close(torch.cat(made, dim=1), model(idx)[0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("window", [1, 4, 10])
+def test_a_layer_sees_the_window_and_two_layers_see_further(window):
+    idx = tokens(24)
+    changed = idx.clone()
+    changed[:, 5] = (changed[:, 5] + 1) % 61
+    for n_layer in (1, 2):
+        model = make(MISTRAL, sliding_window=window, n_layer=n_layer)
+        differs = (model(idx)[0] != model(changed)[0]).any(-1).any(0)  # by position
+        reach = 1 + n_layer * (window - 1)
+        assert differs.nonzero().flatten().tolist() == list(range(5, min(5 + reach, 24)))
+
+
+def test_the_memory_of_the_ring_is_bounded_by_the_window():
+    model = make(MISTRAL, sliding_window=8)
+    sizes = [model.new_cache(1, length).nbytes for length in (4, 8, 9, 10_000)]
+    assert sizes[0] * 2 == sizes[1] == sizes[2] == sizes[3]
+    assert make(MISTRAL).new_cache(1, 100).nbytes == make(STAGE5).new_cache(1, 100).nbytes
+
+
+@pytest.mark.parametrize("prompt_length", [1, 7, 8, 30])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_text_beyond_the_window_is_that_of_transformers(prompt_length, compiled, monkeypatch):
+    """Also with static shapes; the compiler itself changes the speed alone."""
+    monkeypatch.setattr(torch, "compile", lambda **_: lambda function: function)
+    theirs = mistral(max_position_embeddings=LONG)
+    ours = MISTRAL.GPT(
+        MISTRAL.GPTConfig(
+            **SIZES | {"block_size": LONG},
+            sliding_window=8,
+            intermediate_size=50,
+            norm_eps=1e-6,
+            tie_word_embeddings=False,
+        )
+    )
+    ours.load_state_dict(theirs.state_dict())
+    prompt = tokens()[:1, :prompt_length]
+    expected = theirs.generate(prompt, max_length=LONG, do_sample=False)[0, prompt_length:].tolist()
+    step = CompiledStep(ours) if compiled else None
+    made = list(generation.generate(ours, prompt[0].tolist(), LONG - prompt_length, 61, 0.0, step=step))
+    assert made == expected and len(set(made)) > 5
+
+
+def test_text_goes_on_past_the_context_with_a_ring(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda **_: lambda function: function)
+    model = make(MISTRAL, sliding_window=5)
+    made = [
+        list(generation.generate(model, [1, 2, 3], 90, 61, 0.0, step=step))
+        for step in (None, CompiledStep(model))
+    ]
+    window = [1, 2, 3]
+    for token in made[0]:
+        assert model(torch.tensor([window]))[0][0, -1].argmax() == token
+        window = [*window, token]
+        window = window[-12:] if len(window) > 24 else window
+    assert made[0] == made[1]
+
+
+@pytest.mark.parametrize("window", [0, -3])
+def test_a_window_without_positions_is_refused(window):
+    with pytest.raises(ValueError, match=f"sliding_window must be at least 1 or None, not {window}"):
+        MISTRAL.GPTConfig(**SIZES, sliding_window=window)
+
+
+def test_a_missing_window_is_that_of_transformers_and_none_is_none(run_import, capsys):
+    save_theirs(mistral(head_dim=16), "theirs")
+    edit_config("theirs", sliding_window=None)  # removes the field
+    assert run_import("theirs", "--out", "run") == 0
+    assert runs.read_config(Path("run"))["model"]["sliding_window"] == 4096
+    path = Path("theirs/config.json")
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"sliding_window": None, "eos_token_id": [1, 2]})
+    )
+    assert run_import("theirs", "--out", "again") == 0
+    assert runs.read_config(Path("again"))["model"]["sliding_window"] is None
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"sliding_window": 0}, "sliding_window = 0"),
+        ({"sliding_window": "wide"}, 'sliding_window = "wide"'),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "mistral cannot represent that"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
+        ({"hidden_act": "gelu"}, 'hidden_act = "gelu"'),
+        ({"num_key_value_heads": None}, "n_kv_head (8)"),  # the default of transformers
+    ],
+)
+def test_a_mistral_that_cannot_be_represented_is_refused_by_name(run_import, capsys, changes, message):
+    save_theirs(mistral(), "theirs")
+    edit_config("theirs", **changes)
+    assert run_import("theirs", "--out", "out") == 2
+    explained(capsys, message)
 
 
 # qwen2
