@@ -500,7 +500,7 @@ REFUSED_LLAMAS = {
                          'rope_parameters = {"rope_type": "longrope"'),
     "scaled positions of old": ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_scaling ="),
     "half of llama 3.1's positions": ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, '"llama3"'),
-    "a factor of 0": ({"rope_scaling": {"type": "linear", "factor": 0}}, "above 0, not {'factor': 0.0}"),
+    "a factor of 0": ({"rope_scaling": {"type": "linear", "factor": 0}}, "linear, not {'factor': 0.0}"),
     "word for a factor": ({"rope_scaling": {"type": "linear", "factor": "2"}}, 'factor = "2"'),
     "list for a type": ({"rope_scaling": {"rope_type": ["linear"], "factor": 2.0}}, "rope_scaling ="),
     "list for positions": ({"rope_scaling": [2.0]}, "rope_scaling = [2.0]"),

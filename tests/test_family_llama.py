@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -186,10 +187,11 @@ def test_llama2c_and_llama3_are_no_pair(run_export, capsys):
         ({"head_dim": 7}, "head_dim \\(7\\) must be even"),
         ({"head_dim": 0}, "head_dim \\(0\\)"),
         ({"rope_type": "yarn"}, "one of default, linear, dynamic, llama3, not 'yarn'"),
-        ({"rope_type": "linear"}, "linear needs factor in rope_scaling, above 0, not None"),
-        ({"rope_scaling": {"factor": 2.0}}, "default needs nothing in rope_scaling"),
-        ({"rope_type": "linear", "rope_scaling": {"factor": -2.0}}, "above 0, not {'factor': -2.0}"),
-        ({"rope_type": "llama3", "rope_scaling": {"factor": 2.0}}, "needs factor, high_freq_factor, low_"),
+        ({"rope_type": "linear"}, "must have factor above 0 for rope_type linear, not None"),
+        ({"rope_scaling": {"factor": 2.0}}, "rope_scaling must be None for rope_type default, not"),
+        ({"rope_type": "linear", "rope_scaling": {"factor": -2.0}}, "linear, not {'factor': -2.0}"),
+        ({"rope_type": "linear", "rope_scaling": {"factor": math.nan}}, "linear, not {'factor': nan}"),
+        ({"rope_type": "llama3", "rope_scaling": {"factor": 2.0}}, "must have factor, high_freq_factor"),
         ({"rope_type": "dynamic", "rope_scaling": {"factor": 2.0}, "head_dim": 2}, "at least 4"),
         (
             {"rope_type": "llama3", "rope_scaling": {"factor": 2.0, **BOUNDS, "low_freq_factor": 4.0}},

@@ -80,10 +80,10 @@ class GPTConfig:
         if self.rope_type not in SCALING:
             raise ValueError(f"rope_type must be one of {', '.join(SCALING)}, not {self.rope_type!r}")
         scaling, needed = self.rope_scaling or {}, SCALING[self.rope_type]
-        if scaling.keys() != needed or any(value <= 0 for value in scaling.values()):
-            names = ", ".join(sorted(needed)) or "nothing"
+        if scaling.keys() != needed or not all(0 < value < math.inf for value in scaling.values()):
+            wanted = f"have {', '.join(sorted(needed))} above 0" if needed else "be None"
             raise ValueError(
-                f"rope_type {self.rope_type} needs {names} in rope_scaling, above 0, not {self.rope_scaling}"
+                f"rope_scaling must {wanted} for rope_type {self.rope_type}, not {self.rope_scaling}"
             )
         if self.rope_type == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
             raise ValueError(
