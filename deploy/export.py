@@ -2,11 +2,11 @@
 
 --to hf: a folder that stock transformers loads. pipeline("text-generation", DIR) continues a prompt with the
 same text as `sample.py --temperature 0`, up to the context length. (Beyond it, sample.py slides its window
-and transformers stops.) Stage 0 becomes GPT2LMHeadModel, stages 3 to 5 LlamaForCausalLM, stage 6 with the
-softmax router and without shared experts MixtralForCausalLM, and stages 7a, 7 and deepseek_v3
-DeepseekV3ForCausalLM. An imported run, or one fine-tuned from it, gets back its tokenizer's files, its
-generation_config.json and the ids of its special tokens. Transformers honours these: it may sample, and it
-may stop at an end-of-text token.
+and transformers stops.) Stage 0 becomes GPT2LMHeadModel, stages 3 to 5 and llama3 LlamaForCausalLM, stage 6
+with the softmax router and without shared experts MixtralForCausalLM, stages 7a, 7 and deepseek_v3
+DeepseekV3ForCausalLM, mistral MistralForCausalLM, qwen2 Qwen2ForCausalLM, and qwen3 Qwen3ForCausalLM. An
+imported run, or one fine-tuned from it, gets back its tokenizer's files, its generation_config.json and the
+ids of its special tokens. Transformers honours these: it may sample, and it may stop at an end-of-text token.
 
 --to llama2c: model.bin and tokenizer.bin for the C program `run` of karpathy/llama2.c. That program puts a
 newline and a space before every prompt; see deploy/llama2c.py.
@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 
 from data.tokenizers import HF_CONFIG, read_object
-from deploy import architectures, deepseek, gpt2, llama, llama2c, mixtral, tokenizer_json
+from deploy import architectures, deepseek, gpt2, llama, llama2c, mistral, mixtral, qwen, tokenizer_json
 from deploy.output import new_folder
 from lab import atomic, cli, device
 from lab.errors import UserError, shown
@@ -42,6 +42,10 @@ COUNTERPARTS = {
     "stage7a_mla": deepseek,
     "stage7_mla_mtp": deepseek,
     "deepseek_v3": deepseek,
+    "llama3": llama,
+    "mistral": mistral,
+    "qwen2": qwen,
+    "qwen3": qwen,
 }
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # exported as they were imported
@@ -74,7 +78,7 @@ def main():
     if settings.to == "hf" and stage not in COUNTERPARTS:
         raise UserError(
             f"{stage} has no counterpart in transformers\nexport stage 0 (GPT2LMHeadModel), 3, 4, 5 "
-            "(LlamaForCausalLM), 6 (MixtralForCausalLM), 7a, 7 or deepseek_v3 (DeepseekV3ForCausalLM)"
+            "(LlamaForCausalLM), 6 (MixtralForCausalLM), 7a, 7 or a model of family/"
         )
     with new_folder(out, run) as folder:
         model, _ = runs.load(run, settings.checkpoint, torch.device("cpu"))
@@ -96,7 +100,7 @@ def main():
 
 
 def write_hf(folder: Path, counterpart, tensors: dict, sizes: dict, meta: dict, run: Path) -> None:
-    """Writes a folder for transformers; `counterpart` is the module gpt2, llama, mixtral or deepseek."""
+    """Writes a folder for transformers; `counterpart` is a module such as llama."""
     tokenizer = runs.tokenizer(run)
     imported = read_object(run / HF_CONFIG)  # empty if the run was not imported
     config = counterpart.to_config(sizes)

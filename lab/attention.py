@@ -86,4 +86,5 @@ def head_widths(config) -> tuple[int, int]:
     """The width of a head's queries and of its values."""
     if hasattr(config, "v_head_dim"):  # latent attention
         return config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
-    return config.n_embd // config.n_head, config.n_embd // config.n_head
+    head_dim = getattr(config, "head_dim", config.n_embd // config.n_head)
+    return head_dim, head_dim

@@ -13,8 +13,8 @@ class StaticCache:
     """What decoding one token needs of a stage's KVCache, with shapes that do not depend on its length.
 
     It shares the tensors of a plain cache of one sequence, returns all of their slots, and masks the slots
-    that hold no token yet. The position of the next token is a tensor, so it is not a constant in compiled
-    code.
+    that hold no token yet. A token that finds no free slot takes that of the oldest, as in a cache that is a
+    ring. The position of the next token is a tensor, so it is not a constant in compiled code.
     """
 
     length = 0  # stage 0 adds it to the number of new tokens, to check that there are enough positions
@@ -23,7 +23,7 @@ class StaticCache:
         stored = [value for value in vars(cache).values() if isinstance(value, torch.Tensor)]
         # One tensor per layer, because compiled code copies a whole tensor to store a part of it.
         self.layers = list(zip(*(tensor.unbind() for tensor in stored), strict=True))
-        self.slots = torch.arange(cache.max_length, device=stored[0].device)
+        self.slots = torch.arange(stored[0].size(3), device=stored[0].device)
         self.position = torch.zeros(1, dtype=torch.int64, device=stored[0].device)
 
     def positions(self, n_new):
@@ -31,13 +31,14 @@ class StaticCache:
         return self.position
 
     def mask(self, n_new):
-        """Additive mask of the new token over all slots: (1, max_length)."""
+        """Additive mask of the new token over all slots: (1, slots)."""
         return torch.where(self.slots <= self.position, 0.0, -torch.inf).unsqueeze(0)
 
     def update(self, layer_idx, *new):
-        """Stores the new token's tensors (B, heads, 1, width); returns all (B, heads, max_length, width)."""
+        """Stores the new token's tensors (B, heads, 1, width); returns all (B, heads, slots, width)."""
+        slot = self.position % len(self.slots)
         for stored, value in zip(self.layers[layer_idx], new, strict=True):
-            stored.index_copy_(2, self.position, value.type_as(stored))
+            stored.index_copy_(2, slot, value.type_as(stored))
         return self.layers[layer_idx]
 
     def advance(self, n_new):

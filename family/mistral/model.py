@@ -1,0 +1,319 @@
+"""Mistral: stage 5 with a sliding window: a token sees only the last sliding_window tokens.
+
+Idea: what lies further back still arrives, layer by layer; the cache forgets all that left the window.
+Paper: Jiang et al. 2023, "Mistral 7B", arXiv 2310.06825, section 2.
+Changed: the mask, and the cache, which is a ring; head_dim may differ from n_embd / n_head.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+try:
+    from flash_attn import flash_attn_func
+except ImportError:
+    flash_attn_func = None
+
+
+@dataclass
+class GPTConfig:
+    """Sizes of the model. Raises ValueError for an impossible combination."""
+
+    vocab_size: int = 50304
+    """Number of different tokens."""
+    block_size: int = 1024
+    """Context length: the number of positions to train on."""
+    n_layer: int = 12
+    """Number of blocks."""
+    n_head: int = 12
+    """Number of query heads."""
+    n_kv_head: int | None = None
+    """Number of key/value heads. None: half of n_head, or n_head if that is odd."""
+    n_embd: int = 768
+    """Width of the residual stream."""
+    head_dim: int | None = None
+    """Width of a head. None: n_embd / n_head."""
+    dropout: float = 0.0
+    """Probability of dropping an activation in training."""
+    norm_eps: float = 1e-5
+    """Added under a norm's square root, against division by zero."""
+    tie_word_embeddings: bool = True
+    """Whether the head shares its weights with the token embedding."""
+    intermediate_size: int | None = None
+    """Width of the MLP. None: 8/3 of n_embd, rounded up to a multiple of 8."""
+    rope_theta: float = 10000.0
+    """Base of the frequencies: the periods of the pairs range from 2π to almost 2π · rope_theta tokens."""
+    sliding_window: int | None = None
+    """Number of positions that a token sees, its own included. None: all before it."""
+
+    def __post_init__(self):
+        if self.n_kv_head is None:
+            self.n_kv_head = self.n_head if self.n_head % 2 else self.n_head // 2
+        if self.intermediate_size is None:
+            self.intermediate_size = math.ceil(self.n_embd / 3) * 8
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "intermediate_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
+        if self.head_dim is None and self.n_embd % self.n_head:
+            raise ValueError(f"n_embd ({self.n_embd}) must be divisible by n_head ({self.n_head})")
+        if self.n_kv_head < 1 or self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head ({self.n_head}) must be divisible by n_kv_head ({self.n_kv_head})")
+        if self.head_dim is None:
+            self.head_dim = self.n_embd // self.n_head
+        if self.head_dim < 1 or self.head_dim % 2:
+            raise ValueError(f"head_dim ({self.head_dim}) must be even, for pairs")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(f"sliding_window must be at least 1 or None, not {self.sliding_window}")
+
+
+class KVCache:
+    """Keys and values of the tokens in the window, so that a new token need not compute them again.
+
+    It is a ring: the token at position p is in slot p % n_slots, and overwrites the one that left the window.
+    So length may be set to 0, but to no other number.
+
+    The model asks the cache for the new tokens' positions and mask. Each layer passes its new keys and
+    values to `update` and gets those of the window back. How it stores them is not the model's concern.
+    """
+
+    def __init__(self, config, batch_size, max_length, device, dtype):
+        n_slots = min(max_length, config.sliding_window or max_length)
+        shape = (config.n_layer, batch_size, config.n_kv_head, n_slots, config.head_dim)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.max_length = max_length
+        self.length = 0
+
+    @property
+    def nbytes(self):
+        return self.keys.nbytes + self.values.nbytes
+
+    def positions(self, n_new):
+        """Positions of the next n_new tokens: (n_new,) int64."""
+        if self.length + n_new > self.max_length:
+            raise ValueError(f"the cache holds {self.max_length} tokens, not {self.length + n_new}")
+        return torch.arange(self.length, self.length + n_new, device=self.keys.device)
+
+    def mask(self, n_new):
+        """Mask of the next n_new queries against the keys that update returns. None: causal."""
+        n_slots = self.keys.size(3)
+        if n_new == 1 or self.length + n_new <= n_slots:
+            return None
+        return window_mask(n_new, min(self.length, n_slots) + n_new, n_slots, self.keys.device)
+
+    def update(self, layer_idx, k, v):
+        """Stores k and v (B, n_kv_head, n_new, head_dim); returns all those that a new token may see."""
+        end = self.length + k.size(2)
+        keys, values = self.keys[layer_idx], self.values[layer_idx]  # (B, n_kv_head, n_slots, head_dim)
+        n_slots = keys.size(2)
+        if k.size(2) == 1 or end <= n_slots:  # only what has left the window is overwritten
+            start = self.length % n_slots
+            keys[:, :, start : start + k.size(2)] = k
+            values[:, :, start : start + k.size(2)] = v
+            return keys[:, :, :end], values[:, :, :end]  # their order does not matter to a single query
+        k = torch.cat((keys[:, :, : self.length].roll(-self.length, dims=2), k), dim=2)  # by position
+        v = torch.cat((values[:, :, : self.length].roll(-self.length, dims=2), v), dim=2)
+        keys.copy_(k[:, :, -n_slots:].roll(end, dims=2))
+        values.copy_(v[:, :, -n_slots:].roll(end, dims=2))
+        return k, v  # (B, n_kv_head, cached + n_new, head_dim)
+
+    def advance(self, n_new):
+        """Counts n_new more tokens, once every layer has stored them."""
+        self.length += n_new
+
+
+def causal_mask(n_query, n_key, device):
+    """Mask (n_query, n_key) to add to the scores: 0 up to the query's own position, -inf after it.
+
+    The last query sees every key, even if the cache holds earlier tokens (lower-right alignment).
+    """
+    return torch.full((n_query, n_key), -torch.inf, device=device).triu(n_key - n_query + 1)
+
+
+def window_mask(n_query, n_key, window, device):
+    """As causal_mask, but also -inf for keys that are `window` or more positions before the query."""
+    left = torch.full((n_query, n_key), -torch.inf, device=device).tril(n_key - n_query - window)
+    return causal_mask(n_query, n_key, device) + left
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) * weight, over the last dimension."""
+
+    def __init__(self, n_embd, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(n_embd))
+        self.eps = eps
+
+    def forward(self, x):
+        x32 = x.float()  # in 16 bits, squares overflow and lose digits
+        normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * normed.type_as(x)
+
+
+def rotation(positions, head_dim, theta):
+    """cos and sin, in float32, at positions (T,) or (B, T): (1, T, head_dim/2) or (B, 1, T, head_dim/2)."""
+    pairs = torch.arange(0, head_dim, 2, device=positions.device)
+    frequencies = 1 / theta ** (pairs.float() / head_dim)
+    angles = (positions[..., None] * frequencies).unsqueeze(-3)  # the same for all heads
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, rope):
+    """Rotates the pairs (i, i + head_dim/2) of x (B, heads, T, head_dim) by the angles of rope."""
+    cos, sin = rope
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).type_as(x)
+
+
+def attention(q, k, v, mask, dropout):
+    """q (B, n_head, T, head_dim), k and v (B, n_kv_head, S, head_dim) -> (B, n_head, T, head_dim).
+
+    mask (T, S) is added to the scores, None: causal; dropout: the probability to drop an attention weight.
+    """
+    T, S = q.size(2), k.size(2)
+    if flash_attn_func and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and mask is None:
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, T or S, heads, width)
+        return flash_attn_func(q, k, v, dropout_p=dropout, causal=True).transpose(1, 2)
+    if (
+        q.device.type == "cpu" and torch.is_grad_enabled() and S <= 512
+    ):  # in bfloat16, SDPA's backward is slower
+        return explicit_attention(q, k, v, mask, dropout)
+    if mask is None and 1 < T < S:  # SDPA's is_causal would align the first query with the first key
+        mask = causal_mask(T, S, q.device)
+    if mask is not None:
+        return F.scaled_dot_product_attention(q, k, v, mask.to(q.dtype), dropout, enable_gqa=True)
+    is_causal = T > 1  # T = S, or a single query, which sees every key
+    return F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal, enable_gqa=True)
+
+
+def explicit_attention(q, k, v, mask, dropout):
+    """The same function, with the score matrix stored, as in stage 4."""
+    if mask is None:
+        mask = causal_mask(q.size(2), k.size(2), q.device)
+    repeats = q.size(1) // k.size(1)  # query heads per key/value head
+    k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)  # k0, k0, k1, k1
+    # Scaling q gives the same result as scaling the scores, with fewer multiplications.
+    scores = (q * q.size(3) ** -0.5) @ k.transpose(2, 3) + mask  # (B, n_head, T, S)
+    weights = F.dropout(F.softmax(scores, dim=-1), dropout)
+    return weights @ v
+
+
+class Attention(nn.Module):
+    """Grouped-query causal self-attention (arXiv 2305.13245)."""
+
+    def __init__(self, config, layer_idx):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.q_proj = nn.Linear(config.n_embd, config.n_head * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.n_embd, config.n_kv_head * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.n_embd, config.n_kv_head * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.n_head * self.head_dim, config.n_embd, bias=False)
+        self.dropout = config.dropout
+
+    def forward(self, x, rope, mask, cache):
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_head, T, head_dim)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_kv_head, T, head_dim)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        q, k = rotate(q, rope), rotate(k, rope)
+        if cache is not None:
+            k, v = cache.update(self.layer_idx, k, v)  # (B, n_kv_head, S, head_dim), S = T + cached tokens
+        y = attention(q, k, v, mask, self.dropout if self.training else 0.0)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, n_embd)
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.n_embd, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.n_embd, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.n_embd, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """Attention, then the MLP. Each reads the normed residual stream and adds its output to it."""
+
+    def __init__(self, config, layer_idx):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.n_embd, config.norm_eps)
+        self.self_attn = Attention(config, layer_idx)
+        self.post_attention_layernorm = RMSNorm(config.n_embd, config.norm_eps)
+        self.mlp = MLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, rope, mask, cache):
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), rope, mask, cache))
+        x = x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
+        return x
+
+
+class GPT(nn.Module):
+    """The language model: logits, losses = model(idx, targets, cache)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = nn.ModuleDict(
+            {
+                "embed_tokens": nn.Embedding(config.vocab_size, config.n_embd),
+                "dropout": nn.Dropout(config.dropout),
+                "layers": nn.ModuleList(Block(config, i) for i in range(config.n_layer)),
+                "norm": RMSNorm(config.n_embd, config.norm_eps),
+            }
+        )
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self.init_weights()
+
+    def init_weights(self):
+        """As GPT-2: std 0.02, but 0.02 / sqrt(2 n_layer) for projections into the residual stream."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+        for name, weight in self.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
+
+    def new_cache(self, batch_size, max_length):
+        """An empty KVCache for batch_size sequences of up to max_length tokens."""
+        weight = self.lm_head.weight
+        return KVCache(self.config, batch_size, max_length, weight.device, weight.dtype)
+
+    def forward(self, idx, targets=None, cache=None):
+        """idx (B, T) int64 -> logits (B, T, vocab_size) and a dict of scalar losses.
+
+        targets (B, T) hold the token that follows each of idx, or -1 to ignore a position. Without targets,
+        the dict is empty. With a cache, idx are the tokens that follow the cached ones.
+        """
+        T = idx.size(1)
+        if cache is None:
+            positions, mask = torch.arange(T, device=idx.device), None
+            window = self.config.sliding_window
+            if window and window < T:
+                mask = window_mask(T, T, window, idx.device)
+        else:
+            positions, mask = cache.positions(T), cache.mask(T)
+        rope = rotation(positions, self.config.head_dim, self.config.rope_theta)
+        x = self.model.embed_tokens(idx)  # (B, T, n_embd)
+        x = self.model.dropout(x)
+        for layer in self.model.layers:
+            x = layer(x, rope, mask, cache)
+        if cache is not None:
+            cache.advance(T)
+        logits = self.lm_head(self.model.norm(x))  # (B, T, vocab_size)
+        losses = {}
+        if targets is not None:
+            losses["next_token"] = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        return logits, losses
