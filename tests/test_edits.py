@@ -255,6 +255,22 @@ def test_an_edit_that_renames_weights_is_named_first(copied, monkeypatch, run_sa
     assert err.index("has changed since training") < err.index("does not fit this model")
 
 
+def test_the_commit_is_dirty_by_code_but_not_by_results(tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "ROOT", tmp_path)
+    assert runs.commit() is None
+    (tmp_path / "results").mkdir()
+    for name in ("code.py", "results/results.json"):
+        (tmp_path / name).write_text("before")
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "."], [*identity, "commit", "-qm", "one"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    clean = runs.commit()
+    (tmp_path / "results/results.json").write_text("after")
+    assert runs.commit() == clean and "dirty" not in clean
+    (tmp_path / "code.py").write_text("after")
+    assert runs.commit() == f"{clean}-dirty"
+
+
 # Variants
 
 

@@ -68,7 +68,7 @@ def losses(found: dict[str, wanted_runs.StageRuns], rows: dict[str, dict]):
 
 def bars(rows: dict[str, dict]):
     """Bars of training and decoding tokens/s, peak memory, and cache bytes per token."""
-    figure, panels = new_figure(13, 4, columns=4)
+    figure, panels = new_figure(14.5, 4, columns=4)
     measures = {
         "training tokens/s": lambda row: row.get("training_tokens_per_second", {}).get("median"),
         "decoding tokens/s": lambda row: row.get("decoding_tokens_per_second", {}).get("median"),
@@ -81,7 +81,7 @@ def bars(rows: dict[str, dict]):
         values = {name: measure(row) for name, row in rows.items() if row and measure(row) is not None}
         places = range(len(values))
         drawn = panel.bar(places, values.values(), color=[stage_color(name) for name in values])
-        panel.bar_label(drawn, [short(value) for value in values.values()], fontsize=7, padding=2)
+        panel.bar_label(drawn, [short(value) for value in values.values()], fontsize=6.5, padding=2)
         panel.set_xticks(places, [short_name(name) for name in values])
         panel.set_xlabel("stage")
         panel.set_title(title, fontsize=10)
@@ -149,5 +149,5 @@ def by_context(measured: dict[str, dict], what: str):
         panel.set_xlabel("context (tokens)")
         panel.set_ylabel(title)
         panel.grid(alpha=0.3)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", fontsize=8, ncols=8)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", fontsize=8, ncols=9)
     return figure

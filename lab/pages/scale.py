@@ -22,7 +22,7 @@ def tables(results: dict) -> dict[str, str]:
         "steps": steps(every),
         "assumptions": assumptions(),
         "speed": speed(plans),
-        "command": command("8 B", 5, results["scale"]["8 B"]["5"]),
+        "command": command("8 B", "5", results["scale"]["8 B"]["5"]),
     }
     if "gpt2_preset" in results:
         parts["measured"] = measured(results["gpt2_preset"])
@@ -123,7 +123,7 @@ def speed(plans: list[tuple[list[str], dict]]) -> str:
     return markdown.table([*header, *(f"on {n}" for n in planning.GPUS)], rows)
 
 
-def command(size: str, number: int, plan: dict) -> str:
+def command(size: str, number: str, plan: dict) -> str:
     """The command that trains this size on 64 GPUs; its micro-batch is the largest power of two that fits."""
     micro_batch = 1 << plan["fits"]["fsdp 64"][1].bit_length() - 1
     flags = [f"--model.{name.replace('_', '-')} {n}" for name, n in planning.SIZES[size][number].items()]

@@ -278,11 +278,16 @@ def installed(package: str) -> str | None:
 
 
 def commit() -> str | None:
-    """The commit of the code, with -dirty if files differ from it; None outside a repository."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    """The commit of the code, with -dirty if files differ from it; None outside a repository.
+
+    Files in results/ do not count: a measurement writes them while it runs.
+    """
+    name = ["git", "describe", "--always", "--abbrev=12"]
+    differing = ["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)results"]
+    options = {"cwd": stages.ROOT, "capture_output": True, "text": True, "check": True}
     try:
-        return subprocess.run(
-            command, cwd=stages.ROOT, capture_output=True, text=True, check=True
-        ).stdout.strip()
+        head = subprocess.run(name, **options).stdout.strip()
+        dirty = subprocess.run(differing, **options).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+    return f"{head}-dirty" if dirty else head
