@@ -55,11 +55,11 @@ def path(name: str) -> Path:
 
 
 def find(stage: str) -> str:
-    """The name of a stage given as "4", "gqa" or "stage4_gqa", also as a path (stage4_gqa/).
+    """The name of a stage given as "4", "gqa" or "stage4_gqa", or by the path of its folder or its file.
 
-    UserError where it is unknown, or where several stages claim it.
+    Raises UserError if no stage fits, or more than one.
     """
-    wanted = stage.strip().rstrip("/\\").removeprefix("./")
+    wanted = stage.strip().rstrip("/\\").removeprefix("./").removesuffix("/model.py")
     if Path(wanted).parent in (ROOT, Path("family"), ROOT / "family"):
         wanted = Path(wanted).name
     known, files = names(), {file: name for name, file in COURSE.items()}

@@ -188,3 +188,5 @@ def test_stages_are_found_by_number_and_by_name():
     assert stages.find("7a") == stages.find("mla") == stages.find("stage7_mla_mtp/mla.py") == "stage7a_mla"
     assert stages.find("7") == stages.find("stage7_mla_mtp/") == "stage7_mla_mtp"
     assert stages.find("deepseek_v3") == stages.find("family/deepseek_v3") == "deepseek_v3"
+    assert stages.find("family/deepseek_v3/model.py") == stages.find("./family/deepseek_v3/") == "deepseek_v3"
+    assert stages.find("stage4_gqa/model.py") == stages.find(str(stages.path("stage4_gqa"))) == "stage4_gqa"
