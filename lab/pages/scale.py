@@ -70,7 +70,7 @@ def sizes(plans: list[tuple[list[str], dict]]) -> str:
             [*name, shape, heads, experts, str(config["block_size"]), *numbers, gigabytes(plan["cache"])]
         )
     heads = ["size", "stage", "blocks × width", "heads (of keys)", "experts", "context"]
-    heads += ["parameters", "active", "FLOPs a token", "cache at 32 k, GB"]
+    heads += ["parameters", "active", "FLOPs per token", "cache at 32 k, GB"]
     return markdown.table(heads, rows)
 
 
@@ -98,7 +98,7 @@ def steps(plans: list[tuple[list[str], dict]]) -> str:
         each = [gigabytes(plan["sequence"][way]) for way in ("kept", "recomputed")]
         fits = [" / ".join(str(n or "–") for n in plan["fits"][how]) for how in HOW]
         rows.append([*name, str(plan["config"]["block_size"]), *each, *fits])
-    header = ["size", "stage", "context", "a sequence, GB", "with checkpointing"]
+    header = ["size", "stage", "context", "GB per sequence", "with checkpointing"]
     return markdown.table([*header, *(f"fit: {how}" for how in HOW.values())], rows)
 
 
@@ -119,7 +119,7 @@ def speed(plans: list[tuple[list[str], dict]]) -> str:
         speeds, tokens = plan["tokens_per_second"], 20 * plan["active_parameters"]
         times = [duration(tokens / speeds[n_gpus]) for n_gpus in speeds]
         rows.append([*name, *map(rounded, speeds.values()), count(tokens), *times])
-    header = ["size", "stage", *(f"tokens/s on {n}" for n in planning.GPUS), "20 tokens a parameter"]
+    header = ["size", "stage", *(f"tokens/s on {n}" for n in planning.GPUS), "20 tokens per parameter"]
     return markdown.table([*header, *(f"on {n}" for n in planning.GPUS)], rows)
 
 
