@@ -19,10 +19,14 @@ def source(name):
 
 @pytest.mark.parametrize("name", NAMES[1:])
 def test_what_two_stages_share_keeps_its_order(name):
-    """Nothing is moved: no line of code that goes away comes back elsewhere, but for one indented anew."""
+    """Nothing is moved: no line of code that goes away comes back elsewhere.
+
+    A relative may put an option around a line, which indents it; a stage of the course may not even do that.
+    """
     changes = list(difflib.ndiff(source(diffs.origin(name)), source(name)))
-    removed = {line[2:] for line in changes if line.startswith("- ")}
-    added = {line[2:] for line in changes if line.startswith("+ ")}
+    code = str.strip if name in stages.COURSE else str.rstrip
+    removed = {code(line[2:]) for line in changes if line.startswith("- ")}
+    added = {code(line[2:]) for line in changes if line.startswith("+ ")}
     assert {line for line in removed & added if len(line.strip()) > 3} == set()
 
 
