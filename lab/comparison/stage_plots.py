@@ -115,8 +115,9 @@ def cost(rows: dict[str, dict]):
         panel.scatter(x, y, s=30, color=color, marker=marker, label=stages.label(name), zorder=3)
     panel.margins(0.15)
     handles, labels = panel.get_legend_handles_labels()
-    order = sorted(range(len(labels)), key=lambda i: labels[i])
-    panel.legend([handles[i] for i in order], [labels[i] for i in order], fontsize=9)
+    handle_of = dict(zip(labels, handles, strict=True))
+    in_order = [stages.label(name) for name in rows]
+    panel.legend([handle_of[label] for label in in_order], in_order, fontsize=9)
     panel.set_xlabel("seconds of training")
     panel.set_ylabel("final validation loss (nats per token)")
     panel.set_title("lower and further left is better; area: cache bytes per token", fontsize=10)
