@@ -13,32 +13,40 @@ from lab.storage import edits
 
 # Hashes of the versions of each stage's code that passed tests/test_deploy.py; the current version is last.
 TESTED = {
-    "stage0_gpt": ["b6859e18dada65f7", "70e17819d98b21b8"],
-    "stage1_rmsnorm": ["42d85f497ee343c1", "b96a884c5af26853"],
-    "stage2_rope": ["e43b2fe24f5c64af", "ee992e2241dbbd01"],
-    "stage3_swiglu": ["427d956fa0256f21", "5874bb5111c522ef"],
-    "stage4_gqa": ["98cec680aeddf217", "9672e922e4e1cbea"],
-    "stage5_flash": ["4b419d24f1138b36", "ba32b63848d291db", "543f7cb7661a57f3", "981644dee4fa8042"],
+    "stage0_gpt": ["b6859e18dada65f7", "70e17819d98b21b8", "8d4d3c76827a3b03"],
+    "stage1_rmsnorm": ["42d85f497ee343c1", "b96a884c5af26853", "23f05ca49985e116"],
+    "stage2_rope": ["e43b2fe24f5c64af", "ee992e2241dbbd01", "f2555496b0fca65e"],
+    "stage3_swiglu": ["427d956fa0256f21", "5874bb5111c522ef", "bca84c0b37df8b83"],
+    "stage4_gqa": ["98cec680aeddf217", "9672e922e4e1cbea", "31d037c8293b41e6"],
+    "stage5_flash": [
+        "4b419d24f1138b36",
+        "ba32b63848d291db",
+        "543f7cb7661a57f3",
+        "981644dee4fa8042",
+        "f625ee391e0a4dcf",
+    ],
     "stage6_moe": [
         "b00ddca57954ea76",
         "ce212cd68b8b57c3",
         "44c68240be6ffa10",
         "30363564f5ff3420",
         "9666cf90e6b27c1e",
+        "9c03ee98a849d3d4",
     ],
-    "stage7a_mla": ["febbc8e72e7f281b", "6f3affb2a10b7105"],
+    "stage7a_mla": ["febbc8e72e7f281b", "6f3affb2a10b7105", "95efff67c892735a"],
     "stage7_mla_mtp": [
         "e276b1e6b2bb1cb1",
         "937b765de4d8c432",
         "d2396f69cd1d0369",
         "7ac72e4339847057",
         "645ac9dfd1c365f3",
+        "588e1456bf5ef0f4",
     ],
-    "deepseek_v3": ["6ff93438f1444348", "e94fff99cafa405c"],
-    "llama3": ["62d4dd124db0b669"],
-    "mistral": ["4a415d36738875a1"],
-    "qwen2": ["0b3566070af75b1e"],
-    "qwen3": ["1e25f831707d0ed1"],
+    "deepseek_v3": ["6ff93438f1444348", "e94fff99cafa405c", "b6f65b6741857445"],
+    "llama3": ["62d4dd124db0b669", "c9116c4d8cbb5b81"],
+    "mistral": ["4a415d36738875a1", "3d8e86a8e28b6dda"],
+    "qwen2": ["0b3566070af75b1e", "7757f2b3fb3916a6"],
+    "qwen3": ["1e25f831707d0ed1", "ea08f9479411171b"],
 }
 
 

@@ -159,6 +159,20 @@ def test_bfloat16_autocast_agrees_with_float32(make_model):
     torch.testing.assert_close(logits.float(), model(idx)[0], atol=0.02, rtol=0.05)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_in_16_bits_gives_nearly_the_same_logits_with_and_without_a_cache(make_model, dtype):
+    model, idx = make_model().eval(), tokens()
+    expected, _ = model(idx)
+    model.to(dtype)
+    with torch.inference_mode():
+        found, _ = model(idx)
+        cache = model.new_cache(*idx.shape)
+        cached = [model(part, cache=cache)[0] for part in idx.split([3] + [1] * (idx.size(1) - 3), dim=1)]
+    for logits in (found, torch.cat(cached, dim=1)):
+        assert logits.dtype == dtype
+        torch.testing.assert_close(logits.float(), expected, atol=0.03, rtol=0.05)
+
+
 def test_a_model_stands_alone(stage):
     """It imports torch, flash-attn and Python's own modules; of ours, the kernel that lies beside stage 5."""
     tree = ast.parse(Path(stage.__file__).read_text())
