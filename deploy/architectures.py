@@ -24,6 +24,7 @@ TESTED = {
         "543f7cb7661a57f3",
         "981644dee4fa8042",
         "f625ee391e0a4dcf",
+        "8be243485afe3794",
     ],
     "stage6_moe": [
         "b00ddca57954ea76",
@@ -32,8 +33,9 @@ TESTED = {
         "30363564f5ff3420",
         "9666cf90e6b27c1e",
         "9c03ee98a849d3d4",
+        "9b66522031b89a1e",
     ],
-    "stage7a_mla": ["febbc8e72e7f281b", "6f3affb2a10b7105", "95efff67c892735a"],
+    "stage7a_mla": ["febbc8e72e7f281b", "6f3affb2a10b7105", "95efff67c892735a", "bf68a85477eb51c1"],
     "stage7_mla_mtp": [
         "e276b1e6b2bb1cb1",
         "937b765de4d8c432",
@@ -41,12 +43,13 @@ TESTED = {
         "7ac72e4339847057",
         "645ac9dfd1c365f3",
         "588e1456bf5ef0f4",
+        "a55b4ab3426464f1",
     ],
-    "deepseek_v3": ["6ff93438f1444348", "e94fff99cafa405c", "b6f65b6741857445"],
-    "llama3": ["62d4dd124db0b669", "c9116c4d8cbb5b81"],
-    "mistral": ["4a415d36738875a1", "3d8e86a8e28b6dda"],
-    "qwen2": ["0b3566070af75b1e", "7757f2b3fb3916a6"],
-    "qwen3": ["1e25f831707d0ed1", "ea08f9479411171b"],
+    "deepseek_v3": ["6ff93438f1444348", "e94fff99cafa405c", "b6f65b6741857445", "68fece1ae2eb0af2"],
+    "llama3": ["62d4dd124db0b669", "c9116c4d8cbb5b81", "989fb1f1b69034ab"],
+    "mistral": ["4a415d36738875a1", "3d8e86a8e28b6dda", "c114359a64f57064"],
+    "qwen2": ["0b3566070af75b1e", "7757f2b3fb3916a6", "d3550f8273da973f"],
+    "qwen3": ["1e25f831707d0ed1", "ea08f9479411171b", "faaee529322ff1e7"],
 }
 
 
