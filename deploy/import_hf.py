@@ -3,12 +3,12 @@
 GPT-2 becomes stage 0. Llama becomes stage 3 or, with fewer key/value heads than heads, stage 4; with scaled
 positions, or heads of another width, llama3 (in family/). So does Mistral, but with a sliding window, or
 heads of another width, it becomes mistral. Qwen2 and Qwen3 become qwen2 and qwen3. Mixtral becomes stage 6.
-DeepSeek-V3 becomes stage 7 or, with YaRN, groups of experts or a latent for the queries, deepseek_v3 (in
-family/). sample.py and deploy/export.py take the run; so does train.py --init-from if its tokenizer is
-GPT-2's or has one token per character. DIR must be on this machine: nothing is downloaded. Weights are
-converted to float32. Anything that no stage can represent is refused, with its name. The run keeps the
-tokenizer's files and generation_config.json for deploy/export.py. sample.py does not stop at eos_token_id, as
-transformers does.
+DeepSeek-V2 becomes deepseek_v2. DeepSeek-V3, and so Moonlight and Kimi-K2, becomes stage 7 or, with YaRN,
+groups of experts or a latent for the queries, deepseek_v3 (in family/). sample.py and deploy/export.py take
+the run; so does train.py --init-from if its tokenizer is GPT-2's or has one token per character. DIR must be
+on this machine: nothing is downloaded. Weights are converted to float32. Anything that no stage can represent
+is refused, with its name. The run keeps the tokenizer's files and generation_config.json for
+deploy/export.py. sample.py does not stop at eos_token_id, as transformers does.
 """
 
 import sys
@@ -33,7 +33,18 @@ from safetensors.torch import save as safetensors_bytes
 
 from data import from_meta
 from data.tokenizers import HF_CONFIG, copy_side_files
-from deploy import architectures, deepseek, gpt2, llama, mistral, mixtral, qwen, tokenizer_json
+from deploy import (
+    architectures,
+    deepseek,
+    deepseek_v2,
+    fields,
+    gpt2,
+    llama,
+    mistral,
+    mixtral,
+    qwen,
+    tokenizer_json,
+)
 from deploy.output import new_folder
 from lab import atomic, cli, device, formats, stages
 from lab.errors import UserError, shown
@@ -41,7 +52,8 @@ from lab.storage import checkpoint, edits, runs
 from lab.training import cost
 
 COUNTERPARTS = {"gpt2": gpt2, "llama": llama, "mistral": mistral, "qwen2": qwen, "qwen3": qwen}
-COUNTERPARTS |= {"mixtral": mixtral, "deepseek_v3": deepseek}
+COUNTERPARTS |= {"mixtral": mixtral, "deepseek_v2": deepseek_v2}
+COUNTERPARTS |= {"deepseek_v3": deepseek, "kimi_k2": deepseek}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PICKLED = ("pytorch_model*.bin*", "*.pt", "*.pth", "*.ckpt")
 
