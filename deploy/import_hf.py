@@ -137,8 +137,10 @@ def counterpart_of(config: dict, side: Path):
     """The module that converts this model. Raises UserError if its model_type is not supported."""
     kind = config.get("model_type") if isinstance(config, dict) else None
     if kind not in COUNTERPARTS:
+        obstacles = fields.obstacles(config) if isinstance(config, dict) else ""
         raise UserError(
-            f"{shown(side / 'config.json')} has model_type {kind!r}; supported are {', '.join(COUNTERPARTS)}"
+            f"{shown(side / 'config.json')} has model_type {kind!r}{obstacles and f' with {obstacles}'}: no "
+            f"stage can represent that\nsupported are the model_types {', '.join(COUNTERPARTS)}"
         )
     return COUNTERPARTS[kind]
 
