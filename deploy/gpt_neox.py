@@ -26,7 +26,6 @@ REPRESENTABLE = {
     "hidden_act": tuple(GELUS),
     "attention_bias": (True,),
     "pruned_heads": ({},),
-    "quantization_config": (None,),
 }
 DEFAULTS = {"intermediate_size": 24576, "attention_dropout": 0.0}  # of transformers, for missing fields
 

@@ -4,12 +4,12 @@ GPT-2 becomes stage 0. Llama becomes stage 3 or, with fewer key/value heads than
 positions, or heads of another width, llama3 (in family/). So does Mistral, but with a sliding window, or
 heads of another width, it becomes mistral. Qwen2, Qwen3, Qwen3-MoE and GPT-NeoX (such as Pythia) become
 qwen2, qwen3, qwen3_moe and gpt_neox. Mixtral becomes stage 6.
-DeepSeek-V3 becomes stage 7 or, with YaRN, groups of experts or a latent for the queries, deepseek_v3 (in
-family/). sample.py and deploy/export.py take the run; so does train.py --init-from if its tokenizer is
-GPT-2's or has one token per character. DIR must be on this machine: nothing is downloaded. Weights are
-converted to float32. Anything that no stage can represent is refused, with its name. The run keeps the
-tokenizer's files and generation_config.json for deploy/export.py. sample.py does not stop at eos_token_id, as
-transformers does.
+DeepSeek-V2 becomes deepseek_v2. DeepSeek-V3, and so Moonlight and Kimi-K2, becomes stage 7 or, with YaRN,
+groups of experts or a latent for the queries, deepseek_v3 (in family/). sample.py and deploy/export.py take
+the run; so does train.py --init-from if its tokenizer is GPT-2's or has one token per character. DIR must be
+on this machine: nothing is downloaded. Weights are converted to float32. Anything that no stage can represent
+is refused, with its name. The run keeps the tokenizer's files and generation_config.json for
+deploy/export.py. sample.py does not stop at eos_token_id, as transformers does.
 """
 
 import sys
@@ -24,6 +24,7 @@ import json
 import re
 import shlex
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
@@ -36,6 +37,8 @@ from data.tokenizers import HF_CONFIG, copy_side_files
 from deploy import (
     architectures,
     deepseek,
+    deepseek_v2,
+    fields,
     gpt2,
     gpt_neox,
     llama,
@@ -52,8 +55,9 @@ from lab.storage import checkpoint, edits, runs
 from lab.training import cost
 
 COUNTERPARTS = {"gpt2": gpt2, "llama": llama, "mistral": mistral, "qwen2": qwen, "qwen3": qwen}
-COUNTERPARTS |= {"mixtral": mixtral, "deepseek_v3": deepseek}
-COUNTERPARTS |= {"gpt_neox": gpt_neox, "qwen3_moe": qwen_moe}
+COUNTERPARTS |= {"mixtral": mixtral, "gpt_neox": gpt_neox, "qwen3_moe": qwen_moe}
+COUNTERPARTS |= {"deepseek_v2": deepseek_v2}
+COUNTERPARTS |= {"deepseek_v3": deepseek, "kimi_k2": deepseek}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PICKLED = ("pytorch_model*.bin*", "*.pt", "*.pth", "*.ckpt")
 
@@ -76,32 +80,52 @@ def main():
     settings = cli.parse_flags(Settings, sys.argv[1:])
     source, out = Path(settings.folder), Path(settings.out)
     config = read_config(source)
-    counterpart = COUNTERPARTS[config["model_type"]]
-    stage, sizes = counterpart.from_config(config)
     files = tensor_files(source)
+    stage = import_model(config, list(files), reader(files), source, out, source, None)
+    counted = f"{runs.read_config(out)['parameters']:,} parameters"
+    print(f"imported {shown(source)} as {stage} with {counted} to {shown(out)}")
+    print(f"to use it: python sample.py --run {shlex.quote(shown(out))}")
+
+
+def import_model(
+    config: dict,
+    names: list[str],
+    tensor: Callable[[str], torch.Tensor],
+    side: Path,
+    out: Path,
+    source: Path,
+    dtype: str | None,
+) -> str:
+    """Writes a run at `out` from a model in the format of Hugging Face; returns the name of its stage.
+
+    config is its config.json, names are those of its tensors, and tensor(name) reads one. side is a folder
+    with its config.json, its tokenizer's files and generation_config.json. source is what the user named, for
+    messages. dtype is that of the run's weights. Raises UserError for anything that no stage can represent.
+    """
+    counterpart = counterpart_of(config, side)
+    stage, sizes = counterpart.from_config(config)
     if counterpart is deepseek:
-        sizes = deepseek.fit_to_tensors(sizes, list(files))
+        sizes = deepseek.fit_to_tensors(sizes, names)
     layout = {"rope_interleave": sizes.pop("rope_interleave")} if "rope_interleave" in sizes else {}
     model = empty_model(stage, sizes)
     architectures.warn_if_edited(stage)
     sizes = asdict(model.config)
-    meta = {"name": source.resolve().name} | tokenizer_json.read(source)
-    tokenizer = from_meta(meta, source)
+    meta = {"name": source.resolve().name} | tokenizer_json.read(side)
+    tokenizer = from_meta(meta, side)
     if tokenizer.vocab_size > sizes["vocab_size"]:
         raise UserError(
             f"{shown(source)}: tokenizer.json has {tokenizer.vocab_size:,} tokens, with those added by other "
             f"files, but config.json has vocab_size {sizes['vocab_size']:,}"
         )
-    tokenizer_json.say_what_is_ignored(source)
+    tokenizer_json.say_what_is_ignored(side)
     with new_folder(out, source) as run:
-        tensors = read_weights(source, files, counterpart, model, sizes | layout)
-        write_run(run, source, stage, model, tensors, meta | {"vocab_size": tokenizer.vocab_size})
-    print(f"imported {shown(source)} as {stage} with {cost.parameters(model):,} parameters to {shown(out)}")
-    print(f"to use it: python sample.py --run {shlex.quote(shown(out))}")
+        tensors = read_weights(source, names, tensor, counterpart, model, sizes | layout)
+        write_run(run, source, side, stage, model, tensors, meta | {"vocab_size": tokenizer.vocab_size})
+    return stage
 
 
 def read_config(folder: Path) -> dict:
-    """Reads config.json. Raises UserError if the model_type is not supported."""
+    """Reads config.json. Raises UserError if it is missing or damaged."""
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -109,10 +133,20 @@ def read_config(folder: Path) -> dict:
         raise UserError(f"cannot read {shown(path)}: {error.strerror}") from None
     except ValueError as error:
         raise UserError(f"{shown(path)} is damaged: {error}") from None
+    counterpart_of(config, folder)  # says that the model is not supported before the weights are opened
+    return config
+
+
+def counterpart_of(config: dict, side: Path):
+    """The module that converts this model. Raises UserError if its model_type is not supported."""
     kind = config.get("model_type") if isinstance(config, dict) else None
     if kind not in COUNTERPARTS:
-        raise UserError(f"{shown(path)} has model_type {kind!r}; supported are {', '.join(COUNTERPARTS)}")
-    return config
+        obstacles = fields.obstacles(config) if isinstance(config, dict) else ""
+        raise UserError(
+            f"{shown(side / 'config.json')} has model_type {kind!r}{obstacles and f' with {obstacles}'}: no "
+            f"stage can represent that\nsupported are the model_types {', '.join(COUNTERPARTS)}"
+        )
+    return COUNTERPARTS[kind]
 
 
 def empty_model(stage: str, sizes: dict) -> torch.nn.Module:
@@ -126,14 +160,19 @@ def empty_model(stage: str, sizes: dict) -> torch.nn.Module:
 
 
 def read_weights(
-    folder: Path, files: dict[str, Path], counterpart, model: torch.nn.Module, sizes: dict
+    source: Path,
+    names: list[str],
+    tensor: Callable[[str], torch.Tensor],
+    counterpart,
+    model: torch.nn.Module,
+    sizes: dict,
 ) -> dict[str, torch.Tensor]:
     """Our tensors in float32.
 
     Raises UserError that names the tensor, as the file does, if one is missing, unexpected, or has the wrong
     shape or dtype.
     """
-    theirs = counterpart.full_names(read_tensors(files, counterpart.BUFFERS))
+    theirs = counterpart.full_names(read_tensors(source, names, tensor, counterpart.BUFFERS))
     buffers = sorted(name for name in theirs if re.search(counterpart.BUFFERS, name))
     if buffers:
         print(f"ignored tensors that are not weights: {', '.join(buffers)}", file=sys.stderr)
@@ -144,18 +183,18 @@ def read_weights(
         theirs.setdefault(counterpart.EMBEDDING, head)
         if not torch.equal(head, theirs[counterpart.EMBEDDING]):
             raise UserError(
-                f"{shown(folder)}: lm_head.weight differs from {counterpart.EMBEDDING}, but config.json has "
+                f"{shown(source)}: lm_head.weight differs from {counterpart.EMBEDDING}, but config.json has "
                 "tie_word_embeddings = true: set it to false if the head has weights of its own"
             )
     for name in sorted(expected.keys() | theirs.keys()):
         shape, required = checkpoint.shape(theirs, name), checkpoint.shape(expected, name)
         if required == "missing":
-            raise UserError(f"{shown(folder)} has an unexpected tensor, {name} of shape {shape}")
+            raise UserError(f"{shown(source)} has an unexpected tensor, {name} of shape {shape}")
         if shape != required:
-            raise UserError(f"{shown(folder)}: {name} is {shape}, but config.json requires {required}")
+            raise UserError(f"{shown(source)}: {name} is {shape}, but config.json requires {required}")
         if theirs[name].dtype not in DTYPES:
             raise UserError(
-                f"{shown(folder)}: {name} has dtype {str(theirs[name].dtype).removeprefix('torch.')}; "
+                f"{shown(source)}: {name} has dtype {str(theirs[name].dtype).removeprefix('torch.')}; "
                 "supported are float32, float16 and bfloat16"
             )
     return {name: t.contiguous() for name, t in counterpart.from_tensors(theirs, sizes).items()}
@@ -215,37 +254,50 @@ def names_in(path: Path) -> list[str]:
         raise checkpoint.damaged(path, error) from None
 
 
-def read_tensors(files: dict[str, Path], no_weights: str) -> dict[str, torch.Tensor]:
+def reader(files: dict[str, Path]) -> Callable[[str], torch.Tensor]:
+    """A function that reads the tensor of a name from its file, memory-mapped."""
+    opened = {}
+
+    def tensor(name: str) -> torch.Tensor:
+        path = files[name]
+        try:
+            if path not in opened:
+                opened[path] = safe_open(path, "pt")
+            return opened[path].get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise checkpoint.damaged(path, error) from None
+
+    return tensor
+
+
+def read_tensors(
+    source: Path, names: list[str], tensor: Callable[[str], torch.Tensor], no_weights: str
+) -> dict[str, torch.Tensor]:
     """Reads the tensors; converts floating-point ones to float32, one by one so that few are in memory twice.
 
     Raises UserError if a tensor contains NaN or infinity, except those whose names match no_weights.
     """
     tensors = {}
-    for path in dict.fromkeys(files.values()):
-        try:
-            with safe_open(path, "pt") as file:
-                for name in (name for name in files if files[name] == path):
-                    tensor = file.get_tensor(name)
-                    if tensor.dtype in DTYPES:
-                        if not re.search(no_weights, name) and not tensor.isfinite().all():
-                            raise UserError(
-                                f"{shown(path)}: {name} contains NaN or infinity\n"
-                                "the model diverged, or the file is damaged: use another checkpoint or copy"
-                            )
-                        tensor = tensor.float()
-                    tensors[name] = tensor
-        except (OSError, SafetensorError) as error:
-            raise checkpoint.damaged(path, error) from None
+    for name in names:
+        read = tensor(name)
+        if read.dtype in DTYPES:
+            if not re.search(no_weights, name) and not read.isfinite().all():
+                raise UserError(
+                    f"{shown(source)}: {name} contains NaN or infinity\n"
+                    "the model diverged, or the file is damaged: use another checkpoint or copy"
+                )
+            read = read.float()
+        tensors[name] = read
     return tensors
 
 
-def write_run(run: Path, source: Path, stage: str, model, tensors: dict, meta: dict) -> None:
+def write_run(run: Path, source: Path, side: Path, stage: str, model, tensors: dict, meta: dict) -> None:
     """Writes the folder of a run at step 0."""
     (run / "last").mkdir()
     metadata = {"stage": stage, "step": "0"}
     atomic.write_synced(run / "last" / checkpoint.WEIGHTS, safetensors_bytes(tensors, metadata))
-    copy_side_files(source, run)
-    shutil.copyfile(source / "config.json", run / HF_CONFIG)
+    copy_side_files(side, run)
+    shutil.copyfile(side / "config.json", run / HF_CONFIG)
     runs.write_json(run / "meta.json", meta)
     config = {
         "format": formats.RUN,
