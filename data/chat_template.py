@@ -57,7 +57,8 @@ class Refusal(jinja2.TemplateError):
 def find(folder: Path) -> tuple[str, str]:
     """A name for messages and the text of the default template. Raises UserError if there is none.
 
-    chat_template.jinja, or chat_template in tokenizer_config.json: one, or a list of named ones.
+    They are in chat_template.jinja and additional_chat_templates/, or in tokenizer_config.json: one, or a
+    list of named ones.
     """
     config = read_object(folder / "tokenizer_config.json")
     named = config.get("chat_template")
@@ -67,17 +68,16 @@ def find(folder: Path) -> tuple[str, str]:
             named = {each["name"]: each["template"] for each in named}
         except (KeyError, TypeError):
             raise UserError(f"{source} is damaged: a template in the list has no name or no text") from None
-    others = [*(folder / CHAT_TEMPLATES).glob("*.jinja"), folder / "chat_template.jinja"]
-    others = {path.stem: path for path in others if path.is_file()}
-    if others:  # as in transformers, they replace those in tokenizer_config.json
-        named = {name: text_of(path) for name, path in others.items()}
-        named["default"] = named.pop("chat_template", named.get("default"))
-        source = f"the chat template in {shown(others.get('chat_template', folder / CHAT_TEMPLATES))}"
+    own = folder / "chat_template.jinja"
+    paths = {"default": own} if own.is_file() else {}
+    paths |= {path.stem: path for path in sorted((folder / CHAT_TEMPLATES).glob("*.jinja"))}
+    if paths:  # as in transformers, they replace those in tokenizer_config.json
+        named = {name: text_of(path) for name, path in paths.items()}
+        source = f"the chat template in {shown(paths.get('default', folder / CHAT_TEMPLATES))}"
     if isinstance(named, dict):
-        found = [name for name, template in named.items() if template is not None]
+        if named and "default" not in named:
+            raise UserError(f"{shown(folder)} has the chat templates {', '.join(named)}, but no default one")
         named = named.get("default")
-        if named is None and found:
-            raise UserError(f"{shown(folder)} has the chat templates {', '.join(found)}, but no default one")
     if named is None:
         raise UserError(
             f"the tokenizer of {shown(folder)} has no chat template: the model was not made to chat\n"

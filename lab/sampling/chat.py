@@ -43,7 +43,7 @@ class Chat:
     """The tokens that the cache holds."""
 
     def answer(self, message: str, write: Callable[[str], None], stopped: Callable) -> str | None:
-        """Answers a message piece by piece, until stopped() is true. Returns why an answer was cut, if it was.
+        """Writes an answer piece by piece, until stopped() is true. Returns why it was cut, or None.
 
         A stopped answer stays in the conversation. After a UserError, the message is not in it.
         """
@@ -89,21 +89,22 @@ class Chat:
     def fitting_prompt(self) -> list[int]:
         """The tokens of the conversation. Drops its oldest exchanges until there is room for an answer."""
         system = [{"role": "system", "content": self.system}] if self.system is not None else []
-        room, n_dropped = min(self.max_new_tokens, self.context // 4), 0
-        prompt = self.tokens_of([*system, *self.messages])
-        while len(prompt) + room > self.context and len(self.messages) > 1:
-            del self.messages[:2]
-            n_dropped += 1
-            prompt = self.tokens_of([*system, *self.messages])
-        if n_dropped:
-            exchanges = "exchange" if n_dropped == 1 else f"{n_dropped} exchanges"
-            reason = f"the conversation exceeds the context of {self.context:,} tokens"
-            print(f"forgot the oldest {exchanges}: {reason}", file=sys.stderr)
+        room, kept = min(self.max_new_tokens, self.context // 4), self.messages
+        prompt = self.tokens_of([*system, *kept])
+        while len(prompt) + room > self.context and len(kept) > 1:
+            kept = kept[2:]
+            prompt = self.tokens_of([*system, *kept])
         if len(prompt) >= self.context:
             raise UserError(
                 f"the message has {len(prompt):,} tokens, with those of the chat template, but the context "
                 f"has {self.context:,}\nsend a shorter message"
             )
+        n_dropped = (len(self.messages) - len(kept)) // 2
+        if n_dropped:
+            exchanges = "exchange" if n_dropped == 1 else f"{n_dropped} exchanges"
+            reason = f"the conversation exceeds the context of {self.context:,} tokens"
+            print(f"forgot the oldest {exchanges}: {reason}", file=sys.stderr)
+            self.messages = kept
         return prompt
 
     def prepare_cache(self, prompt: list[int], n_new: int) -> None:
