@@ -6,7 +6,8 @@ and transformers stops.) Stage 0 becomes GPT2LMHeadModel, stages 3 to 5 and llam
 with the softmax router and without shared experts MixtralForCausalLM, stages 7a, 7 and deepseek_v3
 DeepseekV3ForCausalLM, mistral MistralForCausalLM, qwen2 Qwen2ForCausalLM, and qwen3 Qwen3ForCausalLM. An
 imported run, or one fine-tuned from it, gets back its tokenizer's files, its generation_config.json and the
-ids of its special tokens. Transformers honours these: it may sample, and it may stop at an end-of-text token.
+ids of its special tokens, and its chat template. Transformers honours these: it may sample. Both stop at an
+end-of-text token, if the run has one; transformers may print it.
 
 --to llama2c: model.bin and tokenizer.bin for the C program `run` of karpathy/llama2.c. That program puts a
 newline and a space before every prompt; see deploy/llama2c.py.
@@ -25,7 +26,7 @@ from typing import Literal
 
 import torch
 
-from data.tokenizers import HF_CONFIG, read_object
+from data.tokenizers import HF_CONFIG, end_tokens, read_object
 from deploy import architectures, deepseek, gpt2, llama, llama2c, mistral, mixtral, qwen, tokenizer_json
 from deploy.output import new_folder
 from lab import cli, device
@@ -122,6 +123,9 @@ def write_hf(
     if not generation:
         generation = {"do_sample": False, "max_length": sizes["block_size"]}
         generation |= {key: imported[key] for key in TOKEN_IDS if key in imported}
+        ends = end_tokens(run, meta, tokenizer)
+        if ends and not imported:
+            generation["eos_token_id"] = min(ends)  # our own have one at most: stop where sample.py does
     # Never generate ids that only pad the vocabulary.
     padding = range(tokenizer.vocab_size, sizes["vocab_size"])
     if padding:
