@@ -233,6 +233,17 @@ def test_a_head_under_the_name_of_transformers_5_is_read(run_import):
     assert_same_function(runs.load(Path("run"), "best", CPU)[0], theirs)
 
 
+def test_a_tied_head_may_be_saved_twice_but_not_with_other_weights(run_import, capsys):
+    theirs = neox(tie_word_embeddings=True)
+    save_theirs(theirs, "theirs")
+    change_weights("theirs", lambda t: t.update({"embed_out.weight": t["gpt_neox.embed_in.weight"].clone()}))
+    assert run_import("theirs", "--out", "run") == 0
+    assert_same_function(runs.load(Path("run"), "best", CPU)[0], theirs)
+    change_weights("theirs", lambda t: t["embed_out.weight"].add_(1))
+    assert run_import("theirs", "--out", "out") == 2
+    explained(capsys, "embed_out.weight differs from gpt_neox.embed_in.weight")
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
