@@ -45,11 +45,14 @@ TESTED = {
         "588e1456bf5ef0f4",
         "a55b4ab3426464f1",
     ],
+    "deepseek_v2": ["8dd60cf586bec947", "eafe26da9530ab04"],
     "deepseek_v3": ["6ff93438f1444348", "e94fff99cafa405c", "b6f65b6741857445", "68fece1ae2eb0af2"],
+    "gpt_neox": ["7956a756487af5b4", "68364800cd8f263e"],
     "llama3": ["62d4dd124db0b669", "c9116c4d8cbb5b81", "989fb1f1b69034ab"],
     "mistral": ["4a415d36738875a1", "3d8e86a8e28b6dda", "c114359a64f57064"],
     "qwen2": ["0b3566070af75b1e", "7757f2b3fb3916a6", "d3550f8273da973f"],
     "qwen3": ["1e25f831707d0ed1", "ea08f9479411171b", "faaee529322ff1e7"],
+    "qwen3_moe": ["3e2e06d556947e11", "6e6359d173cb2406"],
 }
 
 

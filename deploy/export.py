@@ -3,10 +3,12 @@
 --to hf: a folder that stock transformers loads. pipeline("text-generation", DIR) continues a prompt with the
 same text as `sample.py --temperature 0`, up to the context length. (Beyond it, sample.py slides its window
 and transformers stops.) Stage 0 becomes GPT2LMHeadModel, stages 3 to 5 and llama3 LlamaForCausalLM, stage 6
-with the softmax router and without shared experts MixtralForCausalLM, stages 7a, 7 and deepseek_v3
-DeepseekV3ForCausalLM, mistral MistralForCausalLM, qwen2 Qwen2ForCausalLM, and qwen3 Qwen3ForCausalLM. An
-imported run, or one fine-tuned from it, gets back its tokenizer's files, its generation_config.json and the
-ids of its special tokens. Transformers honours these: it may sample, and it may stop at an end-of-text token.
+with the softmax router and without shared experts MixtralForCausalLM, deepseek_v2 DeepseekV2ForCausalLM,
+stages 7a, 7 and deepseek_v3 DeepseekV3ForCausalLM, mistral MistralForCausalLM, qwen2 Qwen2ForCausalLM,
+qwen3 Qwen3ForCausalLM, qwen3_moe (also with that router and without shared experts) Qwen3MoeForCausalLM, and
+gpt_neox GPTNeoXForCausalLM. An imported run, or one fine-tuned from it, gets back its tokenizer's files, its
+generation_config.json and the ids of its special tokens, and its chat template. Transformers honours these:
+it may sample. Both stop at an end-of-text token, if the run has one; transformers may print it.
 
 --to llama2c: model.bin and tokenizer.bin for the C program `run` of karpathy/llama2.c. That program puts a
 newline and a space before every prompt; see deploy/llama2c.py.
@@ -24,14 +26,26 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 import torch
-from safetensors.torch import save as safetensors_bytes
 
-from data.tokenizers import HF_CONFIG, read_object
-from deploy import architectures, deepseek, gpt2, llama, llama2c, mistral, mixtral, qwen, tokenizer_json
+from data.tokenizers import HF_CONFIG, end_tokens, read_object
+from deploy import (
+    architectures,
+    deepseek,
+    deepseek_v2,
+    gpt2,
+    gpt_neox,
+    llama,
+    llama2c,
+    mistral,
+    mixtral,
+    qwen,
+    qwen_moe,
+    tokenizer_json,
+)
 from deploy.output import new_folder
-from lab import atomic, cli, device
+from lab import cli, device
 from lab.errors import UserError, shown
-from lab.storage import checkpoint, runs
+from lab.storage import checkpoint, runs, tensors
 
 COUNTERPARTS = {
     "stage0_gpt": gpt2,
@@ -41,11 +55,14 @@ COUNTERPARTS = {
     "stage6_moe": mixtral,
     "stage7a_mla": deepseek,
     "stage7_mla_mtp": deepseek,
+    "deepseek_v2": deepseek_v2,
     "deepseek_v3": deepseek,
+    "gpt_neox": gpt_neox,
     "llama3": llama,
     "mistral": mistral,
     "qwen2": qwen,
     "qwen3": qwen,
+    "qwen3_moe": qwen_moe,
 }
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # exported as they were imported
@@ -64,10 +81,12 @@ class Settings:
     """Folder to create."""
     checkpoint: Literal["best", "last"] = "best"
     """Checkpoint to export: best (lowest validation loss) or last."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of the exported weights; auto: that of the run. llama2c always has float32."""
 
 
 @device.memory_errors(
-    "export needs about three times the memory of the weights: close other programs, or use a larger machine"
+    "export needs about the memory of the weights: close other programs, or use a larger machine"
 )
 def main():
     settings = cli.parse_flags(Settings, sys.argv[1:])
@@ -81,17 +100,19 @@ def main():
             "(LlamaForCausalLM), 6 (MixtralForCausalLM), 7a, 7 or a model of family/"
         )
     with new_folder(out, run) as folder:
-        model, _ = runs.load(run, settings.checkpoint, torch.device("cpu"))
-        tensors, sizes = checkpoint.weights(model), asdict(model.config)
+        stored = runs.weights_dtype(run, config)
+        dtype = stored if settings.dtype == "auto" else getattr(torch, settings.dtype)
+        model, _ = runs.load(run, settings.checkpoint, torch.device("cpu"), dtype)
+        weights, sizes = checkpoint.weights(model), asdict(model.config)
         if settings.to == "hf":
-            write_hf(folder, COUNTERPARTS[stage], tensors, sizes, meta, run)
+            write_hf(folder, COUNTERPARTS[stage], weights, sizes, meta, run, dtype)
             use = f'transformers.pipeline("text-generation", "{shown(out)}")'
         else:
-            llama2c.write(folder, stage, tensors, sizes, meta)
+            llama2c.write(folder, stage, weights, sizes, meta)
             use = f'./run {shown(out)}/model.bin -z {shown(out)}/tokenizer.bin -t 0 -n 0 -i "…"'
         names = sorted(path.name for path in folder.iterdir())
     print(f"exported {stage} from {shown(run)} to {shown(out)}: {', '.join(names)}")
-    if settings.to == "hf" and COUNTERPARTS[stage] is deepseek:
+    if settings.to == "hf" and COUNTERPARTS[stage] in (deepseek, deepseek_v2):
         print("RoPE rotates adjacent dimensions, as in DeepSeek's files (rope_interleave = true), not halves")
     if settings.to == "llama2c":
         before = llama2c.before_prompt(runs.tokenizer(run))
@@ -99,17 +120,18 @@ def main():
     print(f"to use it: {use}")
 
 
-def write_hf(folder: Path, counterpart, tensors: dict, sizes: dict, meta: dict, run: Path) -> None:
-    """Writes a folder for transformers; `counterpart` is a module such as llama."""
+def write_hf(
+    folder: Path, counterpart, weights: dict, sizes: dict, meta: dict, run: Path, dtype: torch.dtype
+) -> None:
+    """Writes a folder for transformers. counterpart is a module such as llama; dtype is the weights'."""
     tokenizer = runs.tokenizer(run)
     imported = read_object(run / HF_CONFIG)  # empty if the run was not imported
-    config = counterpart.to_config(sizes)
+    config = counterpart.to_config(sizes) | {"dtype": str(dtype).removeprefix("torch.")}
     if imported:
         for key in TOKEN_IDS:
             config.pop(key, None)  # a missing field means the default of the model's class
         config |= {key: imported[key] for key in TOKEN_IDS if key in imported}
-    theirs = {name: t.contiguous() for name, t in counterpart.to_tensors(tensors, sizes).items()}
-    atomic.write_synced(folder / "model.safetensors", safetensors_bytes(theirs, {"format": "pt"}))
+    tensors.write(folder / "model.safetensors", counterpart.to_tensors(weights, sizes), {"format": "pt"})
     tokenizer_json.write(meta, run, folder, sizes["block_size"])
     if imported and imported["model_type"] != config["model_type"]:
         tokenizer_json.unbind(folder)
@@ -118,6 +140,9 @@ def write_hf(folder: Path, counterpart, tensors: dict, sizes: dict, meta: dict, 
     if not generation:
         generation = {"do_sample": False, "max_length": sizes["block_size"]}
         generation |= {key: imported[key] for key in TOKEN_IDS if key in imported}
+        ends = end_tokens(run, meta, tokenizer)
+        if ends and not imported:
+            generation["eos_token_id"] = min(ends)  # our own have one at most: stop where sample.py does
     # Never generate ids that only pad the vocabulary.
     padding = range(tokenizer.vocab_size, sizes["vocab_size"])
     if padding:

@@ -24,7 +24,9 @@ def test_changing_a_future_token_never_changes_past_logits(make_model):
         changed = idx.clone()
         changed[:, t] = (changed[:, t] + 1) % TINY_MODEL["vocab_size"]
         before, after = model(idx)[0], model(changed)[0]
-        assert torch.equal(before[:, :t], after[:, :t])
+        # An expert multiplies all its tokens at once, and how many these are changes the last digit.
+        atol = 1e-6 if hasattr(model, "routers") else 0.0
+        torch.testing.assert_close(before[:, :t], after[:, :t], atol=atol, rtol=0)
         assert not torch.equal(before[:, t], after[:, t])
 
 
