@@ -390,6 +390,7 @@ def test_a_cache_that_goes_back_gives_the_answers_of_a_new_one(workshop, stage, 
         prompt = tokens_of([*talk.messages, {"content": message}])
         talk.answer(message, str, lambda: False)
         assert talk.messages[-1]["content"] == tokenizer.decode(greedy(model, prompt, 9))
+        assert len(talk.cached) == talk.cache.length == len(prompt) + 8  # the model has not seen the last one
 
 
 def test_a_stopped_answer_stays_in_the_conversation(talking):
