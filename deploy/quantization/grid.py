@@ -82,7 +82,7 @@ def by_column(per_group: torch.Tensor, width: int, group_size: int | None) -> to
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Codes (out, in) as bytes (out, ceil(in / 8) * bits): 8 codes in `bits` bytes, from the lowest bit on."""
+    """Codes (out, in) as bytes (out, ceil(in / 8) * bits): 8 codes in `bits` bytes, low bits first."""
     eights = F.pad(codes, (0, -codes.size(1) % 8)).unflatten(1, (-1, 8)).long()
     words = (eights << (bits * torch.arange(8, device=codes.device))).sum(-1)  # (out, in / 8) of 64 bits
     return words.unsqueeze(-1).contiguous().view(torch.uint8)[..., :bits].flatten(1)
