@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch.overrides import TorchFunctionMode
 
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
+DTYPES |= {torch.int32: "I32", torch.uint8: "U8"}  # packed codes
 # torch aligns its own tensors to this many bytes. With another alignment, results differ in the last bits.
 ALIGNMENT = 64
 
