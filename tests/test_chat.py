@@ -493,7 +493,6 @@ def test_a_run_without_a_chat_template_cannot_chat(run_sample, workshop, capsys)
     assert "the tokenizer of run has no chat template" in err and "or leave out --chat" in err
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
 def test_ctrl_c_in_a_terminal_stops_the_answer_and_at_the_prompt_the_program(talking):
     assert talking("", max_position_embeddings=100_000) == 0
     terminal, other = pty.openpty()
