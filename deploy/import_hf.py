@@ -1,6 +1,6 @@
 """Imports a Hugging Face folder as a run: python -m deploy.import_hf DIR --out runs/NAME
 
-GPT-2 becomes stage 0. Llama becomes stage 3 or, with fewer key/value heads than heads, stage 4; with scaled
+GPT-2 becomes stage 0. Llama becomes stage 5 (the same function as stages 3 and 4, but faster); with scaled
 positions, or heads of another width, llama3 (in family/). So does Mistral, but with a sliding window, or
 heads of another width, it becomes mistral. Qwen2, Qwen3, Qwen3-MoE and GPT-NeoX (such as Pythia) become
 qwen2, qwen3, qwen3_moe and gpt_neox. Mixtral becomes stage 6. DeepSeek-V2 becomes deepseek_v2. DeepSeek-V3,

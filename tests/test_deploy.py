@@ -164,11 +164,9 @@ def explained(capsys, *messages):
 # Theirs to ours, and back
 
 LLAMAS = {
-    "stage3_swiglu": [
+    "stage5_flash": [
         {"num_hidden_layers": 1, "tie_word_embeddings": True, "rms_norm_eps": 1e-5},
         {"num_hidden_layers": 3, "hidden_size": 24, "intermediate_size": 77, "rope_theta": 500_000.0},
-    ],
-    "stage4_gqa": [
         {"num_key_value_heads": 1, "num_hidden_layers": 3, "intermediate_size": 129, "rms_norm_eps": 1e-5},
         {"num_key_value_heads": 2, "tie_word_embeddings": True, "rope_theta": 500_000.0},
         {"num_key_value_heads": 3, "num_attention_heads": 6, "hidden_size": 36, "rms_norm_eps": 1e-3},
@@ -791,7 +789,7 @@ def test_our_characters_come_back_from_an_export(run_export, run_import, run_sam
         assert run_sample("--run", folder, "--prompt", "a b", "--max-new-tokens", "40") == 0
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1]
-    assert runs.newest("4") == runs.RUNS / "back"
+    assert runs.newest("5") == runs.RUNS / "back"
 
 
 def byte_level(text):
@@ -1119,7 +1117,7 @@ def test_a_model_of_16_bit_weights_is_trained_in_float32(run_import, fine_tune):
     assert_same_tensors(load_file("same/last/model.safetensors"), expected)
 
 
-@pytest.mark.parametrize("make, stage", [(gpt2, "stage0_gpt"), (llama, "stage3_swiglu")])
+@pytest.mark.parametrize("make, stage", [(gpt2, "stage0_gpt"), (llama, "stage5_flash")])
 def test_an_imported_model_can_be_fine_tuned_and_sampled(
     run_import, fine_tune, run_sample, make, stage, capsys
 ):
