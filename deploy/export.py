@@ -9,6 +9,11 @@ Qwen3MoeForCausalLM (with the softmax router and without shared experts), and gp
 imported run, or one fine-tuned from it, gets back its tokenizer's files, its generation_config.json and the
 ids of its special tokens. Transformers honours these: it may sample, and it may stop at an end-of-text token.
 
+--to gguf: one file for llama.cpp, --out NAME.gguf. --outtype is the type of its matrices. Stage 0 becomes
+the architecture gpt2; stages 3 to 5, llama3 and mistral become llama; stage 6 with the softmax router and
+without shared experts becomes llama with experts; deepseek_v3 with a latent for the queries becomes
+deepseek2; and the other models of family/ become their namesakes. See deploy/gguf_write.py.
+
 --to llama2c: model.bin and tokenizer.bin for the C program `run` of karpathy/llama2.c. That program puts a
 newline and a space before every prompt; see deploy/llama2c.py.
 """
@@ -31,6 +36,7 @@ from data.tokenizers import HF_CONFIG, read_object
 from deploy import (
     architectures,
     deepseek,
+    gguf_write,
     gpt2,
     gpt_neox,
     llama,
@@ -41,7 +47,7 @@ from deploy import (
     qwen_moe,
     tokenizer_json,
 )
-from deploy.output import new_folder
+from deploy.output import new_file, new_folder
 from lab import atomic, cli, device
 from lab.errors import UserError, shown
 from lab.storage import checkpoint, runs
@@ -68,17 +74,23 @@ TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # exported as they
 
 @dataclass
 class Settings:
-    """Exports a run for transformers or llama2.c."""
+    """Exports a run for transformers, llama.cpp or llama2.c."""
 
     run: str
     """Folder of the run."""
-    to: Literal["hf", "llama2c"]
-    """hf: a folder for transformers. llama2c: model.bin and tokenizer.bin for llama2.c's `run`.
-    That program puts a newline and a space before every prompt."""
+    to: Literal["hf", "gguf", "llama2c"]
+    """hf: a folder for transformers. gguf: a file for llama.cpp. llama2c: model.bin and tokenizer.bin for
+    llama2.c's `run`, which puts a newline and a space before every prompt."""
     out: str
-    """Folder to create."""
+    """Folder to create; with --to gguf, file to create, NAME.gguf."""
     checkpoint: Literal["best", "last"] = "best"
     """Checkpoint to export: best (lowest validation loss) or last."""
+    outtype: Literal["f32", "f16", "bf16", "q8_0", "q4_0"] | None = None
+    """Type of the matrices with --to gguf. None: that of the run's weights."""
+
+    def __post_init__(self):
+        if self.outtype and self.to != "gguf":
+            raise ValueError("--outtype goes with --to gguf")
 
 
 @device.memory_errors(
@@ -95,6 +107,9 @@ def main():
             f"{stage} has no counterpart in transformers\nexport stage 0 (GPT2LMHeadModel), 3, 4, 5 "
             "(LlamaForCausalLM), 6 (MixtralForCausalLM), 7a, 7 or a model of family/"
         )
+    if settings.to == "gguf":
+        write_gguf(settings, run, out, stage, config, meta)
+        return
     with new_folder(out, run) as folder:
         model, _ = runs.load(run, settings.checkpoint, torch.device("cpu"))
         tensors, sizes = checkpoint.weights(model), asdict(model.config)
@@ -112,6 +127,26 @@ def main():
         before = llama2c.before_prompt(runs.tokenizer(run))
         print(f"llama2.c's run puts {before!r} before every prompt and continues both together")
     print(f"to use it: {use}")
+
+
+def write_gguf(settings: Settings, run: Path, out: Path, stage: str, config: dict, meta: dict) -> None:
+    """Writes a file for llama.cpp."""
+    if stage not in COUNTERPARTS:
+        raise UserError(
+            f"llama.cpp cannot run {stage}: it has no architecture with {gguf_write.NO_COUNTERPART[stage]}\n"
+            "export stage 0, 3, 4, 5, 6 or a model of family/"
+        )
+    if out.suffix != ".gguf":
+        raise UserError(
+            f"{shown(out)} does not end in .gguf\nname the file to create: --out {shown(out)}.gguf"
+        )
+    with new_file(out, run) as path:
+        model, _ = runs.load(run, settings.checkpoint, torch.device("cpu"))
+        tensors, sizes = checkpoint.weights(model), asdict(model.config)
+        kind = settings.outtype or gguf_write.OUTTYPES[config.get("weights_dtype", "float32")]
+        gguf_write.write(path, COUNTERPARTS[stage], tensors, sizes, meta, run, kind)
+    print(f"exported {stage} from {shown(run)} to {shown(out)} as {kind}")
+    print(f"to use it: llama-cli -m {shown(out)}")
 
 
 def write_hf(folder: Path, counterpart, tensors: dict, sizes: dict, meta: dict, run: Path) -> None:
