@@ -30,7 +30,6 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 import torch
-from safetensors.torch import save as safetensors_bytes
 
 from data.tokenizers import HF_CONFIG, read_object
 from deploy import (
@@ -48,9 +47,9 @@ from deploy import (
     tokenizer_json,
 )
 from deploy.output import new_file, new_folder
-from lab import atomic, cli, device
+from lab import cli, device
 from lab.errors import UserError, shown
-from lab.storage import checkpoint, runs
+from lab.storage import checkpoint, runs, tensors
 
 COUNTERPARTS = {
     "stage0_gpt": gpt2,
@@ -85,16 +84,20 @@ class Settings:
     """Folder to create; with --to gguf, file to create, NAME.gguf."""
     checkpoint: Literal["best", "last"] = "best"
     """Checkpoint to export: best (lowest validation loss) or last."""
-    outtype: Literal["f32", "f16", "bf16", "q8_0", "q4_0"] | None = None
-    """Type of the matrices with --to gguf. None: that of the run's weights."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of the exported weights; auto: that of the run. llama2c always has float32."""
+    outtype: Literal["auto", "f32", "f16", "bf16", "q8_0", "q4_0"] = "auto"
+    """The same with --to gguf, where it may be quantized."""
 
     def __post_init__(self):
-        if self.outtype and self.to != "gguf":
-            raise ValueError("--outtype goes with --to gguf")
+        if self.to == "gguf" and self.dtype != "auto":
+            raise ValueError("--to gguf takes --outtype instead of --dtype")
+        if self.to != "gguf" and self.outtype != "auto":
+            raise ValueError(f"--outtype goes with --to gguf, not with --to {self.to}")
 
 
 @device.memory_errors(
-    "export needs about three times the memory of the weights: close other programs, or use a larger machine"
+    "export needs about the memory of the weights: close other programs, or use a larger machine"
 )
 def main():
     settings = cli.parse_flags(Settings, sys.argv[1:])
@@ -111,13 +114,15 @@ def main():
         write_gguf(settings, run, out, stage, config, meta)
         return
     with new_folder(out, run) as folder:
-        model, _ = runs.load(run, settings.checkpoint, torch.device("cpu"))
-        tensors, sizes = checkpoint.weights(model), asdict(model.config)
+        stored = runs.weights_dtype(run, config)
+        dtype = stored if settings.dtype == "auto" else getattr(torch, settings.dtype)
+        model, _ = runs.load(run, settings.checkpoint, torch.device("cpu"), dtype)
+        weights, sizes = checkpoint.weights(model), asdict(model.config)
         if settings.to == "hf":
-            write_hf(folder, COUNTERPARTS[stage], tensors, sizes, meta, run)
+            write_hf(folder, COUNTERPARTS[stage], weights, sizes, meta, run, dtype)
             use = f'transformers.pipeline("text-generation", "{shown(out)}")'
         else:
-            llama2c.write(folder, stage, tensors, sizes, meta)
+            llama2c.write(folder, stage, weights, sizes, meta)
             use = f'./run {shown(out)}/model.bin -z {shown(out)}/tokenizer.bin -t 0 -n 0 -i "…"'
         names = sorted(path.name for path in folder.iterdir())
     print(f"exported {stage} from {shown(run)} to {shown(out)}: {', '.join(names)}")
@@ -143,23 +148,26 @@ def write_gguf(settings: Settings, run: Path, out: Path, stage: str, config: dic
     with new_file(out, run) as path:
         model, _ = runs.load(run, settings.checkpoint, torch.device("cpu"))
         tensors, sizes = checkpoint.weights(model), asdict(model.config)
-        kind = settings.outtype or gguf_write.OUTTYPES[config.get("weights_dtype", "float32")]
+        kind = settings.outtype
+        if kind == "auto":
+            kind = gguf_write.OUTTYPES[config.get("weights_dtype", "float32")]
         gguf_write.write(path, COUNTERPARTS[stage], tensors, sizes, meta, run, kind)
     print(f"exported {stage} from {shown(run)} to {shown(out)} as {kind}")
     print(f"to use it: llama-cli -m {shown(out)}")
 
 
-def write_hf(folder: Path, counterpart, tensors: dict, sizes: dict, meta: dict, run: Path) -> None:
-    """Writes a folder for transformers; `counterpart` is a module such as llama."""
+def write_hf(
+    folder: Path, counterpart, weights: dict, sizes: dict, meta: dict, run: Path, dtype: torch.dtype
+) -> None:
+    """Writes a folder for transformers. counterpart is a module such as llama; dtype is the weights'."""
     tokenizer = runs.tokenizer(run)
     imported = read_object(run / HF_CONFIG)  # empty if the run was not imported
-    config = counterpart.to_config(sizes)
+    config = counterpart.to_config(sizes) | {"dtype": str(dtype).removeprefix("torch.")}
     if imported:
         for key in TOKEN_IDS:
             config.pop(key, None)  # a missing field means the default of the model's class
         config |= {key: imported[key] for key in TOKEN_IDS if key in imported}
-    theirs = {name: t.contiguous() for name, t in counterpart.to_tensors(tensors, sizes).items()}
-    atomic.write_synced(folder / "model.safetensors", safetensors_bytes(theirs, {"format": "pt"}))
+    tensors.write(folder / "model.safetensors", counterpart.to_tensors(weights, sizes), {"format": "pt"})
     tokenizer_json.write(meta, run, folder, sizes["block_size"])
     if imported and imported["model_type"] != config["model_type"]:
         tokenizer_json.unbind(folder)

@@ -37,8 +37,8 @@ class Settings:
     """A .gguf file."""
     out: str
     """Folder of the run to create."""
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Dtype of the run's weights. None: that of the file's matrices, and float32 if they are quantized."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of the run's weights; auto: that of the file's matrices, float32 if they are quantized."""
 
 
 @device.memory_errors(
@@ -50,7 +50,7 @@ def main():
     file = GGUFFile(path)
     config = gguf_names.to_config(file)
     readers = gguf_names.tensors_in(file, config)
-    dtype = settings.dtype or dtype_of(file)
+    dtype = dtype_of(file) if settings.dtype == "auto" else settings.dtype
     with tempfile.TemporaryDirectory() as side:
         config |= gguf_tokenizer.read(file, Path(side))
         Path(side, "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -68,9 +68,10 @@ def main():
 
 
 def dtype_of(file: GGUFFile) -> str:
-    """The dtype of the file's matrices if all have the same, else float32."""
-    kinds = {info.kind for info in file.tensors.values() if len(info.shape) > 1}
-    return str(FLOATS[kinds.pop()] if len(kinds) == 1 and kinds <= FLOATS.keys() else "torch.float32")[6:]
+    """The dtype of the file's matrices if all have the same, except a few in float32; else float32."""
+    kinds = {info.kind for info in file.tensors.values() if len(info.shape) > 1} - {"F32"}
+    kind = kinds.pop() if len(kinds) == 1 else "F32"
+    return str(FLOATS.get(kind, FLOATS["F32"])).removeprefix("torch.")
 
 
 if __name__ == "__main__":
