@@ -38,7 +38,7 @@ class Settings:
     out: str
     """Folder of the run to create."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number format of the run's weights; auto: that of the file's matrices, float32 if they are quantized."""
+    """Number format of the run's weights; auto: that of the matrices, or float32 if they are quantized."""
 
 
 @device.memory_errors(
