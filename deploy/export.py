@@ -3,11 +3,12 @@
 --to hf: a folder that stock transformers loads. pipeline("text-generation", DIR) continues a prompt with the
 same text as `sample.py --temperature 0`, up to the context length. (Beyond it, sample.py slides its window
 and transformers stops.) Stage 0 becomes GPT2LMHeadModel, stages 3 to 5 and llama3 LlamaForCausalLM, stage 6
-with the softmax router and without shared experts MixtralForCausalLM, stages 7a, 7 and deepseek_v3
-DeepseekV3ForCausalLM, mistral MistralForCausalLM, qwen2 Qwen2ForCausalLM, qwen3 Qwen3ForCausalLM, qwen3_moe
-Qwen3MoeForCausalLM (with the softmax router and without shared experts), and gpt_neox GPTNeoXForCausalLM. An
-imported run, or one fine-tuned from it, gets back its tokenizer's files, its generation_config.json and the
-ids of its special tokens. Transformers honours these: it may sample, and it may stop at an end-of-text token.
+with the softmax router and without shared experts MixtralForCausalLM, deepseek_v2 DeepseekV2ForCausalLM,
+stages 7a, 7 and deepseek_v3 DeepseekV3ForCausalLM, mistral MistralForCausalLM, qwen2 Qwen2ForCausalLM, qwen3
+Qwen3ForCausalLM, qwen3_moe Qwen3MoeForCausalLM (with the softmax router and without shared experts), and
+gpt_neox GPTNeoXForCausalLM. An imported run, or one fine-tuned from it, gets back its tokenizer's files, its
+generation_config.json and the ids of its special tokens. Transformers honours these: it may sample, and it
+may stop at an end-of-text token.
 
 --to gguf: one file for llama.cpp, --out NAME.gguf. --outtype is the type of its matrices. Stage 0 becomes
 the architecture gpt2; stages 3 to 5, llama3 and mistral become llama; stage 6 with the softmax router and
@@ -35,6 +36,7 @@ from data.tokenizers import HF_CONFIG, read_object
 from deploy import (
     architectures,
     deepseek,
+    deepseek_v2,
     gguf_write,
     gpt2,
     gpt_neox,
@@ -59,6 +61,7 @@ COUNTERPARTS = {
     "stage6_moe": mixtral,
     "stage7a_mla": deepseek,
     "stage7_mla_mtp": deepseek,
+    "deepseek_v2": deepseek_v2,
     "deepseek_v3": deepseek,
     "gpt_neox": gpt_neox,
     "llama3": llama,
@@ -126,7 +129,7 @@ def main():
             use = f'./run {shown(out)}/model.bin -z {shown(out)}/tokenizer.bin -t 0 -n 0 -i "…"'
         names = sorted(path.name for path in folder.iterdir())
     print(f"exported {stage} from {shown(run)} to {shown(out)}: {', '.join(names)}")
-    if settings.to == "hf" and COUNTERPARTS[stage] is deepseek:
+    if settings.to == "hf" and COUNTERPARTS[stage] in (deepseek, deepseek_v2):
         print("RoPE rotates adjacent dimensions, as in DeepSeek's files (rope_interleave = true), not halves")
     if settings.to == "llama2c":
         before = llama2c.before_prompt(runs.tokenizer(run))
