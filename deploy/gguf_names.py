@@ -209,10 +209,11 @@ def to_config(file: GGUFFile) -> dict:
         if key == "attention.head_count_kv":
             default = config["num_attention_heads"]
         config[theirs] = meta.number(key, default, lowest=0 if key in MAY_BE_ZERO else 1)
+    n_blocks = meta.number("block_count")
     blocks = {int(n) for n in re.findall(r"^blk\.(\d+)\.", "\n".join(file.tensors), re.MULTILINE)}
-    if blocks != set(range(meta.number("block_count"))):
+    if len(blocks) != n_blocks or max(blocks) + 1 != n_blocks:
         raise UserError(
-            f"{shown(file.path)} has {meta.name('block_count')} = {meta.number('block_count')}, "
+            f"{shown(file.path)} has {meta.name('block_count')} = {n_blocks}, "
             f"but tensors of {len(blocks)} blocks"
         )
     if "token_embd.weight" not in file.tensors:

@@ -328,8 +328,8 @@ def to_metadata(run: Path, meta: dict) -> dict:
         result |= {"model": "llama", "scores": scores_of(described, kinds)}
         result |= {"pre": "default", "add_space_prefix": has_space_prefix(described)}
     named = special_ids(run, tokenizer) if imported else {"bos": 50256, "eos": 50256}
-    result |= {SPECIAL[name]: i for name, i in named.items()}
     result |= added_around(tokenizer, named)
+    result |= {SPECIAL[name]: i for name, i in named.items()}
     ends = read_object(run / "generation_config.json").get("eos_token_id")
     if isinstance(ends, list):
         result |= dict(zip(ENDS, [i for i in ends if i in texts], strict=False))
@@ -454,12 +454,17 @@ def special_ids(run: Path, tokenizer) -> dict[str, int]:
 
 
 def added_around(tokenizer, named: dict[str, int]) -> dict:
-    """add_bos_token and add_eos_token. UserError if other tokens are put around every text."""
+    """add_bos_token and add_eos_token. UserError if other tokens are put around every text.
+
+    Adds a token to `named` if tokenizer.json has it around every text and no file names it.
+    """
     example = tokenizer.encode("a")
     mask = [*example.special_tokens_mask, 0]
     before = example.ids[: mask.index(0)]
     after = example.ids[len(mask) - 1 - mask[-2::-1].index(0) :] if 0 in mask[:-1] else []
     for name, ids in (("bos", before), ("eos", after)):
+        if len(ids) == 1:
+            named.setdefault(name, ids[0])
         if ids not in ([], [named.get(name)]):
             texts = [tokenizer.id_to_token(i) for i in ids]
             raise UserError(f"the run's tokenizer puts {' '.join(texts)} around every text; llama.cpp cannot")
