@@ -11,8 +11,8 @@ generation_config.json and the ids of its special tokens. Transformers honours t
 may stop at an end-of-text token.
 
 --to gguf: one file for llama.cpp, --out NAME.gguf. --outtype is the type of its matrices. Stage 0 becomes
-the architecture gpt2; stages 3 to 5, llama3 and mistral become llama; stage 6 with the softmax router and
-without shared experts becomes llama with experts; deepseek_v3 with a latent for the queries becomes
+the architecture gpt2; stages 3 to 5, llama3 and mistral become llama; stage 6 becomes llama with experts or,
+with the sigmoid router or shared experts, glm4moe; deepseek_v3 with a latent for the queries becomes
 deepseek2; and the other models of family/ become their namesakes. See deploy/gguf_write.py.
 
 --to llama2c: model.bin and tokenizer.bin for the C program `run` of karpathy/llama2.c. That program puts a
@@ -142,7 +142,7 @@ def write_gguf(settings: Settings, run: Path, out: Path, stage: str, config: dic
     if stage not in COUNTERPARTS:
         raise UserError(
             f"llama.cpp cannot run {stage}: it has no architecture with {gguf_write.NO_COUNTERPART[stage]}\n"
-            "export stage 0, 3, 4, 5, 6 or a model of family/"
+            "export stage 0, 3, 4, 5 or 6, or a model of family/"
         )
     if out.suffix != ".gguf":
         raise UserError(

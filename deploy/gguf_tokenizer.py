@@ -104,6 +104,9 @@ def read(file: GGUFFile, folder: Path) -> dict:
         return {"bos_token_id": None, "eos_token_id": None}
     if model not in ("gpt2", "llama"):
         raise UserError(f"{path} has tokenizer.ggml.model = {model!r}; supported are gpt2, llama and rwkv")
+    n_rows = file.tensors["token_embd.weight"].shape[0]
+    if len(tokens) > n_rows:
+        raise UserError(f"{path} has {len(tokens):,} tokens, but token_embd.weight has only {n_rows:,} rows")
     used = {i: token for i, token in enumerate(tokens) if kinds[i] != UNUSED}
     vocab = {token: i for i, token in used.items()}
     if len(vocab) != len(used):

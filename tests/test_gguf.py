@@ -10,6 +10,7 @@ import re
 import struct
 import subprocess
 import sys
+import unicodedata
 import urllib.request
 from pathlib import Path
 
@@ -145,6 +146,13 @@ KINDS = {
     "llama with groups": ("stage4_gqa", {"n_kv_head": 2}, "stage4_gqa"),
     "llama from stage 5": ("stage5_flash", {"n_kv_head": 1}, "stage4_gqa"),
     "mixtral": ("stage6_moe", MOE | {"n_kv_head": 2, "moe_intermediate_size": 96}, "stage6_moe"),
+    "sigmoid and a shared expert": ("stage6_moe", {"n_kv_head": 2}, None),  # as glm4moe, which we do not read
+    "softmax and shared experts": (
+        "stage6_moe",
+        {"router": "softmax", "n_shared_experts": 2, "routed_scaling_factor": 2.0},
+        None,
+    ),
+    "dense layers first": ("stage6_moe", {"first_k_dense_replace": 1, "num_experts_per_tok": 1}, None),
     "wide heads": ("llama3", {"n_kv_head": 2, "head_dim": 32}, "llama3"),
     "llama 3.1": ("llama3", {"rope_type": "llama3", "rope_scaling": LLAMA3}, "llama3"),
     "linear": ("llama3", {"rope_type": "linear", "rope_scaling": {"factor": 2.0}}, "llama3"),
@@ -173,6 +181,7 @@ KINDS = {
 SEEDS = {"gpt2": 4, "gpt2 without biases": 9, "llama from stage 5": 9, "mixtral": 13, "wide heads": 9}
 SEEDS |= {"llama 3.1": 4, "linear": 11, "mistral": 9, "qwen3": 14, "qwen3_moe": 3, "gpt_neox": 1}
 SEEDS |= {"gpt_neox in sequence": 16, "deepseek_v2 lite": 7, "deepseek_v3 with groups": 3}
+SEEDS |= {"sigmoid and a shared expert": 3, "softmax and shared experts": 3, "dense layers first": 4}
 SEEDS |= {"latent attention": 3, "llama": 39, "deepseek_v3": 39}
 
 
@@ -193,7 +202,7 @@ def test_llama_cpp_continues_a_text_as_sample_does(run_export, kind):
     assert program.encode(CHARACTERS) == tokenizer.encode(CHARACTERS).tolist()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind, (_, _, back) in KINDS.items() if back])
 def test_a_run_comes_back_from_gguf(run_export, run_gguf, kind):
     """With the same weights and logits; without what GGUF does not have: padding, dropout, MTP."""
     stage, sizes, back = KINDS[kind]
@@ -219,7 +228,9 @@ def test_a_run_comes_back_from_gguf(run_export, run_gguf, kind):
     [
         ("stage1_rmsnorm", {}, "RMSNorm together with learned positions"),
         ("stage2_rope", {}, "MLP without a gate"),
-        ("stage6_moe", {}, "requires router = softmax"),
+        ("stage6_moe", {"n_shared_experts": 0}, "shared experts"),
+        ("stage6_moe", MOE | {"num_experts_per_tok": 1}, "of 2 or more"),
+        ("qwen3_moe", MOE | {"n_shared_experts": 1}, "transformers"),
         ("stage7a_mla", {}, "q_lora_rank"),
         ("stage7_mla_mtp", {}, "q_lora_rank"),
         ("llama3", {"rope_type": "dynamic", "rope_scaling": {"factor": 2.0}}, "rope_type = dynamic"),
@@ -391,9 +402,8 @@ def test_tokenizers_give_the_same_ids_in_llama_cpp_and_when_they_come_back(
         expected = ours.encode(text).tolist()
         assert back.encode(text).tolist() == expected, text
         assert back.decode(expected) == ours.decode(expected)
-        if metadata["tokenizer.ggml.model"] == "gpt2" and ours._tokenizer.normalizer:
-            continue
-        assert program.encode(text) == expected, text
+        if unicodedata.is_normalized("NFC", text):  # llama.cpp does not normalize a text
+            assert program.encode(text) == expected, text
     assert (Path("back") / "chat_template.jinja").read_text() == "{{ messages }}"
     described = json.loads((Path("back") / "tokenizer_config.json").read_text())
     assert {key: described.get(key) for key in config} == config
