@@ -8,8 +8,9 @@ and so Moonlight and Kimi-K2, becomes stage 7 or, with YaRN, groups of experts o
 deepseek_v3 (in family/). sample.py and deploy/export.py take the run; so does train.py --init-from if its
 tokenizer is GPT-2's or has one token per character. DIR must be on this machine: nothing is downloaded.
 Weights keep their number format, unless --dtype names another one. Anything that no stage can represent is
-refused, with its name. The run keeps the tokenizer's files and generation_config.json for deploy/export.py.
-sample.py does not stop at eos_token_id, as transformers does.
+refused, with its name. The run keeps the tokenizer's files, its chat template and generation_config.json:
+sample.py stops at the end-of-text tokens in them and, with --chat, holds a conversation; deploy/export.py
+gives them back.
 """
 
 import sys
