@@ -12,7 +12,14 @@ import re
 import sys
 from pathlib import Path
 
-from data.tokenizers import HF_CONFIG, CharTokenizer, library_tokenizer, read_object
+from data.tokenizers import (
+    HF_CONFIG,
+    CharTokenizer,
+    end_tokens,
+    from_meta,
+    library_tokenizer,
+    read_object,
+)
 from deploy import tokenizer_json
 from deploy.gguf_file import GGUFFile
 from lab.errors import UserError, shown
@@ -333,9 +340,11 @@ def to_metadata(run: Path, meta: dict) -> dict:
     named = special_ids(run, tokenizer) if imported else {"bos": 50256, "eos": 50256}
     result |= added_around(tokenizer, named)
     result |= {SPECIAL[name]: i for name, i in named.items()}
-    ends = read_object(run / "generation_config.json").get("eos_token_id")
-    if isinstance(ends, list):
-        result |= dict(zip(ENDS, [i for i in ends if i in texts], strict=False))
+    ends = sorted(end_tokens(run, meta, from_meta(meta, run)), key=lambda i: (i != named.get("eos"), i))
+    result |= dict(zip(ENDS, ends, strict=False))
+    if len(ends) > len(ENDS):
+        names = ", ".join(tokens[i] for i in ends[len(ENDS) :])
+        print(f"left out: GGUF has no place for more end-of-text tokens than three: {names}", file=sys.stderr)
     if "eos_token_id" not in result:
         first = tokens[2 if result["model"] == "llama" else 11]
         print(
