@@ -150,6 +150,15 @@ FIELDS = {
     | {"attention.kv_lora_rank": "kv_lora_rank", "rope.dimension_count": "qk_rope_head_dim"},
     "glm4moe": RMS_SIZES | MOE_SIZES,
 }
+# Which of these are no whole numbers, by Hugging Face's names.
+FLOATS = {
+    "rms_norm_eps",
+    "rope_theta",
+    "rotary_emb_base",
+    "layer_norm_epsilon",
+    "layer_norm_eps",
+    "routed_scaling_factor",
+}
 # What else the readers below look at, or what repeats a shape.
 OTHERS = {"vocab_size", "rope.dimension_count", "attention.key_length", "attention.value_length"}
 OTHERS |= {"rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length"}
@@ -179,14 +188,28 @@ class Metadata:
             value = value[0]  # one value per layer, all alike
         return float(str(np.float32(value))) if isinstance(value, float) else value
 
-    def number(self, key: str, default=None, lowest: float = 1):
+    def number(self, key: str, default=None, lowest: float = 1, whole: bool = True):
+        """A number, `lowest` or more; a whole one unless whole is False."""
         value = self.get(key, default)
         if value is None:
             raise UserError(f"{shown(self.file.path)} has no {self.name(key)} in its metadata")
-        if type(value) not in (int, float, bool) or not lowest <= value < 2**62:
+        if type(value) not in ((int,) if whole else (int, float)) or not lowest <= value < 2**62:
             raise UserError(
-                f"{shown(self.file.path)} has {self.name(key)} = {short(value)}: it must be a number, "
-                f"{lowest:g} or more"
+                f"{shown(self.file.path)} has {self.name(key)} = {short(value)}: it must be a "
+                f"{'whole ' if whole else ''}number, {lowest:g} or more"
+            )
+        return value if whole else float(value)
+
+    def real(self, key: str, default: float | None = None) -> float:
+        """A finite number, 0 or more."""
+        return self.number(key, default, lowest=0, whole=False)
+
+    def flag(self, key: str, default: bool) -> bool:
+        """true or false."""
+        value = self.get(key, default)
+        if type(value) is not bool:
+            raise UserError(
+                f"{shown(self.file.path)} has {self.name(key)} = {short(value)}: it must be true or false"
             )
         return value
 
@@ -212,7 +235,12 @@ def to_config(file: GGUFFile) -> dict:
         default = DEFAULTS.get(key)
         if key == "attention.head_count_kv":
             default = config["num_attention_heads"]
-        config[theirs] = meta.number(key, default, lowest=0 if key in MAY_BE_ZERO else 1)
+        if theirs in FLOATS:
+            config[theirs] = meta.real(key, default)
+        elif theirs == "use_parallel_residual":
+            config[theirs] = meta.flag(key, default)
+        else:
+            config[theirs] = meta.number(key, default, lowest=0 if key in MAY_BE_ZERO else 1)
     n_blocks = meta.number("block_count")
     blocks = {int(n) for n in re.findall(r"^blk\.(\d+)\.", "\n".join(file.tensors), re.MULTILINE)}
     if len(blocks) != n_blocks or max(blocks) + 1 != n_blocks:
@@ -222,6 +250,13 @@ def to_config(file: GGUFFile) -> dict:
         )
     if "token_embd.weight" not in file.tensors:
         raise UserError(f"{shown(file.path)} has no tensor token_embd.weight")
+    n_experts = meta.get("expert_count", 0)
+    for name, info in file.tensors.items():
+        if "_exps." in name and (len(info.shape) != 3 or info.shape[0] != n_experts):
+            raise UserError(
+                f"{shown(file.path)}: {name} is {info.shape}, but {meta.name('expert_count')} is "
+                f"{short(n_experts)}"
+            )
     config["vocab_size"] = file.tensors["token_embd.weight"].shape[0]
     config["tie_word_embeddings"] = "output.weight" not in file.tensors or same_bytes(file)
     config["dtype"] = "float32"
@@ -241,8 +276,7 @@ DEFAULTS = {  # of llama.cpp, for missing metadata
     "expert_weights_scale": 1.0,
     "expert_shared_count": 0,
 }
-MAY_BE_ZERO = {"attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon", "use_parallel_residual"}
-MAY_BE_ZERO |= {"leading_dense_block_count", "expert_weights_scale", "expert_shared_count"}
+MAY_BE_ZERO = {"leading_dense_block_count", "expert_shared_count"}
 
 
 def same_bytes(file: GGUFFile) -> bool:
@@ -261,7 +295,7 @@ def llama_config(meta: Metadata, config: dict) -> dict:
     architecture, tensors = meta.architecture, meta.file.tensors
     more = {"hidden_act": "silu", "rope_parameters": rope_parameters(meta, config)}
     more["model_type"] = {"qwen3moe": "qwen3_moe"}.get(architecture, architecture)
-    per_head = config["hidden_size"] // config["num_attention_heads"]
+    per_head = max(1, config["hidden_size"] // config["num_attention_heads"])
     head_dim = meta.number("attention.key_length", meta.get("rope.dimension_count", per_head))
     rotated = meta.number("rope.dimension_count", head_dim)
     if architecture in ("qwen2", "qwen3", "qwen3moe"):
@@ -296,13 +330,13 @@ def gpt2_config(meta: Metadata, config: dict) -> dict:
 
 def gpt_neox_config(meta: Metadata, config: dict) -> dict:
     """The rest of config.json for GPT-NeoX."""
-    per_head = config["hidden_size"] // config["num_attention_heads"]
+    per_head = max(1, config["hidden_size"] // config["num_attention_heads"])
     share = meta.number("rope.dimension_count", per_head) / per_head
     rope = {"rope_type": "default", "rope_theta": config["rotary_emb_base"]}
     return {
         "model_type": "gpt_neox",
         "hidden_act": meta.get("hidden_activation", "gelu"),
-        "use_parallel_residual": bool(config["use_parallel_residual"]),
+        "use_parallel_residual": config["use_parallel_residual"],
         "rotary_pct": share,
         "rope_parameters": rope | {"partial_rotary_factor": share},
         "attention_bias": "blk.0.attn_qkv.bias" in meta.file.tensors,
@@ -331,7 +365,7 @@ def deepseek_config(meta: Metadata, config: dict) -> dict:
         "q_lora_rank": meta.number("attention.q_lora_rank", 0, lowest=0) or None,
         "n_group": n_group,
         "topk_group": meta.number("expert_group_used_count", n_group),
-        "norm_topk_prob": bool(meta.number("expert_weights_norm", False, lowest=0)),
+        "norm_topk_prob": meta.flag("expert_weights_norm", False),
         "scoring_func": "sigmoid" if sigmoid else "softmax",
         "topk_method": "noaux_tc" if sigmoid else "greedy",
         "moe_layer_freq": 1,
@@ -347,12 +381,12 @@ def deepseek_config(meta: Metadata, config: dict) -> dict:
         print(f"left out: {n_nextn} blocks of multi-token prediction", file=sys.stderr)
     rope = {"rope_type": "default", "rope_theta": config["rope_theta"]}
     if meta.get("rope.scaling.type", "none") == "yarn":
-        mscale = round(10 * meta.number("rope.scaling.yarn_log_multiplier", 0.0, lowest=0), 6)
-        rope |= {"rope_type": "yarn", "factor": float(meta.number("rope.scaling.factor"))}
+        mscale = round(10 * meta.real("rope.scaling.yarn_log_multiplier", 0.0), 6)
+        rope |= {"rope_type": "yarn", "factor": meta.real("rope.scaling.factor")}
         original = meta.number("rope.scaling.original_context_length")
         rope |= {"original_max_position_embeddings": original, "mscale": mscale, "mscale_all_dim": mscale}
-        rope["beta_fast"] = float(meta.number("rope.scaling.yarn_beta_fast", 32.0))
-        rope["beta_slow"] = float(meta.number("rope.scaling.yarn_beta_slow", 1.0))
+        rope["beta_fast"] = meta.real("rope.scaling.yarn_beta_fast", 32.0)
+        rope["beta_slow"] = meta.real("rope.scaling.yarn_beta_slow", 1.0)
         more["rope_scaling"] = {("type" if k == "rope_type" else k): v for k, v in rope.items()}
         del more["rope_scaling"]["rope_theta"]
     elif meta.get("rope.scaling.type", "none") != "none":
@@ -364,7 +398,7 @@ def rope_parameters(meta: Metadata, config: dict) -> dict:
     """rope_parameters for llama, qwen2, qwen3 and qwen3moe: no scaling, linear, or Llama 3.1's."""
     rope = {"rope_type": "default", "rope_theta": config["rope_theta"]}
     kind = meta.get("rope.scaling.type", "none")
-    factor = meta.number("rope.scaling.factor", meta.get("rope.scale_linear", 1.0), lowest=0)
+    factor = meta.real("rope.scaling.factor", meta.get("rope.scale_linear", 1.0))
     if "rope_freqs.weight" in meta.file.tensors:
         if kind != "none":
             refuse_scaling(meta)
@@ -373,7 +407,7 @@ def rope_parameters(meta: Metadata, config: dict) -> dict:
         refuse_scaling(meta)
     if factor in (0, 1):
         return rope
-    return rope | {"rope_type": "linear", "factor": float(factor)}
+    return rope | {"rope_type": "linear", "factor": factor}
 
 
 def refuse_scaling(meta: Metadata):
@@ -405,11 +439,14 @@ def llama3_scaling(meta: Metadata, config: dict) -> dict:
         "rope_theta": config["rope_theta"],
         "rope_type": "llama3",
         "factor": float(str(np.float32(found.max()))),
-        "low_freq_factor": float(meta.number("rope.scaling.low_freq_factor", 1.0, lowest=0)),
-        "high_freq_factor": float(meta.number("rope.scaling.high_freq_factor", 4.0, lowest=0)),
+        "low_freq_factor": meta.real("rope.scaling.low_freq_factor", 1.0),
+        "high_freq_factor": meta.real("rope.scaling.high_freq_factor", 4.0),
         "original_max_position_embeddings": meta.number("rope.scaling.original_context_length", 8192),
     }
-    if rope["high_freq_factor"] > rope["low_freq_factor"] and found.ndim == 1:
+    usable = (
+        rope["high_freq_factor"] > rope["low_freq_factor"] and min(rope["factor"], rope["rope_theta"]) > 0
+    )
+    if usable and found.ndim == 1:
         expected = llama3_frequencies(rope, 2 * len(found))
         if np.allclose(found, expected, rtol=1e-3):
             return rope
@@ -456,8 +493,7 @@ def tensors_in(file: GGUFFile, config: dict) -> dict[str, Callable[[], torch.Ten
             raise UserError(f"{shown(file.path)} has a tensor that its architecture does not have: {name}")
         theirs = prefix + names[part]
         if "{}" in theirs:
-            n_experts = info.shape[0] if len(info.shape) == 3 else 0
-            for expert in range(n_experts):
+            for expert in range(info.shape[0]):
                 readers[f"{theirs.format(expert)}.{kind}"] = partial(file.tensor, name, expert)
             continue
         joint = "_" if part == "exp_probs_b" else "."
@@ -504,16 +540,6 @@ def joined_kv_b(file: GGUFFile, block: int) -> torch.Tensor:
         raise UserError(f"{shown(file.path)}: {names[0]} and {names[1]} do not fit together: {shapes}")
     keys, values = map(file.tensor, names)  # (n_head, rank, nope), (n_head, v_head_dim, rank)
     return torch.cat((keys.transpose(1, 2), values), 1).flatten(0, 1)
-
-
-FLOATS = {
-    "rms_norm_eps",
-    "rope_theta",
-    "rotary_emb_base",
-    "layer_norm_epsilon",
-    "layer_norm_eps",
-    "routed_scaling_factor",
-}
 
 
 def to_metadata(config: dict) -> dict:

@@ -569,6 +569,37 @@ def test_a_long_array_of_a_type_without_size_is_no_trap(tiny, run_gguf, capsys):
         explained(capsys, "damaged")
 
 
+WRONG = [None, "x", -1, 0, 7, 2**40, True, float("nan"), [1, 2]]
+WRONG_TEXTS = ["", [], ["a"], [0.5] * 38, [-1] * 38, ["\\"] * 38, ["\\xff"] * 38]
+
+
+@pytest.mark.parametrize("kind", ["llama 3.1", "qwen3_moe", "gpt2", "gpt_neox", "deepseek_v3 with groups"])
+def test_any_wrong_value_in_the_metadata_ends_in_an_error_or_a_run(
+    run_export, run_gguf, capsys, monkeypatch, kind
+):
+    """Values of another type, negative, huge or not finite; each key in turn, or missing."""
+    make_run("run", KINDS[kind][0], **KINDS[kind][1] | {"n_layer": 1})
+    assert run_export("--run", "run", "--to", "gguf", "--out", "run.gguf") == 0
+    path = Path("run.gguf")
+    file = GGUFFile(path)
+    monkeypatch.setattr(import_gguf, "GGUFFile", lambda path: file)
+    good = dict(file.metadata)
+    for key in (
+        good if kind == "gpt2" else [key for key in good if key.startswith(good["general.architecture"])]
+    ):
+        for number, value in enumerate(WRONG + WRONG_TEXTS if key.startswith("tokenizer") else WRONG):
+            file.metadata = {name: good[name] for name in good if name != key}
+            if value is not None:
+                file.metadata[key] = value
+            out = Path(f"out-{key}-{number}")
+            capsys.readouterr()
+            status = run_gguf(path, "--out", out)
+            text, error = capsys.readouterr()
+            assert status in (0, 2) and out.exists() == (status == 0), (key, value, error)
+            assert "Traceback" not in text + error, (key, value, error)
+            assert status == 0 or len(error[error.index("error: ") :].splitlines()) <= 2, (key, value, error)
+
+
 def test_any_damaged_byte_ends_in_an_error_or_a_run(tiny, run_gguf, capsys):
     whole, draw = Path("tiny.gguf").read_bytes(), random.Random(0)
     header = whole.index(b"blk.0") + 800
