@@ -93,13 +93,17 @@ def training_table(figures: dict) -> str:
                 number(entry["speed_up"], ".2f"),
                 number(entry["compile_seconds"], ".1f"),
                 entry["graph_breaks"],
+                number(entry.get("graphs", {}).get("tokens_per_second")),
+                number(entry.get("graphs", {}).get("speed_up"), ".2f"),
             ]
         rows.append(row)
-    return markdown.table(head + ["speed-up over eager", "s to compile", "graph breaks"] * compiled, rows)
+    more = ["speed-up over eager", "s to compile", "graph breaks", "tokens/s with CUDA graphs", "speed-up"]
+    return markdown.table(head + more * compiled, rows)
 
 
 def float32_table(figures: dict) -> str:
     head = ["stage", "steps", "last loss, CPU", "last loss, device", "largest difference"]
+    head += ["largest relative difference of a gradient"]
     rows = [
         [
             name,
@@ -107,6 +111,9 @@ def float32_table(figures: dict) -> str:
             f"{entry['cpu'][-1]:.5f}",
             f"{entry['device'][-1]:.5f}",
             f"{entry['largest_difference']:.1e}",
+            ", ".join(
+                f"{name} {one:.0e}" for name, one in list(entry.get("worst_gradients", {}).items())[:1]
+            ),
         ]
         for name, entry in figures.items()
     ]

@@ -37,14 +37,27 @@ def made_up_text() -> np.ndarray:
 class Trainer:
     """A stage with its optimizer; each call runs a training step as in train.py."""
 
-    def __init__(self, run: Run, name: str, target_device, dtype, compiled=False, batch_size=None, **fields):
+    def __init__(
+        self,
+        run: Run,
+        name: str,
+        target_device,
+        dtype,
+        compiled=False,
+        graphs=False,
+        batch_size=None,
+        **fields,
+    ):
         stage, preset = stages.load(name), run.sizes.preset
         torch.manual_seed(0)
         config = stage.GPTConfig(**preset["model"] | {"vocab_size": 65} | fields)
         self.model = stage.GPT(config).to(target_device).train()
         self.training_model = self.model
         if compiled:
-            self.training_model = torch.compile(self.model, options=device.compile_options(target_device))
+            options = device.compile_options(target_device)
+            if graphs and target_device.type == "cuda":
+                options |= {"triton.cudagraphs": True}
+            self.training_model = torch.compile(self.model, options=options)
         self.optimizer = optim.make("adamw", self.model, preset["lr"], 0.1, (0.9, preset["beta2"]))
         self.batch_size, self.lr = batch_size or preset["batch_size"], preset["lr"]
         self.tokens_per_step = self.batch_size * config.block_size
@@ -62,6 +75,15 @@ class Trainer:
         if hasattr(self.model, "after_step"):
             self.model.after_step()
         return losses, norm
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """The gradients of the first batch, on the CPU, for the weights as they are."""
+        idx, targets = batches.train_batch(self.text, 0, 1, self.batch_size, self.model.config.block_size)
+        idx, targets = idx.to(self.device), targets.to(self.device)
+        optim.accumulate_gradients(self.training_model, idx, targets, self.batch_size, self.autocast)
+        found = {name: p.grad.cpu() for name, p in self.model.named_parameters()}
+        self.optimizer.zero_grad(set_to_none=True)
+        return found
 
     def speed(self, seconds: list[float]) -> dict:
         """The figures for steps that took these seconds each."""
@@ -143,6 +165,20 @@ def compiled(run: Run) -> None:
                 speeds = trainer.speed(seconds["compiled"])
                 run.record(name, **figures, **speeds, speed_up=speed_up)
             run.record(name, loss=trainer.must_learn())
+        with run.attempt(f"{name}: CUDA graphs"):
+            run.record(name, graphs=with_graphs(run, name, trainer, share))
+
+
+def with_graphs(run: Run, name: str, trainer: Trainer, share: float) -> dict:
+    """The speed of the compiled step recorded in CUDA graphs, interleaved with that without, and its loss."""
+    graphs = Trainer(run, name, run.device, run.dtype, compiled=True, graphs=True)
+    seconds_of(graphs, 3, run.device)  # compiles, then records
+    seconds = {"graphs": [], "compiled": []}
+    for _ in range(3):
+        for which, one in (("graphs", graphs), ("compiled", trainer)):
+            seconds[which] += seconds_of(one, max(1, run.sizes.steps // 5), run.device, share / 20)
+    speed_up = statistics.median(seconds["compiled"]) / statistics.median(seconds["graphs"])
+    return graphs.speed(seconds["graphs"]) | {"speed_up": speed_up, "loss": graphs.must_learn()}
 
 
 def float32(run: Run) -> None:
@@ -152,13 +188,21 @@ def float32(run: Run) -> None:
     options = {"dtype": torch.float32, "batch_size": run.sizes.float32_batch, "dropout": 0.0}
     for name in run.parts(stages.course()):
         with run.attempt(name):
-            losses = []
+            losses, gradients = [], []
             for target_device in (cpu, run.device):
                 trainer = Trainer(run, name, target_device, **options)
+                gradients.append(trainer.gradients())
                 steps = [trainer() for _ in range(STEPS_COMPARED)]
                 losses.append([sum(loss.values()).item() for loss, _ in steps])
             largest = max(abs(a - b) for a, b in zip(*losses, strict=True))
-            run.record(name, cpu=losses[0], device=losses[1], largest_difference=largest)
+            apart = {
+                parameter: ((found - exact).norm() / exact.norm().clamp_min(1e-12)).item()
+                for (parameter, exact), found in zip(gradients[0].items(), gradients[1].values(), strict=True)
+            }
+            worst = dict(sorted(apart.items(), key=lambda item: -item[1])[:3])
+            run.record(
+                name, cpu=losses[0], device=losses[1], largest_difference=largest, worst_gradients=worst
+            )
             assert largest <= LARGEST_DIFFERENCE["float32"], (
                 f"the loss differs from the CPU's by {largest:.3g} nats"
             )

@@ -4,8 +4,8 @@
 same text as `sample.py --temperature 0`, up to the context length. (Beyond it, sample.py slides its window
 and transformers stops.) Stage 0 becomes GPT2LMHeadModel, stages 3 to 5 and llama3 LlamaForCausalLM, stage 6
 with the softmax router and without shared experts MixtralForCausalLM, deepseek_v2 DeepseekV2ForCausalLM,
-stages 7a, 7 and deepseek_v3 DeepseekV3ForCausalLM, mistral MistralForCausalLM, qwen2 Qwen2ForCausalLM, qwen3
-Qwen3ForCausalLM, qwen3_moe Qwen3MoeForCausalLM (with the softmax router and without shared experts), and
+stages 7a, 7 and deepseek_v3 DeepseekV3ForCausalLM, mistral MistralForCausalLM, qwen2 Qwen2ForCausalLM,
+qwen3 Qwen3ForCausalLM, qwen3_moe (also with that router and without shared experts) Qwen3MoeForCausalLM, and
 gpt_neox GPTNeoXForCausalLM. An imported run, or one fine-tuned from it, gets back its tokenizer's files, its
 generation_config.json and the ids of its special tokens, and its chat template. Transformers honours these:
 it may sample. Both stop at an end-of-text token, if the run has one; transformers may print it.

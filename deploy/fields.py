@@ -42,6 +42,7 @@ SWITCHED_OFF = {
     "add_cross_attention": (False,),
     "is_encoder_decoder": (False,),
 }
+QUANTIZED = ("quantization_config", "compression_config")  # of quantized weights
 # How positions can be scaled, each type by some stage.
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 
@@ -109,6 +110,11 @@ def refuse_others(config: dict, representable: dict[str, tuple], stages: str) ->
         )
     for key, possible in (SWITCHED_OFF | representable).items():
         value = possible[0] if config.get(key) is None else config[key]
+        if value not in possible and key in QUANTIZED:
+            raise UserError(
+                f"config.json has {key} = {shortened(value)}: quantized weights cannot be imported\n"
+                "convert them to bfloat16 or float32, and remove this field"
+            )
         if value not in possible:
             raise UserError(
                 f"config.json has {key} = {shortened(value)}: {stages} cannot represent that, "

@@ -12,6 +12,7 @@ from deploy import fields, llama
 
 STAGE = "gpt_neox"
 EMBEDDING = "gpt_neox.embed_in.weight"
+HEAD = "embed_out.weight"
 # The causal mask and RoPE's frequencies, which old versions of transformers saved.
 BUFFERS = r"\.attention\.((masked_)?bias|rotary_emb\.inv_freq)$"
 
@@ -26,7 +27,6 @@ REPRESENTABLE = {
     "hidden_act": tuple(GELUS),
     "attention_bias": (True,),
     "pruned_heads": ({},),
-    "quantization_config": (None,),
 }
 DEFAULTS = {"intermediate_size": 24576, "attention_dropout": 0.0}  # of transformers, for missing fields
 
@@ -128,7 +128,7 @@ def modules(n_layer: int) -> Iterator[tuple[list[str], str]]:
 
 EMBEDDINGS = {
     "model.embed_tokens.weight": EMBEDDING,
-    "lm_head.weight": "embed_out.weight",  # if it is not tied
+    "lm_head.weight": HEAD,  # if it is not tied
 }
 
 
@@ -171,6 +171,4 @@ def split(tensor: torch.Tensor, n_parts: int, n_head: int) -> list[torch.Tensor]
 
 def full_names(theirs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Their tensors under the names of the published files, even if the head has transformers 5's name."""
-    return {
-        "embed_out.weight" if name == "lm_head.weight" else name: tensor for name, tensor in theirs.items()
-    }
+    return {HEAD if name == "lm_head.weight" else name: tensor for name, tensor in theirs.items()}

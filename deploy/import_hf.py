@@ -56,9 +56,9 @@ from lab.storage import checkpoint, edits, runs, tensors
 from lab.training import cost
 
 COUNTERPARTS = {"gpt2": gpt2, "llama": llama, "mistral": mistral, "qwen2": qwen, "qwen3": qwen}
-COUNTERPARTS |= {"mixtral": mixtral, "deepseek_v2": deepseek_v2}
+COUNTERPARTS |= {"mixtral": mixtral, "gpt_neox": gpt_neox, "qwen3_moe": qwen_moe}
+COUNTERPARTS |= {"deepseek_v2": deepseek_v2}
 COUNTERPARTS |= {"deepseek_v3": deepseek, "kimi_k2": deepseek}
-COUNTERPARTS |= {"gpt_neox": gpt_neox, "qwen3_moe": qwen_moe}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PICKLED = ("pytorch_model*.bin*", "*.pt", "*.pth", "*.ckpt")
 
@@ -195,12 +195,13 @@ def read_weights(
         print(f"ignored tensors that are not weights: {', '.join(buffers)}", file=sys.stderr)
     theirs = {name: tensor for name, tensor in theirs.items() if name not in buffers}
     expected = counterpart.to_tensors(checkpoint.weights(model), sizes)
-    if "lm_head.weight" in theirs.keys() - expected.keys():  # a tied matrix, saved as the head or twice
-        head = theirs.pop("lm_head.weight")
+    head_name = gpt_neox.HEAD if counterpart is gpt_neox else "lm_head.weight"
+    if head_name in theirs.keys() - expected.keys():  # a tied matrix, saved as the head or twice
+        head = theirs.pop(head_name)
         theirs.setdefault(counterpart.EMBEDDING, head)
         if not torch.equal(head, theirs[counterpart.EMBEDDING]):
             raise UserError(
-                f"{shown(source)}: lm_head.weight differs from {counterpart.EMBEDDING}, but config.json has "
+                f"{shown(source)}: {head_name} differs from {counterpart.EMBEDDING}, but config.json has "
                 "tie_word_embeddings = true: set it to false if the head has weights of its own"
             )
     for name in sorted(expected.keys() | theirs.keys()):

@@ -18,6 +18,8 @@ __all__ = ["BUFFERS", "EMBEDDING", "from_config", "from_tensors", "full_names", 
 
 STAGE = "qwen3_moe"
 REPRESENTABLE = qwen.REPRESENTABLE | {"attention_bias": (False,), "decoder_sparse_step": (1,)}
+# What Qwen3-Coder's files say besides; transformers ignores it.
+REPRESENTABLE |= {"use_qk_norm": (True,), "qkv_bias": (False,), "shared_expert_intermediate_size": (0,)}
 # Only with these values does qwen3_moe compute the same function as Qwen3-MoE.
 NEEDED = {"router": "softmax", "n_shared_experts": 0, "routed_scaling_factor": 1.0}
 

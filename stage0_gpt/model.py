@@ -104,7 +104,7 @@ def attention(q, k, v, mask, dropout):
     # Scaling q gives the same result as scaling the scores, with fewer multiplications.
     scores = (q * q.size(3) ** -0.5) @ k.transpose(2, 3) + mask  # (B, n_head, T, S)
     weights = F.dropout(F.softmax(scores, dim=-1), dropout)
-    return weights @ v
+    return weights.type_as(v) @ v  # in 16 bits, the mask has made the scores float32
 
 
 class Attention(nn.Module):

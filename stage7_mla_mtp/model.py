@@ -208,16 +208,17 @@ def attention(q, k, v, mask, dropout):
     if flash and q.size(3) == v.size(3):  # it knows one width only
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, T or S, heads, width)
         return flash_attn_func(q, k, v, dropout_p=dropout, causal=True).transpose(1, 2)
-    if (
-        q.device.type == "cpu" and torch.is_grad_enabled() and S <= 512
-    ):  # in bfloat16, SDPA's backward is slower
-        return explicit_attention(q, k, v, mask, dropout)
+    if q.device.type == "cpu" and torch.is_grad_enabled() and S <= 512:
+        return explicit_attention(q, k, v, mask, dropout)  # in bfloat16, SDPA's backward is slower
+    if T == 1:  # a group's queries become rows of one product: on a CPU, up to ten times faster in bfloat16
+        q = q.reshape(q.size(0), k.size(1), -1, q.size(3))  # (B, n_kv_head, group, head_dim)
     if mask is None and 1 < T < S:  # SDPA's is_causal would align the first query with the first key
         mask = causal_mask(T, S, q.device)
     if mask is not None:
-        return F.scaled_dot_product_attention(q, k, v, mask.to(q.dtype), dropout, enable_gqa=True)
-    is_causal = T > 1  # T = S, or a single query, which sees every key
-    return F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal, enable_gqa=True)
+        y = F.scaled_dot_product_attention(q, k, v, mask.to(q.dtype), dropout, enable_gqa=True)
+    else:  # T = S, or a single query, which sees every key
+        y = F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal=T > 1, enable_gqa=True)
+    return y.reshape(y.size(0), -1, T, y.size(3))  # (B, n_head, T, head_dim)
 
 
 def explicit_attention(q, k, v, mask, dropout):
@@ -227,7 +228,7 @@ def explicit_attention(q, k, v, mask, dropout):
     # Scaling q gives the same result as scaling the scores, with fewer multiplications.
     scores = (q * q.size(3) ** -0.5) @ k.transpose(2, 3) + mask  # (B, n_head, T, S)
     weights = F.dropout(F.softmax(scores, dim=-1), dropout)
-    return weights @ v
+    return weights.type_as(v) @ v  # in 16 bits, the mask has made the scores float32
 
 
 class Attention(nn.Module):

@@ -233,6 +233,17 @@ def test_a_head_under_the_name_of_transformers_5_is_read(run_import):
     assert_same_function(runs.load(Path("run"), "best", CPU)[0], theirs)
 
 
+def test_a_tied_head_may_be_saved_twice_but_not_with_other_weights(run_import, capsys):
+    theirs = neox(tie_word_embeddings=True)
+    save_theirs(theirs, "theirs")
+    change_weights("theirs", lambda t: t.update({"embed_out.weight": t["gpt_neox.embed_in.weight"].clone()}))
+    assert run_import("theirs", "--out", "run") == 0
+    assert_same_function(runs.load(Path("run"), "best", CPU)[0], theirs)
+    change_weights("theirs", lambda t: t["embed_out.weight"].add_(1))
+    assert run_import("theirs", "--out", "out") == 2
+    explained(capsys, "embed_out.weight differs from gpt_neox.embed_in.weight")
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -315,6 +326,13 @@ def test_impossible_sizes_of_gpt_neox_are_refused(sizes, message):
 # qwen3_moe
 
 
+def test_fields_of_qwen3_coder_are_read_without_a_word(run_import, capsys):
+    save_theirs(qwen(), "theirs")
+    edit_config("theirs", use_qk_norm=True, qkv_bias=False, shared_expert_intermediate_size=0)
+    assert run_import("theirs", "--out", "run") == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_stacked_experts_and_those_of_separate_files_are_the_same(run_import):
     theirs = qwen()
     save_theirs(theirs, "theirs")
@@ -338,6 +356,8 @@ def test_stacked_experts_and_those_of_separate_files_are_the_same(run_import):
         ({"mlp_only_layers": [0, 1]}, "first_k_dense_replace (2) must be below n_layer (2)"),
         ({"mlp_only_layers": [0]}, "model.layers.0.mlp."),
         ({"decoder_sparse_step": 2}, "decoder_sparse_step = 2"),
+        ({"shared_expert_intermediate_size": 64}, "shared_expert_intermediate_size = 64"),
+        ({"qkv_bias": True}, "qkv_bias = true"),
         ({"use_sliding_window": True, "sliding_window": 8}, "use_sliding_window = true"),
         ({"attention_bias": True}, "attention_bias = true"),
         ({"hidden_act": "gelu"}, 'hidden_act = "gelu"'),

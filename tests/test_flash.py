@@ -149,11 +149,28 @@ def test_attention_weights_are_dropped_in_training_alone(monkeypatch):
     assert given == [0.5, 0.0]
 
 
+@pytest.mark.parametrize("mask", [None, torch.zeros(1, 9)], ids=["no mask", "a mask"])
+def test_the_queries_of_a_group_share_one_product_when_there_is_one_token(mask, monkeypatch):
+    """SDPA's own grouped heads are slow for a single query on a CPU."""
+    real, shapes = F.scaled_dot_product_attention, []
+
+    def sdpa_of(q, *others, **named):
+        shapes.append(tuple(q.shape))
+        return real(q, *others, **named)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", sdpa_of)
+    q, k, v = torch.randn(2, 6, 1, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 8)
+    with torch.no_grad():
+        found = STAGE5.attention(q, k, v, mask, 0.0)
+    assert shapes == [(2, 2, 3, 8)]
+    torch.testing.assert_close(found, explicit(q, k, v).float(), atol=1e-5, rtol=0)
+
+
 def used(monkeypatch, q, k, mask=None):
     """Which of its ways stage 5's attention takes, without computing."""
-    calls = []
+    calls, out = [], torch.empty(1, 1, q.size(2), 1)
     monkeypatch.setattr(STAGE5, "explicit_attention", lambda *_: calls.append("explicit"))
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *_, **__: calls.append("sdpa"))
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *_, **__: calls.append("sdpa") or out)
     STAGE5.attention(q, k, k, mask, 0.0)
     return calls
 
@@ -203,8 +220,8 @@ def test_flash_attn_is_not_asked_for_what_it_does_not_know(monkeypatch):
     """A mask of a cache's own and, in latent attention, values of another width than queries."""
     mla = stages.load("stage7a_mla")
     wide, narrow = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 6)
-    computed = []
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *_, **__: computed.append("sdpa"))
+    computed, out = [], torch.empty(1, 1, 5, 1)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *_, **__: computed.append("sdpa") or out)
     for stage in (STAGE5, mla):
         monkeypatch.setattr(stage, "flash_attn_func", lambda *_, **__: computed.append("flash_attn"))
         stage.attention(*(Cuda(wide, torch.bfloat16) for _ in range(3)), torch.zeros(5, 5), 0.0)

@@ -92,6 +92,10 @@ def test_every_figure_is_there(smoke):
         assert of["tokens_per_second"] > 0 and of["times"] > 1 and 3 < of["loss"] < 6
     assert all(of["largest_difference"] == 0 for of in figures["float32"].values())  # the CPU against itself
     assert all(len(of["cpu"]) == 5 for of in figures["float32"].values())
+    assert all(list(of["worst_gradients"].values()) == [0, 0, 0] for of in figures["float32"].values())
+    assert all(
+        of["graphs"]["speed_up"] > 0 and of["graphs"]["loss"] > 3 for of in figures["compiled"].values()
+    )
     for of in figures["attention"].values():
         assert of["explicit"]["forward"]["median_ms"] > 0 and of["sdpa"]["backward"]["median_ms"] > 0
         assert of["explicit"]["differences"].keys() == {"out", "dq", "dk", "dv"}

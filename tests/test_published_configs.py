@@ -239,7 +239,7 @@ def test_fp8_weights_are_refused_by_the_field_before_they_are_read(run_import, c
     published(config)
     Path("theirs/config.json").write_text(json.dumps(config | {"quantization_config": FP8}))
     assert run_import("theirs", "--out", "out") == 2
-    explained(capsys, 'quantization_config = {"activation_scheme": "dynamic", "fmt": "e4m3"')
+    explained(capsys, 'quantization_config = {"activation_scheme": "dynamic", "fmt": "e4m3"', "to bfloat16")
 
 
 # Fields that a class of transformers ignores or reads, and that no stage has.

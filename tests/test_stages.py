@@ -24,7 +24,9 @@ def test_changing_a_future_token_never_changes_past_logits(make_model):
         changed = idx.clone()
         changed[:, t] = (changed[:, t] + 1) % TINY_MODEL["vocab_size"]
         before, after = model(idx)[0], model(changed)[0]
-        assert torch.equal(before[:, :t], after[:, :t])
+        # An expert multiplies all its tokens at once, and how many these are changes the last digit.
+        atol = 1e-6 if hasattr(model, "routers") else 0.0
+        torch.testing.assert_close(before[:, :t], after[:, :t], atol=atol, rtol=0)
         assert not torch.equal(before[:, t], after[:, t])
 
 
@@ -157,6 +159,20 @@ def test_bfloat16_autocast_agrees_with_float32(make_model):
         logits, losses = model(idx, targets=idx)
     assert losses["next_token"].dtype == torch.float32
     torch.testing.assert_close(logits.float(), model(idx)[0], atol=0.02, rtol=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_in_16_bits_gives_nearly_the_same_logits_with_and_without_a_cache(make_model, dtype):
+    model, idx = make_model().eval(), tokens()
+    expected, _ = model(idx)
+    model.to(dtype)
+    with torch.inference_mode():
+        found, _ = model(idx)
+        cache = model.new_cache(*idx.shape)
+        cached = [model(part, cache=cache)[0] for part in idx.split([3] + [1] * (idx.size(1) - 3), dim=1)]
+    for logits in (found, torch.cat(cached, dim=1)):
+        assert logits.dtype == dtype
+        torch.testing.assert_close(logits.float(), expected, atol=0.03, rtol=0.05)
 
 
 def test_a_model_stands_alone(stage):

@@ -1,7 +1,7 @@
 """GPT-NeoX and Pythia: stage 0 with rotary positions on a part of each head, and a parallel residual.
 
 Idea: attention and MLP read the same input, so they can be computed at the same time.
-Papers: GPT-NeoX-20B, arXiv 2204.06745, section 2.1; Pythia, arXiv 2304.01373, section 2.2.
+Papers: GPT-NeoX-20B, arXiv 2204.06745, section 2.1; Pythia, arXiv 2304.01373, section 2.
 Changed: rotation instead of the table of positions; the residual; the head is not tied; GELU may be exact.
 """
 
@@ -136,7 +136,7 @@ def attention(q, k, v, mask, dropout):
     # Scaling q gives the same result as scaling the scores, with fewer multiplications.
     scores = (q * q.size(3) ** -0.5) @ k.transpose(2, 3) + mask  # (B, n_head, T, S)
     weights = F.dropout(F.softmax(scores, dim=-1), dropout)
-    return weights @ v
+    return weights.type_as(v) @ v  # in 16 bits, the mask has made the scores float32
 
 
 class Attention(nn.Module):
