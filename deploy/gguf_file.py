@@ -159,6 +159,22 @@ class GGUFFile:
         block, n_bytes = self.gguf.GGML_QUANT_SIZES[self.gguf.GGMLQuantizationType[info.kind]]
         return prod(info.shape) // block * n_bytes
 
+    def are_equal(self, one: str, other: str) -> bool:
+        """Whether two tensors have the same type, shape and content."""
+        left, right = self.tensors[one], self.tensors[other]
+        if (left.kind, left.shape) != (right.kind, right.shape):
+            return False
+        size = self._n_bytes(left)
+        with open(self.path, "rb") as file:
+            for start in range(0, size, 2**24):
+                parts = []
+                for info in (left, right):
+                    file.seek(info.offset + start)
+                    parts.append(file.read(min(2**24, size - start)))
+                if parts[0] != parts[1]:
+                    return False
+        return True
+
     def tensor(self, name: str, first: int | None = None) -> torch.Tensor:
         """Reads a tensor, or its part `first` along the first dimension; quantized ones as float32."""
         info = self.tensors[name]

@@ -226,7 +226,7 @@ def to_config(file: GGUFFile) -> dict:
     if architecture not in READ or kind != "model":
         what = "general.architecture" if kind == "model" else "general.type"
         raise UserError(
-            f"{shown(file.path)} has {what} = {short(file.metadata.get(what))}: no stage can represent that\n"
+            f"{shown(file.path)} has {what} = {short(file.metadata.get(what))}: that is not supported\n"
             f"supported are models of the architectures {', '.join(READ)}"
         )
     meta = Metadata(file)
@@ -258,7 +258,10 @@ def to_config(file: GGUFFile) -> dict:
                 f"{short(n_experts)}"
             )
     config["vocab_size"] = file.tensors["token_embd.weight"].shape[0]
-    config["tie_word_embeddings"] = "output.weight" not in file.tensors or same_bytes(file)
+    config["tie_word_embeddings"] = "output.weight" not in file.tensors or file.are_equal(
+        "output.weight",
+        "token_embd.weight",  # a copy, as older converters of GPT-2 wrote it
+    )
     config["dtype"] = "float32"
     config |= {
         "gpt2": gpt2_config,
@@ -277,17 +280,6 @@ DEFAULTS = {  # of llama.cpp, for missing metadata
     "expert_shared_count": 0,
 }
 MAY_BE_ZERO = {"leading_dense_block_count", "expert_shared_count"}
-
-
-def same_bytes(file: GGUFFile) -> bool:
-    """Whether the head is a copy of the embedding, as older converters of GPT-2 wrote it."""
-    head, embedding = file.tensors["output.weight"], file.tensors["token_embd.weight"]
-    if (head.kind, head.shape) != (embedding.kind, embedding.shape):
-        return False
-    return all(
-        torch.equal(file.tensor("output.weight", row), file.tensor("token_embd.weight", row))
-        for row in range(head.shape[0])
-    )
 
 
 def llama_config(meta: Metadata, config: dict) -> dict:
@@ -397,17 +389,16 @@ def deepseek_config(meta: Metadata, config: dict) -> dict:
 def rope_parameters(meta: Metadata, config: dict) -> dict:
     """rope_parameters for llama, qwen2, qwen3 and qwen3moe: no scaling, linear, or Llama 3.1's."""
     rope = {"rope_type": "default", "rope_theta": config["rope_theta"]}
-    kind = meta.get("rope.scaling.type", "none")
-    factor = meta.real("rope.scaling.factor", meta.get("rope.scale_linear", 1.0))
-    if "rope_freqs.weight" in meta.file.tensors:
-        if kind != "none":
-            refuse_scaling(meta)
-        return rope | llama3_scaling(meta, config)
+    kind = meta.get("rope.scaling.type", "linear")  # llama.cpp's default
+    factor = meta.real("rope.scaling.factor", meta.get("rope.scale_linear", 1.0)) if kind != "none" else 1.0
     if kind not in ("none", "linear"):
         refuse_scaling(meta)
-    if factor in (0, 1):
-        return rope
-    return rope | {"rope_type": "linear", "factor": factor}
+    is_scaled = factor not in (0, 1)  # both mean: not scaled
+    if "rope_freqs.weight" in meta.file.tensors:
+        if is_scaled:
+            refuse_scaling(meta)
+        return rope | llama3_scaling(meta, config)
+    return rope | {"rope_type": "linear", "factor": factor} if is_scaled else rope
 
 
 def refuse_scaling(meta: Metadata):

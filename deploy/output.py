@@ -51,7 +51,7 @@ def new_file(out: Path, source: Path) -> Iterator[Path]:
     except OSError as error:
         if error.errno == errno.ENOMEM:
             raise
-        raise UserError(f"cannot write {shown(out)}: {error.strerror}") from error
+        raise UserError(f"cannot write {shown(out)}: {error.strerror or error}") from error
 
 
 def why_not(out: Path, source: Path) -> str | None:

@@ -256,6 +256,17 @@ def test_an_existing_file_is_not_overwritten(run_export, capsys):
     assert Path("run.gguf").read_text() == "mine"
 
 
+def test_a_full_disk_leaves_no_file(run_export, capsys, monkeypatch):
+    def full(*_):
+        raise OSError("4096 requested and 0 written")  # as numpy says it
+
+    make_run("run", "stage4_gqa")
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", full)
+    assert run_export("--run", "run", "--to", "gguf", "--out", "run.gguf") == 2
+    explained(capsys, "cannot write run.gguf: 4096 requested and 0 written")
+    assert not Path("run.gguf").exists()
+
+
 def test_a_sliding_window_shorter_than_the_context_is_said(run_export, capsys):
     make_run("run", "mistral", sliding_window=64)
     assert run_export("--run", "run", "--to", "gguf", "--out", "run.gguf") == 0
@@ -532,6 +543,23 @@ def test_tensors_that_do_not_fit_are_refused_by_name(tiny, run_gguf, capsys):
     write_gguf("missing.gguf", metadata, tensors)
     assert run_gguf("missing.gguf", "--out", "out") == 2
     explained(capsys, "model.norm.weight")
+
+
+@pytest.mark.parametrize(
+    "change, factor",
+    [
+        ({"llama.rope.scaling.factor": 2.0}, 2.0),  # linear is llama.cpp's default
+        ({"llama.rope.scale_linear": 4.0}, 4.0),
+        ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 1.0}, None),
+        ({"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 2.0}, None),
+    ],
+)
+def test_scaled_positions_are_read_as_llama_cpp_reads_them(tiny, run_gguf, change, factor):
+    metadata, tensors = tiny
+    write_gguf("other.gguf", metadata | change, tensors)
+    assert run_gguf("other.gguf", "--out", "out") == 0
+    scaling = runs.read_config(Path("out"))["model"].get("rope_scaling")
+    assert scaling == (factor and {"factor": factor})
 
 
 def test_files_that_are_no_gguf_are_refused(tiny, run_gguf, capsys):
