@@ -51,7 +51,7 @@ def words(endings: str, digits: str) -> str:
     return pattern.replace("{2}", endings).replace("{3}", digits)
 
 
-DEEPSEEK_V3 = r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+|"
+DEEPSEEK_V3 = r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+|"""
 DEEPSEEK_V3 += r" ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 CODER = [
     split("[\r\n]"),
@@ -387,8 +387,10 @@ def uses_bytes(described: dict) -> bool:
 def pre_of(described: dict) -> str:
     """tokenizer.ggml.pre for a byte-level tokenizer.json. UserError if no name stands for its rules."""
 
-    def plain(steps: list[dict]) -> list[dict]:
-        return [{key: value for key, value in step.items() if key != "trim_offsets"} for step in steps]
+    def plain(steps: list[dict]) -> str:
+        steps = [{key: value for key, value in step.items() if key != "trim_offsets"} for step in steps]
+        # DeepSeek's patterns have the characters \r and \n, others have the escapes.
+        return json.dumps(steps, ensure_ascii=False).replace(r"\\r", r"\r").replace(r"\\n", r"\n")
 
     steps = plain(steps_of(described["pre_tokenizer"], "pretokenizers"))
     normalizer, ignore_merges = described["normalizer"], described["model"]["ignore_merges"]
@@ -397,7 +399,7 @@ def pre_of(described: dict) -> str:
             return name
     raise UserError(
         "llama.cpp has no name (tokenizer.ggml.pre) that we know for how the run's tokenizer splits a text: "
-        f"pre_tokenizer {json.dumps(steps, ensure_ascii=False)}, normalizer {json.dumps(normalizer)}, "
+        f"pre_tokenizer {steps}, normalizer {json.dumps(normalizer)}, "
         f"ignore_merges {json.dumps(ignore_merges)}"
     )
 

@@ -423,6 +423,30 @@ def test_tokenizers_give_the_same_ids_in_llama_cpp_and_when_they_come_back(
     )
 
 
+LLAMA_BPE = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+LLAMA_BPE += r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+DEEPSEEK = "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
+DEEPSEEK += "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+"
+LATER = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+PUBLISHED = {
+    "llama-bpe": ([LLAMA_BPE], None, True),
+    "qwen2": ([LLAMA_BPE.replace("{1,3}", "")], {"type": "NFC"}, False),
+    "deepseek-v3": ([r"\p{N}{1,3}", "[一-龥\u3040-ゟ゠-ヿ]+", DEEPSEEK], None, False),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_tokenizers_are_recognized(name):
+    patterns, normalizer, ignore_merges = PUBLISHED[name]
+    steps = [
+        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+        for pattern in patterns
+    ]
+    described = {"normalizer": normalizer, "model": {"ignore_merges": ignore_merges}}
+    described["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [*steps, LATER]}
+    assert gguf_tokenizer.pre_of(described) == name
+
+
 def test_a_tokenizer_that_llama_cpp_does_not_have_is_refused(run_import, run_export, capsys):
     tokenizer = trained("gpt-2")
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
