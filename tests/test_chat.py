@@ -17,6 +17,7 @@ from test_family_llama import mistral
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
+import sample
 from data import chat_template
 from data.tokenizers import GPT2Tokenizer, HuggingFaceTokenizer, end_tokens
 from lab import device as devices
@@ -463,6 +464,16 @@ def test_a_compiled_step_has_the_same_conversation(talking, monkeypatch):
         plain.answer(message, str, lambda: False)
         step.answer(message, str, lambda: False)
     assert step.messages == plain.messages
+
+
+def test_a_compiled_step_is_sized_for_a_conversation_not_for_a_long_context(talking, monkeypatch, capsys):
+    monkeypatch.setattr(sample, "COMPILED_CONTEXT", 64)
+    lengths = []
+    monkeypatch.setattr(sample, "compiled", lambda model, length: lengths.append(length))
+    for flags in ((), ("--context", "200")):
+        assert talking("a\n", "--compile", "--max-new-tokens", "3", *flags) == 0
+    assert lengths == [64, 200]
+    assert capsys.readouterr().err.count("room for 64 tokens") == 1
 
 
 def test_reset_forgets_the_conversation(talking, capsys):
