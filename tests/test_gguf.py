@@ -21,6 +21,7 @@ import tokenizers
 import torch
 from conftest import call
 from test_deploy import CPU, assert_same_tensors, explained, llama, run_export, run_import
+from test_published_configs import PUBLISHED, published, shrunk
 from transformers import AutoModelForCausalLM
 
 from data.tokenizers import CharTokenizer
@@ -221,6 +222,25 @@ def test_a_run_comes_back_from_gguf(run_export, run_gguf, kind):
     idx = torch.randint(n, (2, CONTEXT))
     with torch.no_grad():
         torch.testing.assert_close(found(idx)[0], model(idx)[0][..., :n], atol=5e-6, rtol=0)
+
+
+NOT_IN_GGUF = {"DeepSeek-V2": "n_group = 8", "DeepSeek-V2-Lite": "26 or 27", "Moonlight-16B-A3B": "26 or 27"}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_model_with_a_published_config_comes_back_from_gguf(run_import, run_export, run_gguf, capsys, name):
+    """Shrunk, so that those with 27 layers have 2."""
+    published(shrunk(PUBLISHED[name][1]))
+    assert run_import("theirs", "--out", "run") == 0
+    status = run_export("--run", "run", "--to", "gguf", "--out", "run.gguf")
+    if name in NOT_IN_GGUF:
+        assert status == 2 and NOT_IN_GGUF[name] in capsys.readouterr().err
+        return
+    assert run_gguf("run.gguf", "--out", "back") == 0
+    ours, back = (runs.load(Path(run), "last", CPU)[0] for run in ("run", "back"))
+    idx = torch.randint(back.config.vocab_size, (2, min(ours.config.block_size, back.config.block_size)))
+    with torch.no_grad():
+        torch.testing.assert_close(back(idx)[0], ours(idx)[0], atol=5e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -428,16 +448,16 @@ LLAMA_BPE += r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 DEEPSEEK = "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
 DEEPSEEK += "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+"
 LATER = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-PUBLISHED = {
+PUBLISHED_SPLITTERS = {
     "llama-bpe": ([LLAMA_BPE], None, True),
     "qwen2": ([LLAMA_BPE.replace("{1,3}", "")], {"type": "NFC"}, False),
     "deepseek-v3": ([r"\p{N}{1,3}", "[一-龥\u3040-ゟ゠-ヿ]+", DEEPSEEK], None, False),
 }
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", PUBLISHED_SPLITTERS)
 def test_published_tokenizers_are_recognized(name):
-    patterns, normalizer, ignore_merges = PUBLISHED[name]
+    patterns, normalizer, ignore_merges = PUBLISHED_SPLITTERS[name]
     steps = [
         {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
         for pattern in patterns
