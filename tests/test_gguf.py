@@ -20,10 +20,12 @@ import pytest
 import tokenizers
 import torch
 from conftest import call
+from test_data import gpt2_files  # noqa: F401  a fixture: GPT-2's vocabulary, through pip
 from test_deploy import CPU, assert_same_tensors, explained, llama, run_export, run_import
 from test_published_configs import PUBLISHED, published, shrunk
 from transformers import AutoModelForCausalLM
 
+from data import files
 from data.tokenizers import CharTokenizer
 from deploy import gguf_tokenizer, import_gguf
 from deploy.gguf_file import GGUFFile
@@ -441,6 +443,20 @@ def test_tokenizers_give_the_same_ids_in_llama_cpp_and_when_they_come_back(
     assert json.loads((Path("back") / "hf_config.json").read_text())["eos_token_id"] == tokenizer.token_to_id(
         config["eos_token"]
     )
+
+
+def test_a_run_with_the_tokenizer_of_gpt2_has_its_ids_in_llama_cpp(run_export, run_gguf, gpt2_files):  # noqa: F811
+    for name, content in gpt2_files.items():
+        files.write(files.root() / "cache" / name, content)
+    make_run("run", "stage0_gpt", vocab_size=50304, n_embd=16, n_head=2)
+    runs.write_json(Path("run/meta.json"), {"tokenizer": "gpt2", "vocab_size": 50257})
+    assert run_export("--run", "run", "--to", "gguf", "--out", "run.gguf") == 0
+    assert run_gguf("run.gguf", "--out", "back") == 0
+    assert runs.read_meta(Path("back"))["tokenizer"] == "gpt2"
+    ours, back, program = runs.tokenizer(Path("run")), runs.tokenizer(Path("back")), LlamaCpp("run.gguf")
+    for text in texts():
+        expected = ours.encode(text).tolist()
+        assert back.encode(text).tolist() == expected and program.encode(text) == expected
 
 
 LLAMA_BPE = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
