@@ -4,8 +4,7 @@ GPT-2 becomes stage 0. Llama becomes stage 3 or, with fewer key/value heads than
 positions, or heads of another width, llama3 (in family/). So does Mistral, but with a sliding window, or
 heads of another width, it becomes mistral. Qwen2 and Qwen3 become qwen2 and qwen3. Mixtral becomes stage 6.
 DeepSeek-V3 becomes stage 7 or, with YaRN, groups of experts or a latent for the queries, deepseek_v3 (in
-family/). sample.py and deploy/export.py take the run; so does train.py --init-from if its tokenizer is
-GPT-2's or has one token per character. DIR must be on this machine: nothing is downloaded. Weights are
+family/). sample.py, train.py --init-from and deploy/export.py take the run. DIR must be on this machine: nothing is downloaded. Weights are
 converted to float32. Anything that no stage can represent is refused, with its name. The run keeps the
 tokenizer's files and generation_config.json for deploy/export.py. sample.py does not stop at eos_token_id, as
 transformers does.
