@@ -24,14 +24,13 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 import torch
-from safetensors.torch import save as safetensors_bytes
 
 from data.tokenizers import HF_CONFIG, read_object
 from deploy import architectures, deepseek, gpt2, llama, llama2c, mistral, mixtral, qwen, tokenizer_json
 from deploy.output import new_folder
-from lab import atomic, cli, device
+from lab import cli, device
 from lab.errors import UserError, shown
-from lab.storage import checkpoint, runs
+from lab.storage import checkpoint, runs, tensors
 
 COUNTERPARTS = {
     "stage0_gpt": gpt2,
@@ -64,10 +63,12 @@ class Settings:
     """Folder to create."""
     checkpoint: Literal["best", "last"] = "best"
     """Checkpoint to export: best (lowest validation loss) or last."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of the exported weights; auto: that of the run. llama2c always has float32."""
 
 
 @device.memory_errors(
-    "export needs about three times the memory of the weights: close other programs, or use a larger machine"
+    "export needs about the memory of the weights: close other programs, or use a larger machine"
 )
 def main():
     settings = cli.parse_flags(Settings, sys.argv[1:])
@@ -81,13 +82,15 @@ def main():
             "(LlamaForCausalLM), 6 (MixtralForCausalLM), 7a, 7 or a model of family/"
         )
     with new_folder(out, run) as folder:
-        model, _ = runs.load(run, settings.checkpoint, torch.device("cpu"))
-        tensors, sizes = checkpoint.weights(model), asdict(model.config)
+        stored = runs.weights_dtype(run, config)
+        dtype = stored if settings.dtype == "auto" else getattr(torch, settings.dtype)
+        model, _ = runs.load(run, settings.checkpoint, torch.device("cpu"), dtype)
+        weights, sizes = checkpoint.weights(model), asdict(model.config)
         if settings.to == "hf":
-            write_hf(folder, COUNTERPARTS[stage], tensors, sizes, meta, run)
+            write_hf(folder, COUNTERPARTS[stage], weights, sizes, meta, run, dtype)
             use = f'transformers.pipeline("text-generation", "{shown(out)}")'
         else:
-            llama2c.write(folder, stage, tensors, sizes, meta)
+            llama2c.write(folder, stage, weights, sizes, meta)
             use = f'./run {shown(out)}/model.bin -z {shown(out)}/tokenizer.bin -t 0 -n 0 -i "…"'
         names = sorted(path.name for path in folder.iterdir())
     print(f"exported {stage} from {shown(run)} to {shown(out)}: {', '.join(names)}")
@@ -99,17 +102,18 @@ def main():
     print(f"to use it: {use}")
 
 
-def write_hf(folder: Path, counterpart, tensors: dict, sizes: dict, meta: dict, run: Path) -> None:
-    """Writes a folder for transformers; `counterpart` is a module such as llama."""
+def write_hf(
+    folder: Path, counterpart, weights: dict, sizes: dict, meta: dict, run: Path, dtype: torch.dtype
+) -> None:
+    """Writes a folder for transformers. counterpart is a module such as llama; dtype is the weights'."""
     tokenizer = runs.tokenizer(run)
     imported = read_object(run / HF_CONFIG)  # empty if the run was not imported
-    config = counterpart.to_config(sizes)
+    config = counterpart.to_config(sizes) | {"dtype": str(dtype).removeprefix("torch.")}
     if imported:
         for key in TOKEN_IDS:
             config.pop(key, None)  # a missing field means the default of the model's class
         config |= {key: imported[key] for key in TOKEN_IDS if key in imported}
-    theirs = {name: t.contiguous() for name, t in counterpart.to_tensors(tensors, sizes).items()}
-    atomic.write_synced(folder / "model.safetensors", safetensors_bytes(theirs, {"format": "pt"}))
+    tensors.write(folder / "model.safetensors", counterpart.to_tensors(weights, sizes), {"format": "pt"})
     tokenizer_json.write(meta, run, folder, sizes["block_size"])
     if imported and imported["model_type"] != config["model_type"]:
         tokenizer_json.unbind(folder)

@@ -4,10 +4,10 @@ GPT-2 becomes stage 0. Llama becomes stage 3 or, with fewer key/value heads than
 positions, or heads of another width, llama3 (in family/). So does Mistral, but with a sliding window, or
 heads of another width, it becomes mistral. Qwen2 and Qwen3 become qwen2 and qwen3. Mixtral becomes stage 6.
 DeepSeek-V3 becomes stage 7 or, with YaRN, groups of experts or a latent for the queries, deepseek_v3 (in
-family/). sample.py, train.py --init-from and deploy/export.py take the run. DIR must be on this machine: nothing is downloaded. Weights are
-converted to float32. Anything that no stage can represent is refused, with its name. The run keeps the
-tokenizer's files and generation_config.json for deploy/export.py. sample.py does not stop at eos_token_id, as
-transformers does.
+family/). sample.py, train.py --init-from and deploy/export.py take the run. DIR must be on this machine: nothing is downloaded. Weights keep their
+number format, unless --dtype names another one. Anything that no stage can represent is refused, with its
+name. The run keeps the tokenizer's files and generation_config.json for deploy/export.py. sample.py does not
+stop at eos_token_id, as transformers does.
 """
 
 import sys
@@ -24,19 +24,19 @@ import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 import torch
 import tyro
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as safetensors_bytes
 
 from data import from_meta
 from data.tokenizers import HF_CONFIG, copy_side_files
 from deploy import architectures, deepseek, gpt2, llama, mistral, mixtral, qwen, tokenizer_json
 from deploy.output import new_folder
-from lab import atomic, cli, device, formats, stages
+from lab import cli, device, formats, stages
 from lab.errors import UserError, shown
-from lab.storage import checkpoint, edits, runs
+from lab.storage import checkpoint, edits, runs, tensors
 from lab.training import cost
 
 COUNTERPARTS = {"gpt2": gpt2, "llama": llama, "mistral": mistral, "qwen2": qwen, "qwen3": qwen}
@@ -53,18 +53,21 @@ class Settings:
     """Folder with config.json, model.safetensors and tokenizer.json."""
     out: str
     """Folder of the run to create."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of the run's weights; auto: that of most weights in the folder."""
 
 
 @device.memory_errors(
-    "import needs about three times the memory of the float32 weights: close other programs, "
-    "or use a larger machine"
+    "import needs about the memory of the weights, or twice that for a mixture of experts: close other "
+    "programs, or use a larger machine"
 )
 def main():
     settings = cli.parse_flags(Settings, sys.argv[1:])
     source, out = Path(settings.folder), Path(settings.out)
     config = read_config(source)
     files = tensor_files(source)
-    stage = import_model(config, list(files), reader(files), source, out, source, None)
+    dtype = None if settings.dtype == "auto" else settings.dtype
+    stage = import_model(config, list(files), reader(files), source, out, source, dtype)
     counted = f"{runs.read_config(out)['parameters']:,} parameters"
     print(f"imported {shown(source)} as {stage} with {counted} to {shown(out)}")
     print(f"to use it: python sample.py --run {shlex.quote(shown(out))}")
@@ -83,7 +86,8 @@ def import_model(
 
     config is its config.json, names are those of its tensors, and tensor(name) reads one. side is a folder
     with its config.json, its tokenizer's files and generation_config.json. source is what the user named, for
-    messages. dtype is that of the run's weights. Raises UserError for anything that no stage can represent.
+    messages. dtype is that of the run's weights; None: that of most weights. Raises UserError for anything
+    that no stage can represent.
     """
     counterpart = counterpart_of(config, side)
     stage, sizes = counterpart.from_config(config)
@@ -102,8 +106,14 @@ def import_model(
         )
     tokenizer_json.say_what_is_ignored(side)
     with new_folder(out, source) as run:
-        tensors = read_weights(source, names, tensor, counterpart, model, sizes | layout)
-        write_run(run, source, side, stage, model, tensors, meta | {"vocab_size": tokenizer.vocab_size})
+        weights, chosen = read_weights(source, names, tensor, counterpart, model, sizes | layout, dtype)
+        dtypes = dtypes_of(weights, model, chosen, None if dtype else f"{chosen}, as most weights are")
+        write_weights(run, stage, weights, dtypes)
+        copy_side_files(side, run)
+        shutil.copyfile(side / "config.json", run / HF_CONFIG)
+        meta |= {"vocab_size": tokenizer.vocab_size}
+        runs.write_json(run / "meta.json", meta)
+        runs.write_json(run / "config.json", describe(source, stage, model, meta, chosen))
     return stage
 
 
@@ -147,13 +157,19 @@ def read_weights(
     counterpart,
     model: torch.nn.Module,
     sizes: dict,
-) -> dict[str, torch.Tensor]:
-    """Our tensors in float32.
+    dtype: str | None,
+) -> tuple[dict[str, torch.Tensor], str]:
+    """Our tensors as they are stored, and the dtype to convert them to: `dtype`, or that of most numbers.
 
-    Raises UserError that names the tensor, as the file does, if one is missing, unexpected, or has the wrong
-    shape or dtype.
+    Raises UserError that names the tensor, as the file does, if one is missing, unexpected, has the wrong
+    shape or dtype, or numbers that are not finite in the dtype.
     """
-    theirs = counterpart.full_names(read_tensors(source, names, tensor, counterpart.BUFFERS))
+    theirs = {name: tensor(name) for name in names}
+    dtype = dtype or most_common_dtype(theirs)
+    for name, numbers in theirs.items():
+        if numbers.dtype in DTYPES and not re.search(counterpart.BUFFERS, name):
+            check_finite(source, name, numbers, dtype)
+    theirs = counterpart.full_names(theirs)
     buffers = sorted(name for name in theirs if re.search(counterpart.BUFFERS, name))
     if buffers:
         print(f"ignored tensors that are not weights: {', '.join(buffers)}", file=sys.stderr)
@@ -178,7 +194,56 @@ def read_weights(
                 f"{shown(source)}: {name} has dtype {str(theirs[name].dtype).removeprefix('torch.')}; "
                 "supported are float32, float16 and bfloat16"
             )
-    return {name: t.contiguous() for name, t in counterpart.from_tensors(theirs, sizes).items()}
+    return counterpart.from_tensors(theirs, sizes), dtype
+
+
+def most_common_dtype(tensors: dict[str, torch.Tensor]) -> str:
+    """The dtype of most numbers, of those that a run can have."""
+    counts = dict.fromkeys(DTYPES, 0)
+    for tensor in tensors.values():
+        if tensor.dtype in counts:
+            counts[tensor.dtype] += tensor.numel()
+    return named(max(counts, key=counts.get))
+
+
+def named(dtype: torch.dtype) -> str:
+    """A dtype's name without "torch."."""
+    return str(dtype).removeprefix("torch.")
+
+
+def check_finite(source: Path, name: str, tensor: torch.Tensor, dtype: str) -> None:
+    """Raises UserError if a tensor contains NaN or infinity, or would in this dtype."""
+    if not tensor.numel():
+        return
+    extremes = torch.stack(tensor.aminmax())  # NaN if any number is; needs no memory, unlike isfinite
+    if not extremes.isfinite().all():
+        raise UserError(
+            f"{shown(source)}: {name} contains NaN or infinity\n"
+            "the model diverged, or the file is damaged: use another checkpoint or copy"
+        )
+    if not extremes.to(getattr(torch, dtype)).isfinite().all():
+        largest = extremes.abs().max().item()
+        raise UserError(
+            f"{shown(source)}: {name} has numbers up to {largest:.4g}, which {dtype} cannot hold\n"
+            "use --dtype bfloat16 or float32"
+        )
+
+
+def dtypes_of(
+    tensors: dict[str, torch.Tensor], model: torch.nn.Module, dtype: str, reason: str | None
+) -> dict[str, torch.dtype]:
+    """The dtype of each of our tensors: parameters have `dtype`, buffers float32, as the model makes them.
+
+    A buffer is the bias that balances experts: training moves it by steps that 16 bits may not hold. With a
+    reason, says on stderr which parameters are stored in another dtype.
+    """
+    buffers = dict(model.named_buffers())
+    dtypes = {name: torch.float32 if name in buffers else getattr(torch, dtype) for name in tensors}
+    changed = [name for name in tensors if name not in buffers and tensors[name].dtype != dtypes[name]]
+    if changed and reason:
+        more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+        print(f"converted to {reason}: {', '.join(changed[:5])}{more}", file=sys.stderr)
+    return dtypes
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
@@ -251,36 +316,17 @@ def reader(files: dict[str, Path]) -> Callable[[str], torch.Tensor]:
     return tensor
 
 
-def read_tensors(
-    source: Path, names: list[str], tensor: Callable[[str], torch.Tensor], no_weights: str
-) -> dict[str, torch.Tensor]:
-    """Reads the tensors; converts floating-point ones to float32, one by one so that few are in memory twice.
-
-    Raises UserError if a tensor contains NaN or infinity, except those whose names match no_weights.
-    """
-    tensors = {}
-    for name in names:
-        read = tensor(name)
-        if read.dtype in DTYPES:
-            if not re.search(no_weights, name) and not read.isfinite().all():
-                raise UserError(
-                    f"{shown(source)}: {name} contains NaN or infinity\n"
-                    "the model diverged, or the file is damaged: use another checkpoint or copy"
-                )
-            read = read.float()
-        tensors[name] = read
-    return tensors
-
-
-def write_run(run: Path, source: Path, side: Path, stage: str, model, tensors: dict, meta: dict) -> None:
-    """Writes the folder of a run at step 0."""
+def write_weights(
+    run: Path, stage: str, weights: dict[str, torch.Tensor], dtypes: dict[str, torch.dtype]
+) -> None:
+    """Writes the checkpoint of step 0."""
     (run / "last").mkdir()
-    metadata = {"stage": stage, "step": "0"}
-    atomic.write_synced(run / "last" / checkpoint.WEIGHTS, safetensors_bytes(tensors, metadata))
-    copy_side_files(side, run)
-    shutil.copyfile(side / "config.json", run / HF_CONFIG)
-    runs.write_json(run / "meta.json", meta)
-    config = {
+    tensors.write(run / "last" / checkpoint.WEIGHTS, weights, {"stage": stage, "step": "0"}, dtypes)
+
+
+def describe(source: Path, stage: str, model: torch.nn.Module, meta: dict, dtype: str) -> dict:
+    """The content of the run's config.json."""
+    return {
         "format": formats.RUN,
         "stage": stage,
         "code": edits.code_hash(stage),
@@ -288,11 +334,11 @@ def write_run(run: Path, source: Path, side: Path, stage: str, model, tensors: d
         "imported_from": str(source.resolve()),
         "settings": {"data": str(source), "tokenizer": meta["tokenizer"], "seed": 0, "steps": 0},
         "model": asdict(model.config),
-        "dtype": "float32",
+        "dtype": dtype,
+        "weights_dtype": dtype,
         "parameters": cost.parameters(model),
         "machine": runs.machine(torch.device("cpu")),
     }
-    runs.write_json(run / "config.json", config)
 
 
 if __name__ == "__main__":

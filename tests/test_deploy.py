@@ -430,14 +430,63 @@ def test_weights_in_parts_are_imported(run_import):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_16_bit_weights_become_the_same_numbers_in_float32(run_import, dtype):
-    theirs = llama().to(dtype)
-    save_theirs(theirs, "theirs")
+def test_16_bit_weights_stay_as_they_are_through_import_and_export(run_import, run_export, dtype):
+    save_theirs(llama().to(dtype), "theirs")
     assert run_import("theirs", "--out", "run") == 0
+    assert run_export("--run", "run", "--to", "hf", "--out", "back") == 0
+    expected = load_file("theirs/model.safetensors")
+    assert {tensor.dtype for tensor in expected.values()} == {dtype}
+    name = str(dtype).removeprefix("torch.")
+    assert json.loads(Path("run/config.json").read_text())["weights_dtype"] == name
+    assert json.loads(Path("back/config.json").read_text())["dtype"] == name
+    for folder in ("run/last", "back"):
+        assert_same_tensors(load_file(f"{folder}/model.safetensors"), expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_weights_are_imported_and_exported_in_the_dtype_asked_for(run_import, run_export, dtype):
+    save_theirs(llama().to(torch.bfloat16), "theirs")
+    expected = load_file("theirs/model.safetensors")
+    expected = {name: tensor.to(getattr(torch, dtype)) for name, tensor in expected.items()}
+    assert run_import("theirs", "--out", "direct", "--dtype", dtype) == 0
+    assert_same_tensors(load_file("direct/last/model.safetensors"), expected)
+    assert run_import("theirs", "--out", "run") == 0
+    assert run_export("--run", "run", "--to", "hf", "--out", "back", "--dtype", dtype) == 0
+    assert_same_tensors(load_file("back/model.safetensors"), expected)
+    assert json.loads(Path("back/config.json").read_text())["dtype"] == dtype
+
+
+def test_a_number_that_float16_cannot_hold_is_refused_with_its_tensor(run_import, run_export, capsys):
+    theirs = llama()
+    save_theirs(theirs, "theirs")
+    change_weights("theirs", lambda tensors: tensors["model.norm.weight"][3].fill_(70_000))
+    assert run_import("theirs", "--out", "run") == 0
+    for command, flags in ((run_import, ["theirs"]), (run_export, ["--run", "run", "--to", "hf"])):
+        capsys.readouterr()
+        assert command(*flags, "--out", "out", "--dtype", "float16") == 2
+        explained(capsys, "model.norm.weight has numbers up to 7e+04, which float16 cannot hold", "bfloat16")
+
+
+def test_the_few_weights_in_another_dtype_are_converted_and_named(run_import, capsys):
+    """Except the bias that balances experts, which float32 holds on both sides."""
+    theirs = deepseek().to(torch.bfloat16)
+    save_theirs(theirs, "theirs")
+    bias = "model.layers.1.mlp.gate.e_score_correction_bias"
+
+    def change(tensors):
+        tensors["model.norm.weight"] = tensors["model.norm.weight"].float() + 1e-6
+        tensors[bias] = tensors[bias].float() + 1e-6
+
+    change_weights("theirs", change)
+    assert run_import("theirs", "--out", "run") == 0
+    err = capsys.readouterr().err
+    assert "converted to bfloat16, as most weights are: model.norm.weight\n" in err and "bias" not in err
     ours = load_file("run/last/model.safetensors")
-    assert {tensor.dtype for tensor in ours.values()} == {torch.float32}
-    expected = {name: tensor.float() for name, tensor in load_file("theirs/model.safetensors").items()}
-    assert_same_tensors(ours, expected)
+    assert ours["model.norm.weight"].dtype == torch.bfloat16
+    assert torch.equal(ours[bias], load_file("theirs/model.safetensors")[bias])
+    model = runs.load(Path("run"), "best", CPU, torch.float16)[0]
+    assert {p.dtype for p in model.parameters()} == {torch.float16}
+    assert {b.dtype for b in model.buffers()} == {torch.float32}
 
 
 def change_weights(folder, change):

@@ -116,7 +116,7 @@ def test_a_weight_that_is_not_a_finite_number_is_refused_by_name(run_import, cap
     name = "model.layers.1.mlp.up_proj.weight"
     change_weights("theirs", lambda tensors: tensors[name][3, 2].fill_(float(number)))
     assert run_import("theirs", "--out", "out") == 2
-    explained(capsys, f"model.safetensors: {name} contains NaN or infinity")
+    explained(capsys, f"theirs: {name} contains NaN or infinity")
 
 
 def test_an_infinity_in_a_saved_mask_does_no_harm(run_import):  # noqa: F811

@@ -15,12 +15,10 @@ from pathlib import Path
 import safetensors
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from safetensors.torch import save as safetensors_bytes
 
 from lab import atomic, formats, parallel
 from lab.errors import UserError, shown
-from lab.storage import sharded
+from lab.storage import sharded, tensors
 
 WEIGHTS = "model.safetensors"
 STATE = "state.pt"
@@ -43,7 +41,7 @@ def save(
     """
     folder, unfinished, old = run / name, run / f"{name}.tmp", run / f"{name}.old"
     in_parts = optimizer is not None and parallel.is_sharded(model)
-    tensors = {} if in_parts else whole_weights(model)
+    whole = {} if in_parts else whole_weights(model)
     if optimizer is not None and not in_parts:
         state = state | {"optimizer": optimizer.state_dict()}
     metadata = metadata | {"run_format": str(formats.RUN)}  # Hugging Face's "format" is "pt"
@@ -60,7 +58,7 @@ def save(
             metadata["parts"] = str(len(list(unfinished.glob("*.safetensors"))))
             atomic.write_synced(unfinished / METADATA, json.dumps(metadata).encode())
         else:
-            atomic.write_synced(unfinished / WEIGHTS, safetensors_bytes(tensors, metadata))
+            tensors.write(unfinished / WEIGHTS, whole, metadata)
         if state is not None:
             buffer = io.BytesIO()
             torch.save(state, buffer)
@@ -85,20 +83,20 @@ def save(
 
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The model's tensors by name, without a tied head."""
-    tensors = dict(model.state_dict())
+    found = dict(model.state_dict())
     if model.config.tie_word_embeddings:
-        del tensors["lm_head.weight"]
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+        del found["lm_head.weight"]
+    return {name: tensor.contiguous() for name, tensor in found.items()}
 
 
 def whole_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The model's whole tensors, gathered in the first process if they are sharded; empty in the others."""
-    tensors = {}
+    whole = {}
     for name, tensor in weights(model).items():
         tensor = parallel.whole(tensor)  # by all processes, one tensor at a time
         if parallel.RANK == 0:
-            tensors[name] = tensor.cpu()
-    return tensors
+            whole[name] = tensor.cpu()
+    return whole
 
 
 def find(run: Path, name: str) -> Path | None:
@@ -146,7 +144,11 @@ def is_in_parts(folder: Path) -> bool:
 
 
 def load_weights(run: Path, name: str, model: torch.nn.Module) -> dict[str, str]:
-    """Fills the model from the checkpoint run/name; returns its metadata."""
+    """Fills the model from the checkpoint run/name; returns its metadata.
+
+    A model with memory keeps the dtype of its weights. One without (see tensors.WithoutMemory) gets the
+    file's own tensors, memory-mapped and of the file's dtypes.
+    """
     folder = find(run, name)
     if folder is None:
         raise UserError(f"{shown(run)} has no checkpoint {name!r}")
@@ -156,21 +158,25 @@ def load_weights(run: Path, name: str, model: torch.nn.Module) -> dict[str, str]
         return saved
     path = folder / WEIGHTS
     try:
-        tensors = load_file(path)
+        found = tensors.read(path)
     except (OSError, SafetensorError) as error:
         raise damaged(path, error) from None
     expected = weights(model)
-    differing = [
-        key for key in expected.keys() | tensors.keys() if shape(expected, key) != shape(tensors, key)
-    ]
+    differing = [key for key in expected.keys() | found.keys() if shape(expected, key) != shape(found, key)]
     if differing:
         key = min(differing)
         raise UserError(
             f"{shown(path)} ({saved.get('stage', 'of an unknown stage')}) does not fit this model: {key} "
-            f"is {shape(tensors, key)} in the file and {shape(expected, key)} in the model"
+            f"is {shape(found, key)} in the file and {shape(expected, key)} in the model"
         )
-    tensors = {name: parallel.my_part(tensor, expected[name]) for name, tensor in tensors.items()}
-    model.load_state_dict(tensors, strict=False)  # a tied head is missing; the rest is checked above
+    # A tied head is missing; the rest is checked above.
+    if any(parameter.is_meta for parameter in model.parameters()):
+        model.load_state_dict(found, strict=False, assign=True)
+        if model.config.tie_word_embeddings:
+            model.lm_head.weight = model.model.embed_tokens.weight
+        return saved
+    found = {name: parallel.my_part(tensor, expected[name]) for name, tensor in found.items()}
+    model.load_state_dict(found, strict=False)
     return saved
 
 

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,7 +18,7 @@ from data import Dataset, from_meta
 from data.tokenizers import HF_CONFIG, SIDE_FILES
 from lab import atomic, formats, parallel, stages
 from lab.errors import UserError, shown
-from lab.storage import checkpoint, edits, locks
+from lab.storage import checkpoint, edits, locks, tensors
 
 RUNS = Path(os.environ.get("RUNS_DIR", stages.ROOT / "runs")).expanduser()
 
@@ -199,16 +199,41 @@ def write_json(path: Path, content: dict) -> None:
     atomic.write(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
-def load(run: Path, name: str, device: torch.device) -> tuple[torch.nn.Module, dict]:
+def load(
+    run: Path, name: str, device: torch.device, dtype: torch.dtype | None = None
+) -> tuple[torch.nn.Module, dict]:
     """The trained model of a run, in evaluation mode, and the run's config.
 
-    name is "best" or "last"; if there is no best checkpoint yet, the last one is loaded.
+    name is "best" or "last"; if there is no best checkpoint yet, the last one is loaded. dtype is that of the
+    parameters (None: as they are stored). On a CPU, those that need no conversion are memory-mapped.
     """
     config = read_config(run)
     sizes = model_config(run, config)
-    model = stages.load(config["stage"]).GPT(sizes)
-    load_weights(run, name, model)
+    name = existing(run, name)
+    in_parts = checkpoint.is_in_parts(checkpoint.find(run, name))
+    with nullcontext() if in_parts else tensors.WithoutMemory():
+        model = stages.load(config["stage"]).GPT(sizes)
+    checkpoint.load_weights(run, name, model)
+    for key, parameter in model.named_parameters():  # one by one: few are in memory twice
+        before = parameter.data
+        parameter.data = before.to(device, dtype)
+        if dtype == torch.float16 != before.dtype and not parameter.isfinite().all():
+            largest = before.abs().max().item()
+            raise UserError(
+                f"{shown(run)}: {key} has numbers up to {largest:.4g}, which float16 cannot hold\n"
+                "use --dtype bfloat16 or float32"
+            )
     return model.to(device).eval(), config
+
+
+def weights_dtype(run: Path, config: dict) -> torch.dtype:
+    """The dtype in which a run's weights are stored; config is its config.json."""
+    name = config.get("weights_dtype", "float32")  # older runs, and those of train.py, do not say it
+    if name not in ("float32", "bfloat16", "float16"):
+        raise UserError(
+            f"{shown(run / 'config.json')} has weights_dtype {name!r}: not one that this version knows"
+        )
+    return getattr(torch, name)
 
 
 def model_config(run: Path, config: dict):
@@ -241,9 +266,14 @@ def warn_of_edits(run: Path, config: dict) -> None:
 
 def load_weights(run: Path, name: str, model: torch.nn.Module) -> None:
     """Fills the model from a run's checkpoint "best" or "last"; from the last if there is no best."""
+    checkpoint.load_weights(run, existing(run, name), model)
+
+
+def existing(run: Path, name: str) -> str:
+    """The name of the checkpoint to load: "last" if there is no best. Raises UserError if there is none."""
     if not any(checkpoint.find(run, kind) for kind in ("best", "last")):
         raise UserError(f"{shown(run)} has no checkpoint yet: train it further")
-    checkpoint.load_weights(run, name if checkpoint.find(run, name) else "last", model)
+    return name if checkpoint.find(run, name) else "last"
 
 
 def machine(device: torch.device) -> dict:
