@@ -35,10 +35,12 @@ TESTED = {
         "645ac9dfd1c365f3",
     ],
     "deepseek_v3": ["6ff93438f1444348", "e94fff99cafa405c"],
+    "gpt_neox": ["7956a756487af5b4"],
     "llama3": ["62d4dd124db0b669"],
     "mistral": ["4a415d36738875a1"],
     "qwen2": ["0b3566070af75b1e"],
     "qwen3": ["1e25f831707d0ed1"],
+    "qwen3_moe": ["3e2e06d556947e11"],
 }
 
 

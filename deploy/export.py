@@ -4,7 +4,8 @@
 same text as `sample.py --temperature 0`, up to the context length. (Beyond it, sample.py slides its window
 and transformers stops.) Stage 0 becomes GPT2LMHeadModel, stages 3 to 5 and llama3 LlamaForCausalLM, stage 6
 with the softmax router and without shared experts MixtralForCausalLM, stages 7a, 7 and deepseek_v3
-DeepseekV3ForCausalLM, mistral MistralForCausalLM, qwen2 Qwen2ForCausalLM, and qwen3 Qwen3ForCausalLM. An
+DeepseekV3ForCausalLM, mistral MistralForCausalLM, qwen2 Qwen2ForCausalLM, qwen3 Qwen3ForCausalLM, qwen3_moe
+Qwen3MoeForCausalLM (with the softmax router and without shared experts), and gpt_neox GPTNeoXForCausalLM. An
 imported run, or one fine-tuned from it, gets back its tokenizer's files, its generation_config.json and the
 ids of its special tokens. Transformers honours these: it may sample, and it may stop at an end-of-text token.
 
@@ -26,7 +27,19 @@ from typing import Literal
 import torch
 
 from data.tokenizers import HF_CONFIG, read_object
-from deploy import architectures, deepseek, gpt2, llama, llama2c, mistral, mixtral, qwen, tokenizer_json
+from deploy import (
+    architectures,
+    deepseek,
+    gpt2,
+    gpt_neox,
+    llama,
+    llama2c,
+    mistral,
+    mixtral,
+    qwen,
+    qwen_moe,
+    tokenizer_json,
+)
 from deploy.output import new_folder
 from lab import cli, device
 from lab.errors import UserError, shown
@@ -41,10 +54,12 @@ COUNTERPARTS = {
     "stage7a_mla": deepseek,
     "stage7_mla_mtp": deepseek,
     "deepseek_v3": deepseek,
+    "gpt_neox": gpt_neox,
     "llama3": llama,
     "mistral": mistral,
     "qwen2": qwen,
     "qwen3": qwen,
+    "qwen3_moe": qwen_moe,
 }
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # exported as they were imported

@@ -2,7 +2,8 @@
 
 GPT-2 becomes stage 0. Llama becomes stage 3 or, with fewer key/value heads than heads, stage 4; with scaled
 positions, or heads of another width, llama3 (in family/). So does Mistral, but with a sliding window, or
-heads of another width, it becomes mistral. Qwen2 and Qwen3 become qwen2 and qwen3. Mixtral becomes stage 6.
+heads of another width, it becomes mistral. Qwen2, Qwen3, Qwen3-MoE and GPT-NeoX (such as Pythia) become
+qwen2, qwen3, qwen3_moe and gpt_neox. Mixtral becomes stage 6.
 DeepSeek-V3 becomes stage 7 or, with YaRN, groups of experts or a latent for the queries, deepseek_v3 (in
 family/). sample.py, train.py --init-from and deploy/export.py take the run. DIR must be on this machine: nothing is downloaded. Weights keep their
 number format, unless --dtype names another one. Anything that no stage can represent is refused, with its
@@ -32,7 +33,18 @@ from safetensors import SafetensorError, safe_open
 
 from data import from_meta
 from data.tokenizers import HF_CONFIG, copy_side_files
-from deploy import architectures, deepseek, gpt2, llama, mistral, mixtral, qwen, tokenizer_json
+from deploy import (
+    architectures,
+    deepseek,
+    gpt2,
+    gpt_neox,
+    llama,
+    mistral,
+    mixtral,
+    qwen,
+    qwen_moe,
+    tokenizer_json,
+)
 from deploy.output import new_folder
 from lab import cli, device, formats, stages
 from lab.errors import UserError, shown
@@ -41,6 +53,7 @@ from lab.training import cost
 
 COUNTERPARTS = {"gpt2": gpt2, "llama": llama, "mistral": mistral, "qwen2": qwen, "qwen3": qwen}
 COUNTERPARTS |= {"mixtral": mixtral, "deepseek_v3": deepseek}
+COUNTERPARTS |= {"gpt_neox": gpt_neox, "qwen3_moe": qwen_moe}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PICKLED = ("pytorch_model*.bin*", "*.pt", "*.pth", "*.ckpt")
 

@@ -38,12 +38,7 @@ NAMES += ("block_sparse_moe.experts.{}.w2.weight",)
 
 def to_config(sizes: dict) -> dict:
     """config.json for a stage-6 model of these sizes. Raises UserError if it is not a Mixtral."""
-    for name, needed in NEEDED.items():
-        if sizes[name] != needed:
-            raise UserError(
-                f"{STAGE} with {name} = {sizes[name]} has no counterpart in transformers: MixtralForCausalLM "
-                f"requires {name} = {needed}"
-            )
+    require(sizes, NEEDED, STAGE, "MixtralForCausalLM")
     if sizes["num_experts_per_tok"] == 1:
         raise UserError(
             f"{STAGE} with num_experts_per_tok = 1 has no counterpart in transformers: MixtralForCausalLM "
@@ -61,6 +56,16 @@ def to_config(sizes: dict) -> dict:
         "router_jitter_noise": 0.0,
         "sliding_window": None,
     }
+
+
+def require(sizes: dict, needed: dict, ours: str, theirs: str) -> None:
+    """Raises UserError unless the sizes are those that our model must have to be theirs."""
+    for name, value in needed.items():
+        if sizes[name] != value:
+            raise UserError(
+                f"{ours} with {name} = {sizes[name]} has no counterpart in transformers: {theirs} "
+                f"requires {name} = {value}"
+            )
 
 
 def from_config(config: dict) -> tuple[str, dict]:

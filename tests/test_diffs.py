@@ -92,14 +92,14 @@ def test_rmsnorm_leaves_its_input_alone():
     assert torch.equal(x, before)
 
 
-def test_there_are_no_biases_from_stage_1_on_but_qwen2s():
+def test_there_are_no_biases_from_stage_1_on_but_qwen2s_and_gpt_neoxs():
     for number, name in enumerate(NAMES):
         names = [parameter for parameter, _ in model(number).named_parameters()]
         biases = {parameter.split(".")[-2] for parameter in names if parameter.endswith("bias")}
         if name == "qwen2":
             assert biases == {"q_proj", "k_proj", "v_proj"}
         else:
-            assert bool(biases) == (number == 0)
+            assert bool(biases) == (number == 0 or name == "gpt_neox")
 
 
 # Stage 2: RoPE

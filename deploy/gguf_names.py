@@ -1,0 +1,500 @@
+"""Translates models between GGUF and the format of Hugging Face: metadata and config.json, tensors by name.
+
+llama.cpp has an architecture of its own for most of transformers' classes. Two layouts differ:
+- RoPE rotates neighbouring dimensions in llama and deepseek2, and the two halves of a head elsewhere. For
+  llama, the rows of q and k are reordered (deepseek2's are neighbours in Hugging Face's files, too).
+- The matrices of all experts of a layer are one tensor (n_experts, out, in).
+"""
+
+import re
+import sys
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import torch
+
+from deploy.gguf_file import GGUFFile
+from lab.errors import UserError, shown
+
+# Names outside of the blocks, of a block, and inside of it: those of GGUF on the left.
+LLAMA = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+LLAMA |= {
+    "blk": "model.layers",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+EXPERTS = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
+EXPERTS = {ours: f"mlp.experts.{{}}.{theirs}" for ours, theirs in EXPERTS.items()}
+MIXTRAL = {key: value for key, value in LLAMA.items() if not value.startswith("mlp.")}
+MIXTRAL |= {"ffn_gate_inp": "block_sparse_moe.gate"}
+MIXTRAL |= {
+    f"ffn_{ours}_exps": f"block_sparse_moe.experts.{{}}.{theirs}"
+    for ours, theirs in (("gate", "w1"), ("up", "w3"), ("down", "w2"))
+}
+QWEN3 = LLAMA | {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+QWEN3_MOE = QWEN3 | EXPERTS | {"ffn_gate_inp": "mlp.gate"}
+DEEPSEEK = {key: value for key, value in LLAMA.items() if key not in ("attn_k", "attn_v")}
+DEEPSEEK |= EXPERTS | {
+    "attn_q_a": "self_attn.q_a_proj",
+    "attn_q_a_norm": "self_attn.q_a_layernorm",
+    "attn_q_b": "self_attn.q_b_proj",
+    "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
+    "attn_kv_a_norm": "self_attn.kv_a_layernorm",
+    "attn_kv_b": "self_attn.kv_b_proj",  # newer files have attn_k_b and attn_v_b instead
+    "ffn_gate_inp": "mlp.gate",
+    "exp_probs_b": "mlp.gate.e_score_correction",
+    "ffn_gate_shexp": "mlp.shared_experts.gate_proj",
+    "ffn_up_shexp": "mlp.shared_experts.up_proj",
+    "ffn_down_shexp": "mlp.shared_experts.down_proj",
+}
+GPT2 = {
+    "token_embd": "transformer.wte",
+    "position_embd": "transformer.wpe",
+    "output_norm": "transformer.ln_f",
+    "output": "lm_head",
+    "blk": "transformer.h",
+    "attn_norm": "ln_1",
+    "attn_qkv": "attn.c_attn",
+    "attn_output": "attn.c_proj",
+    "ffn_norm": "ln_2",
+    "ffn_up": "mlp.c_fc",
+    "ffn_down": "mlp.c_proj",
+}
+GPT_NEOX = {
+    "token_embd": "gpt_neox.embed_in",
+    "output_norm": "gpt_neox.final_layer_norm",
+    "output": "embed_out",
+    "blk": "gpt_neox.layers",
+    "attn_norm": "input_layernorm",
+    "attn_qkv": "attention.query_key_value",
+    "attn_output": "attention.dense",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_up": "mlp.dense_h_to_4h",
+    "ffn_down": "mlp.dense_4h_to_h",
+}
+# By model_type of config.json: the architecture of GGUF and the names of its tensors.
+ARCHITECTURES = {
+    "llama": ("llama", LLAMA),
+    "mistral": ("llama", LLAMA),
+    "mixtral": ("llama", MIXTRAL),
+    "qwen2": ("qwen2", LLAMA),
+    "qwen3": ("qwen3", QWEN3),
+    "qwen3_moe": ("qwen3moe", QWEN3_MOE),
+    "gpt2": ("gpt2", GPT2),
+    "gpt_neox": ("gptneox", GPT_NEOX),
+    "deepseek_v2": ("deepseek2", DEEPSEEK),
+    "deepseek_v3": ("deepseek2", DEEPSEEK),
+}
+READ = tuple(dict.fromkeys(architecture for architecture, _ in ARCHITECTURES.values()))
+
+# Metadata whose names begin with the architecture's: sizes and other numbers, by architecture.
+SIZES = {
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "block_count": "num_hidden_layers",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+}
+RMS_SIZES = SIZES | {
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "rope.freq_base": "rope_theta",
+}
+FIELDS = {
+    "llama": RMS_SIZES,
+    "qwen2": RMS_SIZES,
+    "qwen3": RMS_SIZES | {"attention.key_length": "head_dim"},
+    "qwen3moe": RMS_SIZES
+    | {
+        "attention.key_length": "head_dim",
+        "expert_count": "num_experts",
+        "expert_used_count": "num_experts_per_tok",
+        "expert_feed_forward_length": "moe_intermediate_size",
+    },
+    "gpt2": {
+        "context_length": "n_positions",
+        "embedding_length": "n_embd",
+        "block_count": "n_layer",
+        "feed_forward_length": "n_inner",
+        "attention.head_count": "n_head",
+        "attention.layer_norm_epsilon": "layer_norm_epsilon",
+    },
+    "gptneox": SIZES
+    | {
+        "attention.layer_norm_epsilon": "layer_norm_eps",
+        "use_parallel_residual": "use_parallel_residual",
+    },
+    "deepseek2": {key: value for key, value in RMS_SIZES.items() if key != "attention.head_count_kv"}
+    | {
+        "leading_dense_block_count": "first_k_dense_replace",
+        "attention.kv_lora_rank": "kv_lora_rank",
+        "rope.dimension_count": "qk_rope_head_dim",
+        "expert_count": "n_routed_experts",
+        "expert_used_count": "num_experts_per_tok",
+        "expert_shared_count": "n_shared_experts",
+        "expert_feed_forward_length": "moe_intermediate_size",
+        "expert_weights_scale": "routed_scaling_factor",
+    },
+}
+# What else the readers below look at, or what repeats a shape.
+OTHERS = {"vocab_size", "rope.dimension_count", "attention.key_length", "attention.value_length"}
+OTHERS |= {"rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length"}
+OTHERS |= {"rope.scaling.low_freq_factor", "rope.scaling.high_freq_factor", "rope.scaling.finetuned"}
+OTHERS |= {"expert_count", "expert_used_count", "rope.scale_linear"}
+DEEPSEEK_OTHERS = {"attention.head_count_kv", "attention.q_lora_rank", "attention.key_length_mla"}
+DEEPSEEK_OTHERS |= {"attention.value_length_mla", "expert_weights_norm", "expert_gating_func"}
+DEEPSEEK_OTHERS |= {"expert_group_count", "expert_group_used_count", "nextn_predict_layers"}
+DEEPSEEK_OTHERS |= {"rope.scaling.yarn_log_multiplier"}
+DEEPSEEK_OTHERS |= {"rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"}
+SOFTMAX, SIGMOID = 1, 2  # values of expert_gating_func
+
+
+class Metadata:
+    """The numbers of a GGUF file whose names begin with its architecture. UserError where one is wrong."""
+
+    def __init__(self, file: GGUFFile):
+        self.file, self.architecture = file, file.metadata["general.architecture"]
+
+    def name(self, key: str) -> str:
+        return f"{self.architecture}.{key}"
+
+    def get(self, key: str, default=None):
+        """The value as Python writes it: a float32 as the shortest decimal that rounds to it."""
+        value = self.file.metadata.get(self.name(key), default)
+        if isinstance(value, list) and value and all(item == value[0] for item in value):
+            value = value[0]  # one value per layer, all alike
+        return float(str(np.float32(value))) if isinstance(value, float) else value
+
+    def number(self, key: str, default=None, lowest: float = 1):
+        value = self.get(key, default)
+        if value is None:
+            raise UserError(f"{shown(self.file.path)} has no {self.name(key)} in its metadata")
+        if type(value) not in (int, float, bool) or not lowest <= value < 2**62:
+            raise UserError(
+                f"{shown(self.file.path)} has {self.name(key)} = {short(value)}: it must be a number, "
+                f"{lowest:g} or more"
+            )
+        return value
+
+
+def short(value) -> str:
+    """A value of the metadata for a message."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def to_config(file: GGUFFile) -> dict:
+    """The config.json for a GGUF file. Raises UserError for an architecture that we do not know."""
+    architecture, kind = file.metadata.get("general.architecture"), file.metadata.get("general.type", "model")
+    if architecture not in READ or kind != "model":
+        what = "general.architecture" if kind == "model" else "general.type"
+        raise UserError(
+            f"{shown(file.path)} has {what} = {short(file.metadata.get(what))}: no stage can represent that\n"
+            f"supported are models of the architectures {', '.join(READ)}"
+        )
+    meta = Metadata(file)
+    config = {}
+    for key, theirs in FIELDS[architecture].items():
+        default = DEFAULTS.get(key)
+        if key == "attention.head_count_kv":
+            default = config["num_attention_heads"]
+        config[theirs] = meta.number(key, default, lowest=0 if key in MAY_BE_ZERO else 1)
+    blocks = {int(n) for n in re.findall(r"^blk\.(\d+)\.", "\n".join(file.tensors), re.MULTILINE)}
+    if blocks != set(range(meta.number("block_count"))):
+        raise UserError(
+            f"{shown(file.path)} has {meta.name('block_count')} = {meta.number('block_count')}, "
+            f"but tensors of {len(blocks)} blocks"
+        )
+    if "token_embd.weight" not in file.tensors:
+        raise UserError(f"{shown(file.path)} has no tensor token_embd.weight")
+    config["vocab_size"] = file.tensors["token_embd.weight"].shape[0]
+    config["tie_word_embeddings"] = "output.weight" not in file.tensors or same_bytes(file)
+    config["dtype"] = "float32"
+    config |= {
+        "gpt2": gpt2_config,
+        "gptneox": gpt_neox_config,
+        "deepseek2": deepseek_config,
+    }.get(architecture, llama_config)(meta, config)
+    say_what_is_unknown(meta)
+    return config
+
+
+DEFAULTS = {  # of llama.cpp, for missing metadata
+    "rope.freq_base": 10_000.0,
+    "use_parallel_residual": True,
+    "leading_dense_block_count": 0,
+    "expert_weights_scale": 1.0,
+    "expert_shared_count": 0,
+}
+MAY_BE_ZERO = {"attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon", "use_parallel_residual"}
+MAY_BE_ZERO |= {"leading_dense_block_count", "expert_weights_scale", "expert_shared_count"}
+
+
+def same_bytes(file: GGUFFile) -> bool:
+    """Whether the head is a copy of the embedding, as older converters of GPT-2 wrote it."""
+    head, embedding = file.tensors["output.weight"], file.tensors["token_embd.weight"]
+    if (head.kind, head.shape) != (embedding.kind, embedding.shape):
+        return False
+    return all(
+        torch.equal(file.tensor("output.weight", row), file.tensor("token_embd.weight", row))
+        for row in range(head.shape[0])
+    )
+
+
+def llama_config(meta: Metadata, config: dict) -> dict:
+    """The rest of config.json for llama, qwen2, qwen3 and qwen3moe."""
+    architecture, tensors = meta.architecture, meta.file.tensors
+    more = {"hidden_act": "silu", "rope_parameters": rope_parameters(meta, config)}
+    more["model_type"] = {"qwen3moe": "qwen3_moe"}.get(architecture, architecture)
+    per_head = config["hidden_size"] // config["num_attention_heads"]
+    head_dim = meta.number("attention.key_length", meta.get("rope.dimension_count", per_head))
+    rotated = meta.number("rope.dimension_count", head_dim)
+    if architecture in ("qwen2", "qwen3", "qwen3moe"):
+        more["use_sliding_window"] = False
+    if architecture != "qwen2" or head_dim != per_head:
+        more["head_dim"] = head_dim
+    if rotated != head_dim:
+        more["partial_rotary_factor"] = rotated / head_dim
+    if architecture == "llama":
+        more["attention_bias"] = "blk.0.attn_q.bias" in tensors
+        more["mlp_bias"] = "blk.0.ffn_up.bias" in tensors
+        if meta.number("expert_count", 0, lowest=0):
+            more |= {"model_type": "mixtral", "num_local_experts": meta.number("expert_count")}
+            more["num_experts_per_tok"] = meta.number("expert_used_count")
+            more["sliding_window"] = None
+            del more["mlp_bias"]
+    if architecture == "qwen3moe":
+        more |= {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
+    return more
+
+
+def gpt2_config(meta: Metadata, config: dict) -> dict:
+    """The rest of config.json for GPT-2. GGUF knows no dropout; 0 is what fine-tuning starts from."""
+    return {
+        "model_type": "gpt2",
+        "activation_function": "gelu_new",
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+    }
+
+
+def gpt_neox_config(meta: Metadata, config: dict) -> dict:
+    """The rest of config.json for GPT-NeoX."""
+    per_head = config["hidden_size"] // config["num_attention_heads"]
+    share = meta.number("rope.dimension_count", per_head) / per_head
+    rope = {"rope_type": "default", "rope_theta": meta.number("rope.freq_base", 10_000.0)}
+    return {
+        "model_type": "gpt_neox",
+        "hidden_act": "gelu",
+        "use_parallel_residual": bool(config["use_parallel_residual"]),
+        "rotary_pct": share,
+        "rotary_emb_base": rope["rope_theta"],
+        "rope_parameters": rope | {"partial_rotary_factor": share},
+        "attention_bias": "blk.0.attn_qkv.bias" in meta.file.tensors,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+    }
+
+
+def deepseek_config(meta: Metadata, config: dict) -> dict:
+    """The rest of config.json for DeepSeek-V2 and V3."""
+    rope_dim = config["qk_rope_head_dim"]
+    # Older files have the sizes of the heads as they are without absorbed matrices.
+    absorbed = meta.get("attention.key_length_mla") is not None
+    end = "_mla" if absorbed else ""
+    sigmoid = meta.number("expert_gating_func", SOFTMAX) == SIGMOID
+    n_group = meta.number("expert_group_count", 1)
+    n_nextn = meta.number("nextn_predict_layers", 0, lowest=0)
+    more = {
+        "model_type": "deepseek_v3" if sigmoid else "deepseek_v2",
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "num_hidden_layers": config["num_hidden_layers"] - n_nextn,
+        "num_key_value_heads": config["num_attention_heads"],
+        "v_head_dim": meta.number(f"attention.value_length{end}"),
+        "qk_nope_head_dim": meta.number(f"attention.key_length{end}", lowest=rope_dim + 1) - rope_dim,
+        "q_lora_rank": meta.number("attention.q_lora_rank", 0, lowest=0) or None,
+        "n_group": n_group,
+        "topk_group": meta.number("expert_group_used_count", n_group),
+        "norm_topk_prob": bool(meta.number("expert_weights_norm", False, lowest=0)),
+        "scoring_func": "sigmoid" if sigmoid else "softmax",
+        "topk_method": "noaux_tc" if sigmoid else "greedy",
+        "moe_layer_freq": 1,
+        "num_nextn_predict_layers": 0,
+        "rope_interleave": True,
+    }
+    if not sigmoid and n_group > 1:
+        raise UserError(
+            f"{shown(meta.file.path)} has {meta.name('expert_group_count')} = {n_group} with a softmax "
+            "router: llama.cpp and DeepSeek-V2 choose the groups differently"
+        )
+    if n_nextn:
+        print(f"left out: {n_nextn} blocks of multi-token prediction", file=sys.stderr)
+    rope = {"rope_type": "default", "rope_theta": config["rope_theta"]}
+    if meta.get("rope.scaling.type", "none") == "yarn":
+        mscale = round(10 * meta.number("rope.scaling.yarn_log_multiplier", 0.0, lowest=0), 6)
+        rope |= {"rope_type": "yarn", "factor": float(meta.number("rope.scaling.factor"))}
+        original = meta.number("rope.scaling.original_context_length")
+        rope |= {"original_max_position_embeddings": original, "mscale": mscale, "mscale_all_dim": mscale}
+        rope["beta_fast"] = float(meta.number("rope.scaling.yarn_beta_fast", 32.0))
+        rope["beta_slow"] = float(meta.number("rope.scaling.yarn_beta_slow", 1.0))
+        more["rope_scaling"] = {("type" if k == "rope_type" else k): v for k, v in rope.items()}
+        del more["rope_scaling"]["rope_theta"]
+    elif meta.get("rope.scaling.type", "none") != "none":
+        refuse_scaling(meta)
+    return more | {"rope_parameters": rope}
+
+
+def rope_parameters(meta: Metadata, config: dict) -> dict:
+    """rope_parameters for llama, qwen2, qwen3 and qwen3moe: no scaling, linear, or Llama 3.1's."""
+    rope = {"rope_type": "default", "rope_theta": config["rope_theta"]}
+    kind = meta.get("rope.scaling.type", "none")
+    factor = meta.number("rope.scaling.factor", meta.get("rope.scale_linear", 1.0), lowest=0)
+    if "rope_freqs.weight" in meta.file.tensors:
+        if kind != "none":
+            refuse_scaling(meta)
+        return rope | llama3_scaling(meta, config)
+    if kind not in ("none", "linear"):
+        refuse_scaling(meta)
+    if factor in (0, 1):
+        return rope
+    return rope | {"rope_type": "linear", "factor": float(factor)}
+
+
+def refuse_scaling(meta: Metadata):
+    """Raises UserError for a way to scale positions that no stage has."""
+    scaling = {
+        key: value for key, value in meta.file.metadata.items() if key.startswith(meta.name("rope.scaling."))
+    }
+    listing = ", ".join(f"{key} = {short(value)}" for key, value in scaling.items())
+    with_tensor = " and rope_freqs.weight" if "rope_freqs.weight" in meta.file.tensors else ""
+    raise UserError(f"{shown(meta.file.path)} has {listing}{with_tensor}: no stage can represent that")
+
+
+def llama3_frequencies(rope: dict, head_dim: int) -> np.ndarray:
+    """What Llama 3.1 divides each of RoPE's frequencies by: 1 for short waves, factor for long ones."""
+    waves = 2 * np.pi * rope["rope_theta"] ** (np.arange(0, head_dim, 2) / head_dim)
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    share = (rope["original_max_position_embeddings"] / waves - low) / (high - low)
+    share = share.clip(0, 1)  # 0 for long waves, 1 for short ones
+    return (1 / ((1 - share) / rope["factor"] + share)).astype(np.float32)
+
+
+def llama3_scaling(meta: Metadata, config: dict) -> dict:
+    """The four numbers behind rope_freqs.weight. UserError if that tensor is not what Llama 3.1 computes.
+
+    The file has the tensor, and the numbers only if we wrote it: else Llama 3.1's are tried.
+    """
+    found = meta.file.tensor("rope_freqs.weight").double().numpy()
+    rope = {
+        "rope_theta": config["rope_theta"],
+        "rope_type": "llama3",
+        "factor": float(str(np.float32(found.max()))),
+        "low_freq_factor": float(meta.number("rope.scaling.low_freq_factor", 1.0, lowest=0)),
+        "high_freq_factor": float(meta.number("rope.scaling.high_freq_factor", 4.0, lowest=0)),
+        "original_max_position_embeddings": meta.number("rope.scaling.original_context_length", 8192),
+    }
+    if rope["high_freq_factor"] > rope["low_freq_factor"] and found.ndim == 1:
+        expected = llama3_frequencies(rope, 2 * len(found))
+        if np.allclose(found, expected, rtol=1e-3):
+            return rope
+    raise UserError(
+        f"{shown(meta.file.path)}: rope_freqs.weight is not what Llama 3.1 scales its positions with\n"
+        "no stage can represent other frequencies"
+    )
+
+
+def say_what_is_unknown(meta: Metadata) -> None:
+    """Lists metadata about the architecture that is ignored, on stderr."""
+    known = {*FIELDS[meta.architecture], *OTHERS}
+    if meta.architecture == "deepseek2":
+        known |= DEEPSEEK_OTHERS
+    unknown = [
+        f"{key} = {short(value)}"
+        for key, value in meta.file.metadata.items()
+        if key.startswith(f"{meta.architecture}.") and key.partition(".")[2] not in known
+    ]
+    if unknown:
+        print(f"ignored unknown metadata: {', '.join(unknown)}", file=sys.stderr)
+
+
+def tensors_in(file: GGUFFile, config: dict) -> dict[str, Callable[[], torch.Tensor]]:
+    """A function that reads each tensor under Hugging Face's names. UserError for an unknown tensor."""
+    _, names = ARCHITECTURES[config["model_type"]]
+    readers = {}
+    for name, info in file.tensors.items():
+        block, part, kind = split_name(name)
+        if block is None:
+            if part == "rope_freqs" or (part == "output" and config["tie_word_embeddings"]):
+                continue  # it is in config.json; it is a copy of the embedding
+            prefix = ""
+        else:
+            if block >= config.get("num_hidden_layers", config.get("n_layer")):
+                continue  # multi-token prediction
+            prefix = f"{names['blk']}.{block}."
+        if part == "attn_v_b":
+            continue  # attn_k_b reads it, too
+        if part == "attn_k_b":
+            readers[f"{prefix}self_attn.kv_b_proj.weight"] = partial(joined_kv_b, file, block)
+            continue
+        if part not in names or kind is None or part == "blk":
+            raise UserError(f"{shown(file.path)} has a tensor that its architecture does not have: {name}")
+        theirs = prefix + names[part]
+        if "{}" in theirs:
+            n_experts = info.shape[0] if len(info.shape) == 3 else 0
+            for expert in range(n_experts):
+                readers[f"{theirs.format(expert)}.{kind}"] = partial(file.tensor, name, expert)
+            continue
+        joint = "_" if part == "exp_probs_b" else "."
+        readers[f"{theirs}{joint}{kind}"] = partial(tensor_in, file, name, part, config)
+    return readers
+
+
+def split_name(name: str) -> tuple[int | None, str, str | None]:
+    """A name of GGUF as block, part and kind: blk.3.attn_q.weight is (3, "attn_q", "weight")."""
+    match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
+    if not match:
+        return None, name, None
+    block, part, kind = match.groups()
+    return (None if block is None else int(block)), part, kind
+
+
+def tensor_in(file: GGUFFile, name: str, part: str, config: dict) -> torch.Tensor:
+    """Reads a tensor and changes it to Hugging Face's layout."""
+    tensor, model_type = file.tensor(name), config["model_type"]
+    if model_type in ("llama", "mixtral") and part in ("attn_q", "attn_k") and tensor.dim() == 2:
+        heads = config["num_attention_heads" if part == "attn_q" else "num_key_value_heads"]
+        return halves(tensor, heads) if tensor.size(0) % (2 * heads) == 0 else tensor
+    if model_type == "gpt2" and tensor.dim() == 2 and name.startswith("blk."):
+        return tensor.t()  # Conv1D: (in, out)
+    heads = config.get("num_attention_heads")
+    if model_type == "gpt_neox" and part == "attn_qkv" and tensor.size(0) % (3 * heads) == 0:
+        by_kind = tensor.view(3, heads, -1, *tensor.shape[1:])  # (q k v, n_head, head_dim, …)
+        return by_kind.transpose(0, 1).reshape(tensor.shape)
+    return tensor
+
+
+def halves(weight: torch.Tensor, n_head: int) -> torch.Tensor:
+    """The rows of a q or k projection in the order of Hugging Face: the inverse of neighbouring_pairs."""
+    pairs = weight.view(n_head, -1, 2, weight.size(1))  # (n_head, head_dim/2, 2, n_embd)
+    return pairs.transpose(1, 2).reshape(weight.shape)
+
+
+def joined_kv_b(file: GGUFFile, block: int) -> torch.Tensor:
+    """kv_b_proj from the two matrices that llama.cpp absorbs into others."""
+    names = [f"blk.{block}.attn_{part}_b.weight" for part in "kv"]
+    shapes = [file.tensors[name].shape if name in file.tensors else () for name in names]
+    k, v = shapes
+    if not len(k) == len(v) == 3 or k[:2] != (v[0], v[2]):
+        raise UserError(f"{shown(file.path)}: {names[0]} and {names[1]} do not fit together: {shapes}")
+    keys, values = map(file.tensor, names)  # (n_head, rank, nope), (n_head, v_head_dim, rank)
+    return torch.cat((keys.transpose(1, 2), values), 1).flatten(0, 1)
