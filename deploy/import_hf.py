@@ -5,10 +5,10 @@ positions, or heads of another width, llama3 (in family/). So does Mistral, but 
 heads of another width, it becomes mistral. Qwen2, Qwen3, Qwen3-MoE and GPT-NeoX (such as Pythia) become
 qwen2, qwen3, qwen3_moe and gpt_neox. Mixtral becomes stage 6.
 DeepSeek-V3 becomes stage 7 or, with YaRN, groups of experts or a latent for the queries, deepseek_v3 (in
-family/). sample.py, train.py --init-from and deploy/export.py take the run. DIR must be on this machine: nothing is downloaded. Weights keep their
-number format, unless --dtype names another one. Anything that no stage can represent is refused, with its
-name. The run keeps the tokenizer's files and generation_config.json for deploy/export.py. sample.py does not
-stop at eos_token_id, as transformers does.
+family/). sample.py, train.py --init-from and deploy/export.py take the run. DIR must be on this machine:
+nothing is downloaded. Weights keep their number format, unless --dtype names another one. Anything that no
+stage can represent is refused, with its name. The run keeps the tokenizer's files and generation_config.json
+for deploy/export.py. sample.py does not stop at eos_token_id, as transformers does.
 """
 
 import sys

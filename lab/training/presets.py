@@ -51,7 +51,7 @@ FINE_TUNING = {
     "warmup_steps": 10,
     "beta2": 0.99,
     "eval_every": 50,
-    "eval_tokens": 10_000,
+    "eval_tokens": 5_120,
 }
 
 
