@@ -34,6 +34,7 @@ TESTED = {
         "7ac72e4339847057",
         "645ac9dfd1c365f3",
     ],
+    "deepseek_v2": ["8dd60cf586bec947"],
     "deepseek_v3": ["6ff93438f1444348", "e94fff99cafa405c"],
     "gpt_neox": ["7956a756487af5b4"],
     "llama3": ["62d4dd124db0b669"],

@@ -1,12 +1,12 @@
 """Converts between DeepSeek-V3 in our code and transformers' DeepseekV3ForCausalLM: configs and tensors.
 
+Kimi-K2 is a DeepSeek-V3 under another model_type, and is exported as what it is.
 Ours is family/deepseek_v3, or stage 7a or 7 without groups of experts, a latent for the queries, and YaRN.
 Both sides use DeepSeek-V3's names, also for multi-token prediction (model.layers.{n_layer} and on), but its
 files hold each expert's matrices separately. DeepSeek rotates neighbouring dimensions together
 (rope_interleave), we rotate the two halves: so the rotated rows of queries and keys are reordered.
 """
 
-import json
 import re
 
 import torch
@@ -21,15 +21,18 @@ SWITCHED_OFF = {"n_group": 1, "topk_group": 1, "q_lora_rank": None, "rope_scalin
 EMBEDDING = "model.embed_tokens.weight"
 BUFFERS = r"rotary_emb\.inv_freq$"
 
-REPRESENTABLE = {
+COMMON = {  # of DeepSeek-V2 and V3
     "hidden_act": ("silu", "swish"),
     "attention_bias": (False,),
     "attention_dropout": (0.0,),
+    "moe_layer_freq": (1,),
+    "partial_rotary_factor": (1.0,),
+    "sliding_window": (None,),
+}
+REPRESENTABLE = COMMON | {
     "norm_topk_prob": (True,),
     "scoring_func": ("sigmoid",),
     "topk_method": ("noaux_tc",),
-    "moe_layer_freq": (1,),
-    "quantization_config": (None,),
 }
 YARN = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 NAMES = "mlp.experts.{}.gate_proj.weight", "mlp.experts.{}.up_proj.weight", "mlp.experts.{}.down_proj.weight"
@@ -61,28 +64,40 @@ def to_config(sizes: dict) -> dict:
             "latent attention has a counterpart in transformers, DeepseekV3ForCausalLM, only with router "
             "sigmoid, n_shared_experts of 1 or more and num_experts_per_tok of 2 or more"
         )
-    rope = {"rope_type": "default", "rope_theta": sizes["rope_theta"]}
-    if sizes["rope_scaling"]:
-        rope |= {"rope_type": "yarn", **sizes["rope_scaling"]}
     return {
         "architectures": ["DeepseekV3ForCausalLM"],
         "model_type": "deepseek_v3",
+        **common_fields(sizes),
+        "num_nextn_predict_layers": sizes["num_nextn_predict_layers"],
+        "norm_topk_prob": True,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+        "rope_interleave": True,
+    }
+
+
+def common_fields(sizes: dict) -> dict:
+    """The fields of config.json that DeepSeek-V2 and V3 share."""
+    rope = {"rope_type": "default", "rope_theta": sizes["rope_theta"]}
+    old_rope = {}  # what transformers 4 and other programs read besides rope_theta
+    if sizes["rope_scaling"]:
+        original = int(sizes["rope_scaling"]["original_max_position_embeddings"])
+        scaling = {"rope_type": "yarn", **sizes["rope_scaling"], "original_max_position_embeddings": original}
+        rope |= scaling
+        old_rope = {"rope_scaling": {"type": "yarn", **scaling}}
+    return {
         **{theirs: sizes[ours] for theirs, ours in SIZES.items()},
         "num_key_value_heads": sizes["n_head"],
         "q_lora_rank": sizes["q_lora_rank"],
         "first_k_dense_replace": sizes["first_k_dense_replace"],
         "routed_scaling_factor": sizes["routed_scaling_factor"],
-        "num_nextn_predict_layers": sizes["num_nextn_predict_layers"],
-        "norm_topk_prob": True,
-        "scoring_func": "sigmoid",
-        "topk_method": "noaux_tc",
         "hidden_act": "silu",
         "attention_bias": False,
         "attention_dropout": 0.0,
         "rms_norm_eps": sizes["norm_eps"],
         "rope_theta": sizes["rope_theta"],
+        **old_rope,
         "rope_parameters": rope,
-        "rope_interleave": True,
         "tie_word_embeddings": sizes["tie_word_embeddings"],
         "bos_token_id": None,
         "eos_token_id": None,
@@ -92,47 +107,61 @@ def to_config(sizes: dict) -> dict:
 
 def from_config(config: dict) -> tuple[str, dict]:
     """The stage and its sizes for a config.json; UserError for what deepseek_v3 cannot represent."""
-    n_head = fields.size(config, "num_attention_heads")
-    representable = REPRESENTABLE | {"num_key_value_heads": (n_head,)}
-    fields.refuse_others(config, representable, FULL)
-    sizes = {ours: fields.size(config, theirs) for theirs, ours in SIZES.items()}
+    sizes = common_sizes(config, REPRESENTABLE, FULL)
     if sizes["num_experts_per_tok"] < 2:
         raise UserError(
             "config.json has num_experts_per_tok = 1: deepseek_v3 cannot represent that, only 2 or more"
         )
-    interleaved = fields.flag(config, "rope_interleave", True)
     sizes |= {
-        "q_lora_rank": fields.size(config, "q_lora_rank") if config.get("q_lora_rank") else None,
         "first_k_dense_replace": int(fields.real(config, "first_k_dense_replace", 3)),
         "routed_scaling_factor": fields.real(config, "routed_scaling_factor", 2.5),
         "num_nextn_predict_layers": int(fields.real(config, "num_nextn_predict_layers", 0)),
-        "norm_eps": fields.real(config, "rms_norm_eps", 1e-6),
-        "tie_word_embeddings": fields.flag(config, "tie_word_embeddings", False),
         "router": "sigmoid",
-        **positions(config),
     }
-    read = {
-        *SIZES,
-        "q_lora_rank",
-        "first_k_dense_replace",
-        "routed_scaling_factor",
-        "num_nextn_predict_layers",
-    }
-    read |= {"rms_norm_eps", "tie_word_embeddings", "rope_theta", "rope_parameters", "rope_scaling"}
-    read |= {"rope_interleave", "head_dim", "qk_head_dim", "pretraining_tp", "output_router_logits"}
-    read |= {"ep_size", "aux_loss_alpha", "seq_aux", "auto_map", "num_mtp_layers"}  # of training and serving
-    fields.say_what_is_unknown(config, {*read, *representable})
+    interleaved = fields.flag(config, "rope_interleave", True)
+    read = {"num_nextn_predict_layers", "num_mtp_layers", "rope_interleave"}
+    fields.say_what_is_unknown(config, {*READ, *REPRESENTABLE, *read})
     if all(sizes[name] == value for name, value in SWITCHED_OFF.items()):
         sizes = {name: value for name, value in sizes.items() if name not in SWITCHED_OFF}
         return STAGE, sizes | {"rope_interleave": interleaved}
     return FULL, sizes | {"rope_interleave": interleaved}
 
 
-def positions(config: dict) -> dict:
+# The fields that both models' from_config read, and those of training and serving.
+READ = {*SIZES, "num_key_value_heads", "q_lora_rank", "first_k_dense_replace", "routed_scaling_factor"}
+READ |= {"rms_norm_eps", "tie_word_embeddings", "rope_theta", "rope_parameters", "rope_scaling"}
+READ |= {
+    "head_dim",
+    "qk_head_dim",
+    "pretraining_tp",
+    "output_router_logits",
+    "ep_size",
+    "aux_loss_alpha",
+    "seq_aux",
+}
+
+
+def common_sizes(config: dict, representable: dict, ours: str) -> dict:
+    """Our sizes from the fields that DeepSeek-V2 and V3 share; UserError for what `ours` cannot represent."""
+    n_head = fields.size(config, "num_attention_heads")
+    fields.refuse_others(config, representable | {"num_key_value_heads": (n_head,)}, ours)
+    return {
+        **{own: fields.size(config, theirs) for theirs, own in SIZES.items()},
+        "q_lora_rank": fields.size(config, "q_lora_rank") if config.get("q_lora_rank") else None,
+        "norm_eps": fields.real(config, "rms_norm_eps", 1e-6),
+        "tie_word_embeddings": fields.flag(config, "tie_word_embeddings", False),
+        **positions(config, ours),
+    }
+
+
+def positions(config: dict, ours: str) -> dict:
     """rope_theta and rope_scaling, from rope_parameters (transformers 5) or rope_scaling (4 and before)."""
     name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
-    rope = dict(config.get(name) or {})
+    rope = config.get(name) or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"config.json has {name} = {fields.shortened(rope)}: it must be an object")
     theta = fields.real(config | rope, "rope_theta", 10_000.0)
+    rope = dict(rope)
     kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
     given = {key: value for key, value in rope.items() if value is not None}
     given.pop("rope_theta", None), given.pop("type", None)
@@ -146,12 +175,12 @@ def positions(config: dict) -> dict:
         or given
     ):
         raise UserError(
-            f"config.json has {name} = {json.dumps(config[name])}: deepseek_v3 cannot represent that, only "
+            f"config.json has {name} = {fields.shortened(config[name])}: {ours} cannot represent that, only "
             f'rope_type "default", or "yarn" with {", ".join(YARN)}'
         )
     return {
         "rope_theta": theta,
-        "rope_scaling": {key: float(value) for key, value in scaling.items()} or None,
+        "rope_scaling": {key: fields.real(scaling, key, 0.0) for key in scaling} or None,
     }
 
 

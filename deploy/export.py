@@ -3,11 +3,17 @@
 --to hf: a folder that stock transformers loads. pipeline("text-generation", DIR) continues a prompt with the
 same text as `sample.py --temperature 0`, up to the context length. (Beyond it, sample.py slides its window
 and transformers stops.) Stage 0 becomes GPT2LMHeadModel, stages 3 to 5 and llama3 LlamaForCausalLM, stage 6
-with the softmax router and without shared experts MixtralForCausalLM, stages 7a, 7 and deepseek_v3
-DeepseekV3ForCausalLM, mistral MistralForCausalLM, qwen2 Qwen2ForCausalLM, qwen3 Qwen3ForCausalLM, qwen3_moe
-Qwen3MoeForCausalLM (with the softmax router and without shared experts), and gpt_neox GPTNeoXForCausalLM. An
-imported run, or one fine-tuned from it, gets back its tokenizer's files, its generation_config.json and the
-ids of its special tokens. Transformers honours these: it may sample, and it may stop at an end-of-text token.
+with the softmax router and without shared experts MixtralForCausalLM, deepseek_v2 DeepseekV2ForCausalLM,
+stages 7a, 7 and deepseek_v3 DeepseekV3ForCausalLM, mistral MistralForCausalLM, qwen2 Qwen2ForCausalLM, qwen3
+Qwen3ForCausalLM, qwen3_moe Qwen3MoeForCausalLM (with the softmax router and without shared experts), and
+gpt_neox GPTNeoXForCausalLM. An imported run, or one fine-tuned from it, gets back its tokenizer's files, its
+generation_config.json and the ids of its special tokens. Transformers honours these: it may sample, and it
+may stop at an end-of-text token.
+
+--to gguf: one file for llama.cpp, --out NAME.gguf. --outtype is the type of its matrices. Stage 0 becomes
+the architecture gpt2; stages 3 to 5, llama3 and mistral become llama; stage 6 with the softmax router and
+without shared experts becomes llama with experts; deepseek_v3 with a latent for the queries becomes
+deepseek2; and the other models of family/ become their namesakes. See deploy/gguf_write.py.
 
 --to llama2c: model.bin and tokenizer.bin for the C program `run` of karpathy/llama2.c. That program puts a
 newline and a space before every prompt; see deploy/llama2c.py.
@@ -30,6 +36,8 @@ from data.tokenizers import HF_CONFIG, read_object
 from deploy import (
     architectures,
     deepseek,
+    deepseek_v2,
+    gguf_write,
     gpt2,
     gpt_neox,
     llama,
@@ -40,7 +48,7 @@ from deploy import (
     qwen_moe,
     tokenizer_json,
 )
-from deploy.output import new_folder
+from deploy.output import new_file, new_folder
 from lab import cli, device
 from lab.errors import UserError, shown
 from lab.storage import checkpoint, runs, tensors
@@ -53,6 +61,7 @@ COUNTERPARTS = {
     "stage6_moe": mixtral,
     "stage7a_mla": deepseek,
     "stage7_mla_mtp": deepseek,
+    "deepseek_v2": deepseek_v2,
     "deepseek_v3": deepseek,
     "gpt_neox": gpt_neox,
     "llama3": llama,
@@ -67,19 +76,27 @@ TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # exported as they
 
 @dataclass
 class Settings:
-    """Exports a run for transformers or llama2.c."""
+    """Exports a run for transformers, llama.cpp or llama2.c."""
 
     run: str
     """Folder of the run."""
-    to: Literal["hf", "llama2c"]
-    """hf: a folder for transformers. llama2c: model.bin and tokenizer.bin for llama2.c's `run`.
-    That program puts a newline and a space before every prompt."""
+    to: Literal["hf", "gguf", "llama2c"]
+    """hf: a folder for transformers. gguf: a file for llama.cpp. llama2c: model.bin and tokenizer.bin for
+    llama2.c's `run`, which puts a newline and a space before every prompt."""
     out: str
-    """Folder to create."""
+    """Folder to create; with --to gguf, file to create, NAME.gguf."""
     checkpoint: Literal["best", "last"] = "best"
     """Checkpoint to export: best (lowest validation loss) or last."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the exported weights; auto: that of the run. llama2c always has float32."""
+    outtype: Literal["auto", "f32", "f16", "bf16", "q8_0", "q4_0"] = "auto"
+    """The same with --to gguf, where it may be quantized."""
+
+    def __post_init__(self):
+        if self.to == "gguf" and self.dtype != "auto":
+            raise ValueError("--to gguf takes --outtype instead of --dtype")
+        if self.to != "gguf" and self.outtype != "auto":
+            raise ValueError(f"--outtype goes with --to gguf, not with --to {self.to}")
 
 
 @device.memory_errors(
@@ -96,6 +113,9 @@ def main():
             f"{stage} has no counterpart in transformers\nexport stage 0 (GPT2LMHeadModel), 3, 4, 5 "
             "(LlamaForCausalLM), 6 (MixtralForCausalLM), 7a, 7 or a model of family/"
         )
+    if settings.to == "gguf":
+        write_gguf(settings, run, out, stage, config, meta)
+        return
     with new_folder(out, run) as folder:
         stored = runs.weights_dtype(run, config)
         dtype = stored if settings.dtype == "auto" else getattr(torch, settings.dtype)
@@ -109,12 +129,34 @@ def main():
             use = f'./run {shown(out)}/model.bin -z {shown(out)}/tokenizer.bin -t 0 -n 0 -i "…"'
         names = sorted(path.name for path in folder.iterdir())
     print(f"exported {stage} from {shown(run)} to {shown(out)}: {', '.join(names)}")
-    if settings.to == "hf" and COUNTERPARTS[stage] is deepseek:
+    if settings.to == "hf" and COUNTERPARTS[stage] in (deepseek, deepseek_v2):
         print("RoPE rotates adjacent dimensions, as in DeepSeek's files (rope_interleave = true), not halves")
     if settings.to == "llama2c":
         before = llama2c.before_prompt(runs.tokenizer(run))
         print(f"llama2.c's run puts {before!r} before every prompt and continues both together")
     print(f"to use it: {use}")
+
+
+def write_gguf(settings: Settings, run: Path, out: Path, stage: str, config: dict, meta: dict) -> None:
+    """Writes a file for llama.cpp."""
+    if stage not in COUNTERPARTS:
+        raise UserError(
+            f"llama.cpp cannot run {stage}: it has no architecture with {gguf_write.NO_COUNTERPART[stage]}\n"
+            "export stage 0, 3, 4, 5, 6 or a model of family/"
+        )
+    if out.suffix != ".gguf":
+        raise UserError(
+            f"{shown(out)} does not end in .gguf\nname the file to create: --out {shown(out)}.gguf"
+        )
+    with new_file(out, run) as path:
+        model, _ = runs.load(run, settings.checkpoint, torch.device("cpu"))
+        tensors, sizes = checkpoint.weights(model), asdict(model.config)
+        kind = settings.outtype
+        if kind == "auto":
+            kind = gguf_write.OUTTYPES[config.get("weights_dtype", "float32")]
+        gguf_write.write(path, COUNTERPARTS[stage], tensors, sizes, meta, run, kind)
+    print(f"exported {stage} from {shown(run)} to {shown(out)} as {kind}")
+    print(f"to use it: llama-cli -m {shown(out)}")
 
 
 def write_hf(

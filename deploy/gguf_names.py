@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from deploy.gguf_file import GGUFFile
+from deploy.llama2c import neighbouring_pairs
 from lab.errors import UserError, shown
 
 # Names outside of the blocks, of a block, and inside of it: those of GGUF on the left.
@@ -130,6 +131,7 @@ FIELDS = {
     "gptneox": SIZES
     | {
         "attention.layer_norm_epsilon": "layer_norm_eps",
+        "rope.freq_base": "rotary_emb_base",
         "use_parallel_residual": "use_parallel_residual",
     },
     "deepseek2": {key: value for key, value in RMS_SIZES.items() if key != "attention.head_count_kv"}
@@ -148,7 +150,7 @@ FIELDS = {
 OTHERS = {"vocab_size", "rope.dimension_count", "attention.key_length", "attention.value_length"}
 OTHERS |= {"rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length"}
 OTHERS |= {"rope.scaling.low_freq_factor", "rope.scaling.high_freq_factor", "rope.scaling.finetuned"}
-OTHERS |= {"expert_count", "expert_used_count", "rope.scale_linear"}
+OTHERS |= {"expert_count", "expert_used_count", "rope.scale_linear", "hidden_activation"}
 DEEPSEEK_OTHERS = {"attention.head_count_kv", "attention.q_lora_rank", "attention.key_length_mla"}
 DEEPSEEK_OTHERS |= {"attention.value_length_mla", "expert_weights_norm", "expert_gating_func"}
 DEEPSEEK_OTHERS |= {"expert_group_count", "expert_group_used_count", "nextn_predict_layers"}
@@ -291,13 +293,12 @@ def gpt_neox_config(meta: Metadata, config: dict) -> dict:
     """The rest of config.json for GPT-NeoX."""
     per_head = config["hidden_size"] // config["num_attention_heads"]
     share = meta.number("rope.dimension_count", per_head) / per_head
-    rope = {"rope_type": "default", "rope_theta": meta.number("rope.freq_base", 10_000.0)}
+    rope = {"rope_type": "default", "rope_theta": config["rotary_emb_base"]}
     return {
         "model_type": "gpt_neox",
-        "hidden_act": "gelu",
+        "hidden_act": meta.get("hidden_activation", "gelu"),
         "use_parallel_residual": bool(config["use_parallel_residual"]),
         "rotary_pct": share,
-        "rotary_emb_base": rope["rope_theta"],
         "rope_parameters": rope | {"partial_rotary_factor": share},
         "attention_bias": "blk.0.attn_qkv.bias" in meta.file.tensors,
         "attention_dropout": 0.0,
@@ -498,3 +499,175 @@ def joined_kv_b(file: GGUFFile, block: int) -> torch.Tensor:
         raise UserError(f"{shown(file.path)}: {names[0]} and {names[1]} do not fit together: {shapes}")
     keys, values = map(file.tensor, names)  # (n_head, rank, nope), (n_head, v_head_dim, rank)
     return torch.cat((keys.transpose(1, 2), values), 1).flatten(0, 1)
+
+
+FLOATS = {
+    "rms_norm_eps",
+    "rope_theta",
+    "rotary_emb_base",
+    "layer_norm_epsilon",
+    "layer_norm_eps",
+    "routed_scaling_factor",
+}
+
+
+def to_metadata(config: dict) -> dict:
+    """The metadata about the architecture for a config.json that one of our counterparts wrote."""
+    architecture, _ = ARCHITECTURES[config["model_type"]]
+    values = {key: config[theirs] for key, theirs in FIELDS[architecture].items()}
+    values = {
+        key: float(value) if FIELDS[architecture][key] in FLOATS else value for key, value in values.items()
+    }
+    values["vocab_size"] = config["vocab_size"]
+    more = {"gpt2": lambda _: {}, "gptneox": gpt_neox_metadata, "deepseek2": deepseek_metadata}
+    values |= more.get(architecture, llama_metadata)(config)
+    return {"general.architecture": architecture} | {f"{architecture}.{k}": v for k, v in values.items()}
+
+
+def llama_metadata(config: dict) -> dict:
+    """The rest for llama, qwen2, qwen3 and qwen3moe. UserError for positions scaled as llama.cpp cannot."""
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    values = {"rope.dimension_count": head_dim}
+    values |= {"attention.key_length": head_dim, "attention.value_length": head_dim}
+    if config["model_type"] == "mixtral":
+        values["expert_count"] = config["num_local_experts"]
+        values["expert_used_count"] = config["num_experts_per_tok"]
+    window = config.get("sliding_window")
+    if window and window < config["max_position_embeddings"]:
+        print(
+            "llama.cpp has no sliding window for this architecture: context_length becomes the window, "
+            f"{window:,} instead of {config['max_position_embeddings']:,}",
+            file=sys.stderr,
+        )
+        values["context_length"] = window
+    rope = config["rope_parameters"]
+    if rope["rope_type"] == "linear":
+        values |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
+    elif rope["rope_type"] == "llama3":  # llama.cpp reads the tensor rope_freqs; our importer, these
+        values["rope.scaling.original_context_length"] = int(rope["original_max_position_embeddings"])
+        for key in ("low_freq_factor", "high_freq_factor"):
+            values[f"rope.scaling.{key}"] = float(rope[key])
+    elif rope["rope_type"] != "default":
+        raise UserError(f"the run has rope_type = {rope['rope_type']}, which llama.cpp does not have")
+    return values
+
+
+def gpt_neox_metadata(config: dict) -> dict:
+    """The rest for GPT-NeoX."""
+    head_dim = config["hidden_size"] // config["num_attention_heads"]
+    return {
+        "rope.dimension_count": int(head_dim * config["rotary_pct"]),
+        "hidden_activation": config["hidden_act"],  # for our importer: llama.cpp has one GELU for both
+    }
+
+
+def deepseek_metadata(config: dict) -> dict:
+    """The rest for DeepSeek-V2 and V3. UserError for what llama.cpp computes otherwise."""
+    rope, nope = config["qk_rope_head_dim"], config["qk_nope_head_dim"]
+    rank, sigmoid = config["kv_lora_rank"], config["scoring_func"] == "sigmoid"
+    values = {
+        "attention.head_count_kv": 1,  # keys and values are absorbed: all heads share the latent
+        "attention.key_length": rank + rope,
+        "attention.value_length": rank,
+        "attention.key_length_mla": nope + rope,
+        "attention.value_length_mla": config["v_head_dim"],
+        "expert_weights_norm": config["norm_topk_prob"],
+        "expert_gating_func": SIGMOID if sigmoid else SOFTMAX,
+    }
+    if config["q_lora_rank"]:
+        values["attention.q_lora_rank"] = config["q_lora_rank"]
+    elif config["num_hidden_layers"] not in (26, 27):  # as in DeepSeek-V2-Lite: llama.cpp knows it by that
+        raise UserError(
+            "llama.cpp runs latent attention without a latent for the queries (q_lora_rank) only with 26 or "
+            f"27 layers; the run has {config['num_hidden_layers']}\n"
+            "export to hf, or train --stage deepseek_v3 with --model.q-lora-rank"
+        )
+    if (config.get("n_group") or 1) > 1:
+        if not sigmoid:
+            raise UserError(
+                f"the run has n_group = {config['n_group']} with a softmax router: llama.cpp chooses the "
+                "groups differently"
+            )
+        values["expert_group_count"] = config["n_group"]
+        values["expert_group_used_count"] = config["topk_group"]
+    positions = config["rope_parameters"]
+    if positions["rope_type"] == "yarn":
+        mscale, of_all = positions.get("mscale") or 0.0, positions.get("mscale_all_dim") or 0.0
+        if mscale != of_all or not mscale:
+            raise UserError(
+                f"the run has YaRN with mscale {mscale} and mscale_all_dim {of_all}: llama.cpp requires that "
+                "they are equal and not 0"
+            )
+        values |= {
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": float(positions["factor"]),
+            "rope.scaling.original_context_length": int(positions["original_max_position_embeddings"]),
+            "rope.scaling.yarn_log_multiplier": 0.1 * of_all,
+            "rope.scaling.yarn_beta_fast": float(positions.get("beta_fast") or 32.0),
+            "rope.scaling.yarn_beta_slow": float(positions.get("beta_slow") or 1.0),
+        }
+    return values
+
+
+def tensors_out(
+    theirs: dict[str, torch.Tensor], config: dict, n_tokens: int
+) -> dict[str, tuple[list[torch.Tensor], Callable]]:
+    """Hugging Face's tensors by their names in GGUF: the tensors that each is made of, and how.
+
+    Rows of the embedding and the head that only pad the vocabulary are left out, and so are blocks of
+    multi-token prediction.
+    """
+    _, names = ARCHITECTURES[config["model_type"]]
+    ours = {their_name: part for part, their_name in names.items()}
+    made, left_out = {}, set()
+    n_layer = config.get("num_hidden_layers", config.get("n_layer"))
+    for name, tensor in theirs.items():
+        module, kind = re.fullmatch(r"(.*)[._](weight|bias)", name).groups()
+        prefix = ""
+        match = re.match(re.escape(names["blk"]) + r"\.(\d+)\.", module)
+        if match:
+            if int(match.group(1)) >= n_layer:
+                left_out.add(match.group(1))  # multi-token prediction
+                continue
+            module, prefix = module[match.end() :], f"blk.{match.group(1)}."
+        part = ours[re.sub(r"experts\.\d+\.", "experts.{}.", module)]
+        if part == "attn_kv_b":
+            heads = tensor.view(config["num_attention_heads"], -1, tensor.size(1))
+            keys, values = heads.split((config["qk_nope_head_dim"], config["v_head_dim"]), 1)
+            made[f"{prefix}attn_k_b.weight"] = [keys.transpose(1, 2)], first  # (n_head, rank, nope)
+            made[f"{prefix}attn_v_b.weight"] = [values], first  # (n_head, v_head_dim, rank)
+        elif "_exps" in part:
+            made.setdefault(f"{prefix}{part}.weight", ([], stacked))[0].append(tensor)
+        else:
+            made[f"{prefix}{part}.{kind}"] = [tensor], partial(layout_out, part, config, n_tokens)
+    if left_out:
+        print(f"left out: {len(left_out)} blocks of multi-token prediction", file=sys.stderr)
+    rope = config.get("rope_parameters", {})
+    if rope.get("rope_type") == "llama3":
+        frequencies = torch.from_numpy(llama3_frequencies(rope, config["head_dim"]))
+        made["rope_freqs.weight"] = [frequencies], first
+    return made
+
+
+def first(tensors: list[torch.Tensor]) -> torch.Tensor:
+    return tensors[0]
+
+
+def stacked(tensors: list[torch.Tensor]) -> torch.Tensor:
+    return torch.stack(tensors)
+
+
+def layout_out(part: str, config: dict, n_tokens: int, tensors: list[torch.Tensor]) -> torch.Tensor:
+    """A tensor in llama.cpp's layout: the inverse of tensor_in."""
+    [tensor], model_type = tensors, config["model_type"]
+    if part in ("token_embd", "output"):
+        return tensor[:n_tokens]
+    if model_type in ("llama", "mistral", "mixtral") and part in ("attn_q", "attn_k"):
+        heads = config["num_attention_heads" if part == "attn_q" else "num_key_value_heads"]
+        return neighbouring_pairs(tensor, heads)
+    if model_type == "gpt2" and tensor.dim() == 2 and part != "position_embd":
+        return tensor.t()
+    if model_type == "gpt_neox" and part == "attn_qkv":
+        by_head = tensor.view(config["num_attention_heads"], 3, -1, *tensor.shape[1:])
+        return by_head.transpose(0, 1).reshape(tensor.shape)
+    return tensor

@@ -9,8 +9,10 @@ GGUF's tokenizer.ggml.model says how a text is split:
 
 import json
 import re
+import sys
 from pathlib import Path
 
+from data.tokenizers import HF_CONFIG, CharTokenizer, library_tokenizer, read_object
 from deploy import tokenizer_json
 from deploy.gguf_file import GGUFFile
 from lab.errors import UserError, shown
@@ -295,3 +297,180 @@ def unescaped(token: str) -> bytes:
         else part.encode()
         for part in parts
     )
+
+
+def to_metadata(run: Path, meta: dict) -> dict:
+    """The metadata tokenizer.* for a run's tokenizer. UserError for one that llama.cpp does not have."""
+    if meta["tokenizer"] == "char":
+        tokens = [escaped(character) for character in CharTokenizer(meta["characters"]).characters]
+        return prefixed({"model": "rwkv", "tokens": tokens, "token_type": [NORMAL] * len(tokens)})
+    imported = (run / "tokenizer.json").exists()
+    tokenizer = library_tokenizer(run) if imported else tokenizer_json.of_gpt2()
+    described = json.loads(tokenizer.to_str())  # with defaults filled in
+    model, added = described["model"], {token["id"]: token for token in described["added_tokens"]}
+    for token in added.values():
+        flags = [name for name in ("lstrip", "rstrip", "single_word") if token[name]]
+        if flags:
+            print(f"left out: {' and '.join(flags)} of the token {token['content']!r}", file=sys.stderr)
+    affixes = ("continuing_subword_prefix", "end_of_word_suffix")
+    if model["type"] != "BPE" or not model["merges"] or any(model[name] for name in affixes):
+        kind = {key: value for key, value in model.items() if key not in ("vocab", "merges")}
+        raise UserError(f"llama.cpp has no counterpart of the run's tokenizer, {json.dumps(kind)}")
+    texts = {i: token for token, i in model["vocab"].items()} | {i: t["content"] for i, t in added.items()}
+    tokens = [texts.get(i, f"[PAD{i}]") for i in range(max(texts) + 1)]
+    kinds = [kind_of(i, texts, added, model) for i in range(len(tokens))]
+    result = {"model": "gpt2", "tokens": tokens, "token_type": kinds}
+    if uses_bytes(described):
+        result["pre"] = pre_of(described)
+        result["merges"] = [" ".join(pair) for pair in model["merges"]]
+        result["add_space_prefix"] = False
+    else:
+        result |= {"model": "llama", "scores": scores_of(described, kinds)}
+        result |= {"pre": "default", "add_space_prefix": has_space_prefix(described)}
+    named = special_ids(run, tokenizer) if imported else {"bos": 50256, "eos": 50256}
+    result |= {SPECIAL[name]: i for name, i in named.items()}
+    result |= added_around(tokenizer, named)
+    ends = read_object(run / "generation_config.json").get("eos_token_id")
+    if isinstance(ends, list):
+        result |= dict(zip(ENDS, [i for i in ends if i in texts], strict=False))
+    if "eos_token_id" not in result:
+        first = tokens[2 if result["model"] == "llama" else 11]
+        print(
+            f"the tokenizer has no end-of-text token: llama.cpp takes {first!r} for one without --ignore-eos",
+            file=sys.stderr,
+        )
+    template = chat_template(run)
+    return prefixed(result) | ({"tokenizer.chat_template": template} if template else {})
+
+
+def prefixed(values: dict) -> dict:
+    return {f"tokenizer.ggml.{key}": value for key, value in values.items()}
+
+
+def kind_of(number: int, texts: dict[int, str], added: dict[int, dict], model: dict) -> int:
+    """The type of a token in GGUF."""
+    if number not in texts:
+        return UNUSED
+    if texts[number] == model["unk_token"] and model["byte_fallback"]:
+        return UNKNOWN
+    if number in added:
+        return CONTROL if added[number]["special"] else USER_DEFINED
+    if model["byte_fallback"] and re.fullmatch("<0x[0-9A-F]{2}>", texts[number]):
+        return BYTE
+    return NORMAL
+
+
+def steps_of(part: dict | None, name: str) -> list[dict]:
+    """The steps of a pre-tokenizer, normalizer or decoder, in their order."""
+    if part and part["type"] == "Sequence":
+        return part[name]
+    return [part] if part else []
+
+
+def uses_bytes(described: dict) -> bool:
+    """Whether a tokenizer.json writes bytes as characters, as GPT-2's does."""
+    return any(step["type"] == "ByteLevel" for step in steps_of(described["pre_tokenizer"], "pretokenizers"))
+
+
+def pre_of(described: dict) -> str:
+    """tokenizer.ggml.pre for a byte-level tokenizer.json. UserError if no name stands for its rules."""
+
+    def plain(steps: list[dict]) -> list[dict]:
+        return [{key: value for key, value in step.items() if key != "trim_offsets"} for step in steps]
+
+    steps = plain(steps_of(described["pre_tokenizer"], "pretokenizers"))
+    normalizer, ignore_merges = described["normalizer"], described["model"]["ignore_merges"]
+    for name, (known, known_normalizer, known_ignore) in PRE.items():
+        if (plain(known), known_normalizer, known_ignore) == (steps, normalizer, ignore_merges):
+            return name
+    raise UserError(
+        "llama.cpp has no name (tokenizer.ggml.pre) that we know for how the run's tokenizer splits a text: "
+        f"pre_tokenizer {json.dumps(steps, ensure_ascii=False)}, normalizer {json.dumps(normalizer)}, "
+        f"ignore_merges {json.dumps(ignore_merges)}"
+    )
+
+
+def has_space_prefix(described: dict) -> bool:
+    """Whether a SentencePiece tokenizer.json puts a space before every text; UserError if it is no such."""
+    normalizer, splitter = described["normalizer"], described["pre_tokenizer"]
+    if described["model"]["byte_fallback"]:
+        for prefix in (True, False):
+            if (normalizer, splitter) == (spaces(prefix), None):
+                return prefix
+        if normalizer is None and splitter in [metaspace(scheme) for scheme in ("first", "always", "never")]:
+            if splitter["prepend_scheme"] == "first":
+                print("llama.cpp also puts a space before a text after a special token", file=sys.stderr)
+            return splitter["prepend_scheme"] != "never"
+    raise UserError(
+        "llama.cpp has no counterpart of the run's tokenizer: "
+        f"normalizer {json.dumps(normalizer, ensure_ascii=False)}, "
+        f"pre_tokenizer {json.dumps(splitter, ensure_ascii=False)}"
+    )
+
+
+def metaspace(scheme: str) -> dict:
+    """The newer form of `spaces`, a pre-tokenizer; scheme: which parts of a text get a space."""
+    return {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": scheme, "split": False}
+
+
+def scores_of(described: dict, kinds: list[int]) -> list[float]:
+    """A score for each token, so that merging by score is merging by the merges of tokenizer.json."""
+    vocab, merges = described["model"]["vocab"], described["model"]["merges"]
+    scores = [0.0] * len(kinds)
+    for rank, (left, right) in reversed(list(enumerate(merges))):
+        scores[vocab[left + right]] = -1.0 - rank
+    texts = {token: i for token, i in vocab.items() if kinds[i] == NORMAL}
+    for i in texts.values():
+        scores[i] = scores[i] or -1.0 - len(merges)
+    found = merges_by_score(texts, scores)
+    if sorted(map(tuple, found)) != sorted(map(tuple, merges)) or joined(found) != joined(merges):
+        raise UserError(
+            "llama.cpp has no counterpart of the run's tokenizer: its merges are not ordered by token, as "
+            "SentencePiece's are"
+        )
+    return scores
+
+
+def joined(merges: list[list[str]]) -> list[str]:
+    """The tokens that the merges make, in their order."""
+    return ["".join(pair) for pair in merges]
+
+
+def special_ids(run: Path, tokenizer) -> dict[str, int]:
+    """The ids of bos, eos and the like: from tokenizer_config.json, or else config.json."""
+    config, imported = read_object(run / "tokenizer_config.json"), read_object(run / HF_CONFIG)
+    config = read_object(run / "special_tokens_map.json") | config
+    found = {}
+    for name in SPECIAL:
+        token = config.get(f"{name}_token")
+        token = token["content"] if isinstance(token, dict) else token
+        number = tokenizer.token_to_id(token) if token else None
+        if number is None:
+            number = imported.get(f"{name}_token_id")
+            number = number[0] if isinstance(number, list) and number else number
+        if type(number) is int and tokenizer.id_to_token(number) is not None:
+            found[name] = number
+    return found
+
+
+def added_around(tokenizer, named: dict[str, int]) -> dict:
+    """add_bos_token and add_eos_token. UserError if other tokens are put around every text."""
+    example = tokenizer.encode("a")
+    mask = [*example.special_tokens_mask, 0]
+    before = example.ids[: mask.index(0)]
+    after = example.ids[len(mask) - 1 - mask[-2::-1].index(0) :] if 0 in mask[:-1] else []
+    for name, ids in (("bos", before), ("eos", after)):
+        if ids not in ([], [named.get(name)]):
+            texts = [tokenizer.id_to_token(i) for i in ids]
+            raise UserError(f"the run's tokenizer puts {' '.join(texts)} around every text; llama.cpp cannot")
+    return {"add_bos_token": bool(before), "add_eos_token": bool(after)}
+
+
+def chat_template(run: Path) -> str | None:
+    """The run's chat template, from the file of its own or from tokenizer_config.json."""
+    if (run / "chat_template.jinja").exists():
+        return (run / "chat_template.jinja").read_text(encoding="utf-8")
+    template = read_object(run / "tokenizer_config.json").get("chat_template")
+    if isinstance(template, list):  # several with names
+        template = next((one["template"] for one in template if one.get("name") == "default"), None)
+    return template

@@ -15,9 +15,7 @@ REPRESENTABLE = {
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
     "reorder_and_upcast_attn": (False,),
-    "add_cross_attention": (False,),
     "pruned_heads": ({},),
-    "quantization_config": (None,),
 }
 DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 # Fields without effect on the next token: n_ctx repeats n_positions, and the summary is for classifiers.

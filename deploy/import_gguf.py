@@ -37,8 +37,8 @@ class Settings:
     """A .gguf file."""
     out: str
     """Folder of the run to create."""
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Dtype of the run's weights. None: that of the file's matrices, and float32 if they are quantized."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of the run's weights; auto: that of the matrices, or float32 if they are quantized."""
 
 
 @device.memory_errors(
@@ -47,14 +47,17 @@ class Settings:
 def main():
     settings = cli.parse_flags(Settings, sys.argv[1:])
     path, out = Path(settings.file), Path(settings.out)
-    stage = import_file(path, out, settings.dtype)
+    stage = import_file(path, out, None if settings.dtype == "auto" else settings.dtype)
     counted = f"{runs.read_config(out)['parameters']:,} parameters"
     print(f"imported {shown(path)} as {stage} with {counted} to {shown(out)}")
     print(f"to use it: python sample.py --run {shlex.quote(shown(out))}")
 
 
 def import_file(path: Path, out: Path, dtype: str | None) -> str:
-    """Writes a run at `out` from a GGUF file; returns the name of its stage. dtype is as in Settings."""
+    """Writes a run at `out` from a GGUF file; returns the name of its stage.
+
+    dtype is that of the run's weights; None: as for --dtype auto.
+    """
     file = GGUFFile(path)
     config = gguf_names.to_config(file)
     readers = gguf_names.tensors_in(file, config)
@@ -73,9 +76,10 @@ def import_file(path: Path, out: Path, dtype: str | None) -> str:
 
 
 def dtype_of(file: GGUFFile) -> str:
-    """The dtype of the file's matrices if all have the same, else float32."""
-    kinds = {info.kind for info in file.tensors.values() if len(info.shape) > 1}
-    return str(FLOATS[kinds.pop()] if len(kinds) == 1 and kinds <= FLOATS.keys() else "torch.float32")[6:]
+    """The dtype of the file's matrices if all have the same, except a few in float32; else float32."""
+    kinds = {info.kind for info in file.tensors.values() if len(info.shape) > 1} - {"F32"}
+    kind = kinds.pop() if len(kinds) == 1 else "F32"
+    return str(FLOATS.get(kind, FLOATS["F32"])).removeprefix("torch.")
 
 
 if __name__ == "__main__":

@@ -3,12 +3,12 @@
 GPT-2 becomes stage 0. Llama becomes stage 3 or, with fewer key/value heads than heads, stage 4; with scaled
 positions, or heads of another width, llama3 (in family/). So does Mistral, but with a sliding window, or
 heads of another width, it becomes mistral. Qwen2, Qwen3, Qwen3-MoE and GPT-NeoX (such as Pythia) become
-qwen2, qwen3, qwen3_moe and gpt_neox. Mixtral becomes stage 6.
-DeepSeek-V3 becomes stage 7 or, with YaRN, groups of experts or a latent for the queries, deepseek_v3 (in
-family/). sample.py, train.py --init-from and deploy/export.py take the run. DIR must be on this machine:
-nothing is downloaded. Weights keep their number format, unless --dtype names another one. Anything that no
-stage can represent is refused, with its name. The run keeps the tokenizer's files and generation_config.json
-for deploy/export.py. sample.py does not stop at eos_token_id, as transformers does.
+qwen2, qwen3, qwen3_moe and gpt_neox. Mixtral becomes stage 6. DeepSeek-V2 becomes deepseek_v2. DeepSeek-V3,
+and so Moonlight and Kimi-K2, becomes stage 7 or, with YaRN, groups of experts or a latent for the queries,
+deepseek_v3 (in family/). sample.py, train.py --init-from and deploy/export.py take the run. DIR must be on
+this machine: nothing is downloaded. Weights keep their number format, unless --dtype names another one.
+Anything that no stage can represent is refused, with its name. The run keeps the tokenizer's files and
+generation_config.json for deploy/export.py. sample.py does not stop at eos_token_id, as transformers does.
 """
 
 import sys
@@ -36,6 +36,8 @@ from data.tokenizers import HF_CONFIG, copy_side_files
 from deploy import (
     architectures,
     deepseek,
+    deepseek_v2,
+    fields,
     gpt2,
     gpt_neox,
     llama,
@@ -52,7 +54,8 @@ from lab.storage import checkpoint, edits, runs, tensors
 from lab.training import cost
 
 COUNTERPARTS = {"gpt2": gpt2, "llama": llama, "mistral": mistral, "qwen2": qwen, "qwen3": qwen}
-COUNTERPARTS |= {"mixtral": mixtral, "deepseek_v3": deepseek}
+COUNTERPARTS |= {"mixtral": mixtral, "deepseek_v2": deepseek_v2}
+COUNTERPARTS |= {"deepseek_v3": deepseek, "kimi_k2": deepseek}
 COUNTERPARTS |= {"gpt_neox": gpt_neox, "qwen3_moe": qwen_moe}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PICKLED = ("pytorch_model*.bin*", "*.pt", "*.pth", "*.ckpt")
@@ -147,8 +150,10 @@ def counterpart_of(config: dict, side: Path):
     """The module that converts this model. Raises UserError if its model_type is not supported."""
     kind = config.get("model_type") if isinstance(config, dict) else None
     if kind not in COUNTERPARTS:
+        obstacles = fields.obstacles(config) if isinstance(config, dict) else ""
         raise UserError(
-            f"{shown(side / 'config.json')} has model_type {kind!r}; supported are {', '.join(COUNTERPARTS)}"
+            f"{shown(side / 'config.json')} has model_type {kind!r}{obstacles and f' with {obstacles}'}: no "
+            f"stage can represent that\nsupported are the model_types {', '.join(COUNTERPARTS)}"
         )
     return COUNTERPARTS[kind]
 

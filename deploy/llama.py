@@ -17,12 +17,10 @@ BUFFERS = r"rotary_emb\.inv_freq$"  # RoPE's frequencies, which old versions of 
 REPRESENTABLE = {
     "hidden_act": ("silu", "swish"),  # two names for one function
     "attention_bias": (False,),
-    "mlp_bias": (False,),
     "sliding_window": (None,),
     "attention_dropout": (0.0,),  # our dropout applies to more than the attention weights
     "partial_rotary_factor": (1.0,),
     "pruned_heads": ({},),
-    "quantization_config": (None,),
 }
 # llama3's ways to scale positions, and the fields that each requires.
 SCALING = {"linear": {"factor"}, "dynamic": {"factor"}}
@@ -114,11 +112,6 @@ def common_sizes(
     else:
         representable = representable | {"head_dim": (n_embd // n_head,)}
     fields.refuse_others(config, representable, ours)
-    if any(kind != "full_attention" for kind in config.get("layer_types") or []):
-        raise UserError(
-            f"config.json has layer_types = {json.dumps(config['layer_types'])}: {ours} cannot "
-            'represent that, only "full_attention"'
-        )
     return {
         "vocab_size": fields.size(config, "vocab_size"),
         "block_size": fields.size(config, "max_position_embeddings"),
@@ -157,7 +150,7 @@ def positions(config: dict, ours: str, theta: float, scaling: dict[str, set]) ->
         types = [f'"{kind}" with {", ".join(sorted(needed))}' for kind, needed in scaling.items()]
         possible = " or ".join(['"default", without scaling', *types])
         raise UserError(
-            f"config.json has {name} = {json.dumps(rope)}: {ours} cannot represent that, "
+            f"config.json has {name} = {fields.shortened(rope)}: {ours} cannot represent that, "
             f"only rope_type {possible}"
         )
     if not scaling:

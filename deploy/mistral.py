@@ -12,11 +12,9 @@ __all__ = ["BUFFERS", "EMBEDDING", "from_config", "from_tensors", "full_names", 
 REPRESENTABLE = {
     "hidden_act": ("silu", "swish"),
     "attention_bias": (False,),
-    "mlp_bias": (False,),
     "attention_dropout": (0.0,),
     "partial_rotary_factor": (1.0,),
     "pruned_heads": ({},),
-    "quantization_config": (None,),
 }
 DEFAULTS = {"num_key_value_heads": 8, "sliding_window": 4096}  # of transformers, for missing fields
 

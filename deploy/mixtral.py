@@ -22,7 +22,6 @@ REPRESENTABLE = {
     "attention_dropout": (0.0,),
     "partial_rotary_factor": (1.0,),
     "router_jitter_noise": (0.0,),
-    "quantization_config": (None,),
 }
 # Only with these values does stage 6 compute the same function as Mixtral.
 NEEDED = {

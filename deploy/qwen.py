@@ -16,7 +16,6 @@ REPRESENTABLE = {
     "attention_dropout": (0.0,),
     "partial_rotary_factor": (1.0,),
     "pruned_heads": ({},),
-    "quantization_config": (None,),
 }
 DEFAULTS = {  # of transformers, for missing fields
     "qwen2": {"num_key_value_heads": 32},

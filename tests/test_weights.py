@@ -1,6 +1,9 @@
 """Imported weights: the tied matrix under either name, parts and their index, numbers that are none."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +25,7 @@ from test_deploy import (  # noqa: F401  run_import is a fixture
 )
 
 from deploy import deepseek as deepseek_files
+from lab import stages
 from lab.storage import runs
 
 
@@ -163,3 +167,37 @@ def test_each_variant_of_yarn_has_the_logits_of_transformers(run_import, rope): 
     save_theirs(theirs, "theirs")
     assert run_import("theirs", "--out", "run") == 0
     assert_same_logits(imported(), theirs, CONTEXT)
+
+
+MEASURE = """
+import re, sys
+from deploy import import_hf
+import sample
+
+def peak(main, *flags):
+    open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
+    sys.argv = ["", *flags]
+    main()
+    return int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1]) * 1024
+
+for name in ("small", "large"):
+    imported = peak(import_hf.main, name, "--out", "run-" + name)
+    sampled = peak(sample.main, "--run", "run-" + name, "--max-new-tokens", "3", "--prompt", chr(256))
+    print("measured", imported, sampled)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="measures memory with /proc")
+def test_importing_and_sampling_need_the_weights_in_memory_once(workshop):
+    """Stage 0's tensors are transposed and divided on the way, so they cannot just be copied."""
+    save_theirs(gpt2(), "small")
+    save_theirs(gpt2(n_embd=512, n_layer=5, vocab_size=200), "large")
+    size = Path("large/model.safetensors").stat().st_size
+    assert size > 60e6
+    root = {"PYTHONPATH": str(stages.ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE], env=os.environ | root, capture_output=True, text=True, check=True
+    )
+    measured = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("measured")]
+    for small, large in zip(*measured, strict=True):
+        assert int(large) - int(small) < 1.3 * size

@@ -41,10 +41,14 @@ def write(
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
-            tensor = tensors[name].detach().to("cpu", dtypes[name]).contiguous()
-            file.write(tensor.view(-1).view(torch.uint8).numpy())
+            file.write(content(tensors[name], dtypes[name]))
         file.flush()
         os.fsync(file.fileno())
+
+
+def content(tensor: torch.Tensor, dtype: torch.dtype):
+    """The bytes of a tensor in a file, as a numpy array; not a copy if the tensor has them so."""
+    return tensor.detach().to("cpu", dtype).contiguous().view(-1).view(torch.uint8).numpy()
 
 
 def read(path: Path) -> dict[str, torch.Tensor]:
