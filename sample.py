@@ -1,7 +1,11 @@
 """Continues a prompt with a trained run: python sample.py --stage 0 --prompt "ROMEO:"
 
 The prompt may also come from a pipe (echo "ROMEO:" | python sample.py --stage 0) or from --prompt-file.
-The text is written to stdout as it is generated, everything else to stderr.
+The text is written to stdout as it is generated, everything else to stderr. It ends at an end-of-text token,
+if the model has any, or after --max-new-tokens.
+
+python sample.py --run RUN --chat holds a conversation with an imported model whose tokenizer has a chat
+template. Each line is a message, also from a pipe.
 """
 
 from lab import terminal
@@ -21,11 +25,12 @@ from typing import Literal
 
 import torch
 
-from data import files
+from data import chat_template, files
+from data.tokenizers import end_tokens
 from lab import cli
 from lab import device as devices
 from lab.errors import UserError, shown
-from lab.sampling import generation
+from lab.sampling import chat, generation
 from lab.sampling.compiled import CompiledStep
 from lab.storage import runs
 
@@ -62,6 +67,14 @@ class Settings:
     """Tokens to draft at a time."""
     compile: bool = False
     """Compile the decoding step: takes about 20 s, then tokens come faster. Not with --draft."""
+    ignore_eos: bool = False
+    """Go on after an end-of-text token, and print it."""
+    chat: bool = False
+    """Talk with the model in the terminal: needs a tokenizer with a chat template."""
+    system: str | None = None
+    """System message of the chat."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of the weights; auto: as the run stores them, if the device is fast with it."""
     seed: int = 1337
     """Seed of the random choices: the same seed gives the same text."""
     device: str = "auto"
@@ -79,6 +92,15 @@ class Settings:
             raise ValueError(f"seed must be from 0 to below 2**63, not {self.seed}")
         if self.compile and self.draft:
             raise ValueError("--compile and --draft do not go together; leave one of them out")
+        for name in ("draft", "prompt", "prompt_file"):
+            if self.chat and getattr(self, name) not in (None, False):
+                raise ValueError(
+                    f"--chat and --{name.replace('_', '-')} do not go together; leave one of them out"
+                )
+        if self.chat and self.num_samples > 1:
+            raise ValueError("--chat has one answer to each message; leave --num-samples out")
+        if self.system is not None and not self.chat:
+            raise ValueError("--system is for --chat; leave it out, or add --chat")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be at least 1, not {self.top_k}")
         if not 0 < self.top_p <= 1:
@@ -95,7 +117,12 @@ def main():
     folder = Path(settings.run) if settings.run else runs.newest(settings.stage)
     runs.check_stage(folder, settings.stage)
     runs.warn_of_edits(folder, runs.read_config(folder))  # before an error, if the weights no longer fit
-    model, config = runs.load(folder, settings.checkpoint, device)
+    config, meta = runs.read_config(folder), runs.read_meta(folder)
+    tokenizer = runs.tokenizer(folder)
+    template = chat_template.ChatTemplate(folder) if settings.chat else None
+    stored = runs.weights_dtype(folder, config)
+    dtype = devices.sampling_dtype(settings.dtype, stored, device)
+    model, config = runs.load(folder, settings.checkpoint, device, dtype)
     if settings.draft and not getattr(model.config, "num_nextn_predict_layers", 0):
         raise UserError(
             f"--draft needs a block of multi-token prediction; {shown(folder)} ({config['stage']}) has none\n"
@@ -104,31 +131,71 @@ def main():
     context = settings.context or model.config.block_size
     if context > model.config.block_size:
         raise UserError(f"--context {context} is too long: the model has {model.config.block_size} positions")
-    tokenizer = runs.tokenizer(folder)
-    prompt = read_prompt(settings)
-    tokens = tokenizer.encode(prompt).tolist() if prompt else generation.default_prompt(tokenizer)
-    if not tokens:
-        raise UserError(
-            f"the prompt {prompt!r} gives no tokens: the model's tokenizer drops all of it\n"
-            "use another prompt, or none to start a new text"
-        )
+    options = {
+        "vocab_size": tokenizer.vocab_size,
+        "temperature": settings.temperature,
+        "top_k": settings.top_k,
+        "top_p": settings.top_p,
+        "generator": torch.Generator().manual_seed(settings.seed),
+        "stop": frozenset() if settings.ignore_eos else end_tokens(folder, meta, tokenizer),
+    }
+    if settings.chat:
+        say_what_is_loaded(settings, folder, config, stored, dtype)
+        converse(settings, model, tokenizer, template, context, options)
+    else:
+        prompt = read_prompt(settings)
+        tokens = tokenizer.encode(prompt).tolist() if prompt else generation.default_prompt(tokenizer)
+        if not tokens:
+            raise UserError(
+                f"the prompt {prompt!r} gives no tokens: the model's tokenizer drops all of it\n"
+                "use another prompt, or none to start a new text"
+            )
+        say_what_is_loaded(settings, folder, config, stored, dtype)
+        continue_text(settings, model, tokenizer, prompt, tokens, context, options)
+
+
+def say_what_is_loaded(
+    settings: Settings, folder: Path, config: dict, stored: torch.dtype, dtype: torch.dtype
+) -> None:
+    """Names the run on stderr, and the dtype if --dtype auto chose another one than the run's own."""
     print(f"{config['stage']} from {shown(folder)}", file=sys.stderr)
+    if settings.dtype == "auto" and dtype != stored:
+        stored, dtype = (str(each).removeprefix("torch.") for each in (stored, dtype))
+        print(
+            f"{stored} is slow on this device: the weights are converted to {dtype} (see --dtype)",
+            file=sys.stderr,
+        )
+
+
+def compiled(model: torch.nn.Module, length: int) -> CompiledStep:
+    """The compiled decoding step, for up to `length` tokens."""
+    print("compiling the model ...", file=sys.stderr)
+    step = CompiledStep(model, length)
+    print(f"compiled in {step.seconds:.0f} s", file=sys.stderr)
+    return step
+
+
+def continue_text(
+    settings: Settings,
+    model: torch.nn.Module,
+    tokenizer,
+    prompt: str,
+    tokens: list,
+    context: int,
+    options: dict,
+) -> None:
+    """Prints the samples. prompt is the text, tokens are its tokens, options those of generation.generate."""
     if len(tokens) > context:
         print(f"the prompt has {len(tokens):,} tokens: the model sees the last {context:,}", file=sys.stderr)
-
-    generator = torch.Generator().manual_seed(settings.seed)
     counts = generation.DraftCounts()
     if settings.draft:
         generate = functools.partial(
             generation.generate_with_drafts, n_drafts=settings.draft_tokens, counts=counts
         )
     elif settings.compile:
-        print("compiling the model ...", file=sys.stderr)
         length = generation.cache_length(context, tokens, settings.max_new_tokens)
         length = min(context, math.ceil(length / 256) * 256)  # few lengths: each is compiled anew
-        step = CompiledStep(model, length)
-        print(f"compiled in {step.seconds:.0f} s", file=sys.stderr)
-        generate = functools.partial(generation.generate, step=step)
+        generate = functools.partial(generation.generate, step=compiled(model, length))
     else:
         generate = generation.generate
     n_tokens, seconds = 0, 0.0
@@ -138,17 +205,7 @@ def main():
         write(prompt)
         text_of = tokenizer.stream(tokens)
         started = time.perf_counter()
-        for token in generate(
-            model,
-            tokens,
-            settings.max_new_tokens,
-            tokenizer.vocab_size,
-            temperature=settings.temperature,
-            top_k=settings.top_k,
-            top_p=settings.top_p,
-            generator=generator,
-            context=context,
-        ):
+        for token in generate(model, tokens, settings.max_new_tokens, context=context, **options):
             write(text_of(token))
             n_tokens += 1
         seconds += time.perf_counter() - started
@@ -158,6 +215,29 @@ def main():
     if counts.drafted:
         speed += f"; {counts.accepted / counts.drafted:.0%} of {counts.drafted} drafts accepted"
     print(speed, file=sys.stderr)
+
+
+def converse(
+    settings: Settings, model: torch.nn.Module, tokenizer, template, context: int, options: dict
+) -> None:
+    """Holds a conversation: with the terminal, or with the lines of a pipe."""
+    talk = chat.Chat(
+        model,
+        lambda messages: chat_template.encode(tokenizer, template.render(messages)).tolist(),
+        tokenizer.stream,
+        context,
+        settings.max_new_tokens,
+        options,
+        settings.system,
+        compiled(model, context) if settings.compile else None,
+    )
+    interactive = sys.stdin is not None and sys.stdin.isatty()
+    if interactive:
+        messages = chat.typed()
+    else:
+        lines = [] if sys.stdin is None else sys.stdin.buffer
+        messages = (files.decoded(line, "standard input").rstrip("\n") for line in lines)
+    chat.hold(talk, messages, write, interactive)
 
 
 def read_prompt(settings: Settings) -> str:

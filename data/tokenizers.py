@@ -166,10 +166,6 @@ class HuggingFaceTokenizer:
         """Differs between tokenizers that may give different ids for a text to train on."""
         return hashlib.sha256(self._tokenizer.to_str().encode()).hexdigest()
 
-    def encode(self, text: str) -> np.ndarray:
-        """int64 ids. An unpaired surrogate becomes U+FFFD, as in GPT2Tokenizer."""
-        return self._ids(text, self._encode)
-
     def encode_data(self, text: str) -> np.ndarray:
         """int64 ids of a text to train on: special tokens in it are ordinary text, and none are added.
 
@@ -184,16 +180,15 @@ class HuggingFaceTokenizer:
         as_before = self._tokenizer.encode_special_tokens
         self._tokenizer.encode_special_tokens = True  # that is, as text
         try:
-            return self._ids(
-                text, lambda part: self._tokenizer.encode_batch_fast([part], add_special_tokens=False)[0]
-            )
+            return self.encode(text, add_special_tokens=False)
         finally:
             self._tokenizer.encode_special_tokens = as_before
 
-    def _ids(self, text: str, encode: Callable) -> np.ndarray:
+    def encode(self, text: str, add_special_tokens: bool = True) -> np.ndarray:
+        """int64 ids. An unpaired surrogate becomes U+FFFD, as in GPT2Tokenizer."""
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         try:
-            encoding = encode(text)
+            encoding = self._encode(text, add_special_tokens=add_special_tokens)
         except Exception as error:  # the library raises nothing more specific
             raise UserError(f"the model's tokenizer cannot encode this text: {error}") from None
         if self._may_drop:
@@ -202,6 +197,10 @@ class HuggingFaceTokenizer:
             if dropped:
                 print(f"dropped, because the model has no token for it: {' '.join(dropped)}", file=sys.stderr)
         return np.array(encoding.ids, dtype=np.int64)
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a token, such as "</s>"; None if the vocabulary does not have it."""
+        return self._tokenizer.token_to_id(token)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Bytes that are not UTF-8, such as part of a character, become U+FFFD."""
@@ -368,6 +367,33 @@ def from_meta(meta: dict, folder: Path | None = None) -> CharTokenizer | GPT2Tok
     if folder and (meta["tokenizer"] == "hf" or (folder / "tokenizer.json").exists()):
         return HuggingFaceTokenizer(folder)
     return GPT2Tokenizer()
+
+
+def end_tokens(folder: Path, meta: dict, tokenizer) -> frozenset[int]:
+    """The tokens that end a text of a run; `folder` is its folder, meta its meta.json. There may be none.
+
+    For an imported run: eos_token_id in generation_config.json and in config.json, and eos_token in
+    tokenizer_config.json, since instruction-tuned models may name the end of a turn in only one of them. For
+    our own: <|endoftext|>, if it follows each document of the data.
+    """
+    ids = set()
+    for path in (folder / "generation_config.json", folder / HF_CONFIG):
+        found = read_object(path).get("eos_token_id")
+        listed = found if isinstance(found, list) else [] if found is None else [found]
+        if not all(type(number) is int for number in listed):
+            raise UserError(
+                f"{shown(path)} has eos_token_id = {json.dumps(found)}: it must be an id or a list of ids\n"
+                "correct it there"
+            )
+        ids.update(listed)
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        token = read_object(folder / "tokenizer_config.json").get("eos_token")
+        content = token.get("content") if isinstance(token, dict) else token
+        if isinstance(content, str):
+            ids.add(tokenizer.id_of(content))
+    if "shards" in meta and meta["tokenizer"] == "gpt2":  # collections of documents become shards
+        ids.add(GPT2Tokenizer.end_of_text)
+    return frozenset(ids - {None})
 
 
 def import_tokenizers():

@@ -68,6 +68,17 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
+def sampling_dtype(name: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype to sample in: the one called name; "auto" is that of the stored weights if the device is fast
+    with it, else that of `choose_dtype`."""
+    if name != "auto":
+        return getattr(torch, name)
+    fast = {torch.float32, choose_dtype("auto", device)}
+    if device.type != "cpu":
+        fast.add(torch.float16)
+    return stored if stored in fast else choose_dtype("auto", device)
+
+
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
     """A context that runs matrix products in dtype."""
     if dtype == torch.float32:

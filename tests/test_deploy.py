@@ -1109,6 +1109,16 @@ def words():
     return "".join(sorted(set(Path("words.txt").read_text())))
 
 
+def test_a_model_of_16_bit_weights_is_trained_in_float32(run_import, fine_tune):
+    llama(vocab_size=len(words())).to(torch.bfloat16).save_pretrained("theirs")
+    tokenizer_json.of_characters(words()).save("theirs/tokenizer.json")
+    assert run_import("theirs", "--out", "runs/imported") == 0
+    assert fine_tune("--init-from", "runs/imported", "--out", "same", *FROZEN) == 0
+    expected = load_file("runs/imported/last/model.safetensors")
+    expected = {name: tensor.float() for name, tensor in expected.items()}
+    assert_same_tensors(load_file("same/last/model.safetensors"), expected)
+
+
 @pytest.mark.parametrize("make, stage", [(gpt2, "stage0_gpt"), (llama, "stage3_swiglu")])
 def test_an_imported_model_can_be_fine_tuned_and_sampled(
     run_import, fine_tune, run_sample, make, stage, capsys

@@ -1,6 +1,6 @@
 """Turns logits into tokens, and generates text token by token."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -85,26 +85,33 @@ def generate(
     generator: torch.Generator | None = None,
     context: int | None = None,
     step: CompiledStep | None = None,
+    stop: Collection[int] = (),
+    cache=None,
 ) -> Iterator[int]:
     """Yields max_new_tokens tokens that continue the prompt, which has at least one token.
 
     The model sees at most `context` tokens (None: block_size); `last_half` explains what happens after that.
     `Sampler` explains the options from vocab_size to generator. step, compiled from the model, generates the
-    tokens after a prefill faster; its cache needs room for `cache_length` of these arguments.
+    tokens after a prefill faster; its cache needs room for `cache_length` of these arguments. A token in
+    `stop` ends the text, and is not yielded. cache: one that already holds the first cache.length tokens of
+    the prompt, fewer than all, with room for `cache_length`; step's own if there is a step.
     """
     if context is None:
         context = model.config.block_size
     device = next(model.parameters()).device
     sampler = Sampler(vocab_size, temperature, top_k, top_p, generator)
-    cache = step.cache if step else model.new_cache(1, cache_length(context, prompt, max_new_tokens))
+    if cache is None:
+        cache = step.cache if step else model.new_cache(1, cache_length(context, prompt, max_new_tokens))
+        cache.length = 0
     window = prompt[-context:]
-    new = window  # what the model has not seen yet
-    cache.length = 0
+    new = window[cache.length :]  # what the model has not seen yet
     for _ in range(max_new_tokens):
         idx = torch.tensor([new], device=device)
         logits = step(idx) if step and len(new) == 1 else model(idx, cache=cache)[0]
         (probs,) = sampler.distributions(logits[:, -1:])
         token = sampler.draw(probs)
+        if token in stop:
+            return
         yield token
         window, new = [*window, token], [token]
         if len(window) > context:
@@ -146,12 +153,13 @@ def generate_with_drafts(
     generator: torch.Generator | None = None,
     context: int | None = None,
     counts: DraftCounts | None = None,
+    stop: Collection[int] = (),
 ) -> Iterator[int]:
     """Like generate, but the model's MTP block drafts n_drafts tokens at a time (stage 7).
 
     The model verifies the drafts in one forward pass: speculative sampling (arXiv 2211.17192, algorithm 1).
     So the tokens follow the model's own distribution, and at temperature 0 they equal those of generate.
-    counts is updated after every pass.
+    counts is updated after every pass. A token in `stop` ends the text, and is not yielded.
     """
     if context is None:
         context = model.config.block_size
@@ -174,7 +182,10 @@ def generate_with_drafts(
         counts.drafted += len(drafts)
         counts.accepted += len(made) - 1
         made = made[: max_new_tokens - n_made]
-        yield from made
+        for token in made:
+            if token in stop:
+                return
+            yield token
         n_made += len(made)
         window = [*window, *made]
         if len(window) > context:
