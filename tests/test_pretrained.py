@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from test_deploy import explained, run_import  # noqa: F401  a fixture
 from test_fine_tuning import TEMPLATE, make_theirs
 
+from benchmarks import pretrained as benchmark
 from deploy import export, pretrained
 from lab.errors import UserError
 from lab.storage import runs
@@ -213,3 +214,20 @@ def test_packages_that_are_missing_are_named_before_the_download(get, made, monk
     monkeypatch.setitem(sys.modules, "gguf", None)
     assert get("--out", "out") == 2
     explained(capsys, "needs the package gguf: pip install -e '.[deploy]'")
+
+
+def test_the_benchmark_measures_every_program(run_import, monkeypatch, text, capsys):  # noqa: F811
+    make_theirs(text, positions=64)
+    assert run_import("theirs", "--out", "run") == 0
+    capsys.readouterr()
+    flags = ("--run", "run", "--rounds", "1", "--tokens", "3", "--long", "20", "--threads", "1")
+    assert call(monkeypatch, benchmark, *flags, "--no-compile") == 0
+    out, err = capsys.readouterr()
+    short = len(runs.tokenizer(Path("run")).encode(benchmark.SHORT))
+    for n_tokens in (short, 20):
+        assert f"{n_tokens} tokens of prompt, 3 generated, 1 rounds:" in out
+    for program in ("ours fp32", "ours bf16", "transformers fp32", "transformers bf16", "llama.cpp F16"):
+        assert out.count(f"| {program} |") == 2 or "left out: llama.cpp, because the package" in err
+    assert "left out: llama.cpp in 4 bits, because there is no" in err
+    ours = [line for line in out.splitlines() if line.startswith("| ours fp32 |")]
+    assert all(line.endswith("| 100% |") for line in ours)  # greedily, both programs give the same tokens
