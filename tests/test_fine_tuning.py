@@ -185,7 +185,7 @@ def test_training_sees_short_windows_and_the_model_keeps_its_positions(
     capsys.readouterr()
     assert fine_tune("--init-from", "runs/it", "--steps", "1", *QUICK, "--out", "tuned") == 0
     assert seen[0][0].shape == (2, 256)
-    expected = "fine-tuning with --context 256 (the model has 8,192 positions), --batch-size 2 and --lr 5e-05"
+    expected = "fine-tuning with --context 256 (the model has 8,192 positions), --batch-size 2 and --lr 2e-05"
     assert expected in capsys.readouterr().out
     assert runs.read_config(Path("tuned"))["model"]["block_size"] == 8192
     flags = ("--init-from", "runs/it", "--steps", "1", *QUICK, "--context")
@@ -203,7 +203,7 @@ def test_a_preset_that_is_named_and_a_model_trained_here_keep_their_schedule(imp
     named = runs.read_config(Path("named"))["settings"]
     assert (named["lr"], named["context"]) == (1e-3, None)
     assert fine_tune("--init-from", "named", "--steps", "1", *QUICK, "--out", "again") == 0
-    assert runs.read_config(Path("again"))["settings"]["lr"] == 5e-5  # it is still a pretrained model
+    assert runs.read_config(Path("again"))["settings"]["lr"] == 2e-5  # it is still a pretrained model
     assert fine_tune("--stage", "4", "--steps", "1", *QUICK, "--out", "ours", "--model.n-layer", "1") == 0
     assert fine_tune("--init-from", "ours", "--steps", "1", *QUICK, "--out", "tuned") == 0
     assert runs.read_config(Path("tuned"))["settings"]["lr"] == 1e-3
