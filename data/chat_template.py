@@ -5,7 +5,9 @@ renders as in transformers (utils/chat_template_utils.py there).
 """
 
 import json
+import re
 from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
 
 import jinja2
@@ -115,7 +117,12 @@ def encode(tokenizer, text: str) -> np.ndarray:
 
 
 def environment() -> ImmutableSandboxedEnvironment:
-    """Jinja's sandbox with what transformers adds to it."""
+    """Jinja's sandbox with what transformers adds to it. Raises UserError if it is too old to be safe."""
+    if tuple(map(int, re.findall(r"\d+", version("jinja2"))[:3])) < (3, 1, 6):
+        raise UserError(
+            f"a chat template needs jinja2 3.1.6 or newer, and {version('jinja2')} is installed: templates "
+            "could leave its sandbox\npip install -U jinja2"
+        )
 
     def raise_exception(message):
         raise Refusal(message)

@@ -7,12 +7,12 @@ with the softmax router and without shared experts MixtralForCausalLM, deepseek_
 stages 7a, 7 and deepseek_v3 DeepseekV3ForCausalLM, mistral MistralForCausalLM, qwen2 Qwen2ForCausalLM, qwen3
 Qwen3ForCausalLM, qwen3_moe Qwen3MoeForCausalLM (with the softmax router and without shared experts), and
 gpt_neox GPTNeoXForCausalLM. An imported run, or one fine-tuned from it, gets back its tokenizer's files, its
-generation_config.json and the ids of its special tokens. Transformers honours these: it may sample, and it
-may stop at an end-of-text token.
+generation_config.json and the ids of its special tokens, and its chat template. Transformers honours these:
+it may sample. Both stop at an end-of-text token, if the run has one; transformers may print it.
 
 --to gguf: one file for llama.cpp, --out NAME.gguf. --outtype is the type of its matrices. Stage 0 becomes
-the architecture gpt2; stages 3 to 5, llama3 and mistral become llama; stage 6 with the softmax router and
-without shared experts becomes llama with experts; deepseek_v3 with a latent for the queries becomes
+the architecture gpt2; stages 3 to 5, llama3 and mistral become llama; stage 6 becomes llama with experts or,
+with the sigmoid router or shared experts, glm4moe; deepseek_v3 with a latent for the queries becomes
 deepseek2; and the other models of family/ become their namesakes. See deploy/gguf_write.py.
 
 --to llama2c: model.bin and tokenizer.bin for the C program `run` of karpathy/llama2.c. That program puts a
@@ -32,7 +32,7 @@ from typing import Literal
 
 import torch
 
-from data.tokenizers import HF_CONFIG, read_object
+from data.tokenizers import HF_CONFIG, end_tokens, read_object
 from deploy import (
     architectures,
     deepseek,
@@ -142,7 +142,7 @@ def write_gguf(settings: Settings, run: Path, out: Path, stage: str, config: dic
     if stage not in COUNTERPARTS:
         raise UserError(
             f"llama.cpp cannot run {stage}: it has no architecture with {gguf_write.NO_COUNTERPART[stage]}\n"
-            "export stage 0, 3, 4, 5, 6 or a model of family/"
+            "export stage 0, 3, 4, 5 or 6, or a model of family/"
         )
     if out.suffix != ".gguf":
         raise UserError(
@@ -179,6 +179,9 @@ def write_hf(
     if not generation:
         generation = {"do_sample": False, "max_length": sizes["block_size"]}
         generation |= {key: imported[key] for key in TOKEN_IDS if key in imported}
+        ends = end_tokens(run, meta, tokenizer)
+        if ends and not imported:
+            generation["eos_token_id"] = min(ends)  # our own have one at most: stop where sample.py does
     # Never generate ids that only pad the vocabulary.
     padding = range(tokenizer.vocab_size, sizes["vocab_size"])
     if padding:

@@ -56,6 +56,8 @@ DEEPSEEK |= EXPERTS | {
     "ffn_up_shexp": "mlp.shared_experts.up_proj",
     "ffn_down_shexp": "mlp.shared_experts.down_proj",
 }
+GLM4_MOE = {**LLAMA, **{part: name for part, name in DEEPSEEK.items() if "exp" in part or "gate" in part}}
+GLM4_MOE["post_attention_norm"] = GLM4_MOE.pop("ffn_norm")
 GPT2 = {
     "token_embd": "transformer.wte",
     "position_embd": "transformer.wpe",
@@ -95,6 +97,7 @@ ARCHITECTURES = {
     "deepseek_v3": ("deepseek2", DEEPSEEK),
 }
 READ = tuple(dict.fromkeys(architecture for architecture, _ in ARCHITECTURES.values()))
+ARCHITECTURES["glm4_moe"] = ("glm4moe", GLM4_MOE)  # what stage 6 is written as if it is no Mixtral
 
 # Metadata whose names begin with the architecture's: sizes and other numbers, by architecture.
 SIZES = {
@@ -108,6 +111,14 @@ RMS_SIZES = SIZES | {
     "attention.head_count_kv": "num_key_value_heads",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "rope.freq_base": "rope_theta",
+}
+MOE_SIZES = {
+    "leading_dense_block_count": "first_k_dense_replace",
+    "expert_count": "n_routed_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "expert_shared_count": "n_shared_experts",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_weights_scale": "routed_scaling_factor",
 }
 FIELDS = {
     "llama": RMS_SIZES,
@@ -135,16 +146,9 @@ FIELDS = {
         "use_parallel_residual": "use_parallel_residual",
     },
     "deepseek2": {key: value for key, value in RMS_SIZES.items() if key != "attention.head_count_kv"}
-    | {
-        "leading_dense_block_count": "first_k_dense_replace",
-        "attention.kv_lora_rank": "kv_lora_rank",
-        "rope.dimension_count": "qk_rope_head_dim",
-        "expert_count": "n_routed_experts",
-        "expert_used_count": "num_experts_per_tok",
-        "expert_shared_count": "n_shared_experts",
-        "expert_feed_forward_length": "moe_intermediate_size",
-        "expert_weights_scale": "routed_scaling_factor",
-    },
+    | MOE_SIZES
+    | {"attention.kv_lora_rank": "kv_lora_rank", "rope.dimension_count": "qk_rope_head_dim"},
+    "glm4moe": RMS_SIZES | MOE_SIZES,
 }
 # What else the readers below look at, or what repeats a shape.
 OTHERS = {"vocab_size", "rope.dimension_count", "attention.key_length", "attention.value_length"}
@@ -209,10 +213,11 @@ def to_config(file: GGUFFile) -> dict:
         if key == "attention.head_count_kv":
             default = config["num_attention_heads"]
         config[theirs] = meta.number(key, default, lowest=0 if key in MAY_BE_ZERO else 1)
+    n_blocks = meta.number("block_count")
     blocks = {int(n) for n in re.findall(r"^blk\.(\d+)\.", "\n".join(file.tensors), re.MULTILINE)}
-    if blocks != set(range(meta.number("block_count"))):
+    if len(blocks) != n_blocks or max(blocks) + 1 != n_blocks:
         raise UserError(
-            f"{shown(file.path)} has {meta.name('block_count')} = {meta.number('block_count')}, "
+            f"{shown(file.path)} has {meta.name('block_count')} = {n_blocks}, "
             f"but tensors of {len(blocks)} blocks"
         )
     if "token_embd.weight" not in file.tensors:
@@ -525,13 +530,16 @@ def to_metadata(config: dict) -> dict:
 
 
 def llama_metadata(config: dict) -> dict:
-    """The rest for llama, qwen2, qwen3 and qwen3moe. UserError for positions scaled as llama.cpp cannot."""
+    """The rest for the architectures like llama. UserError for positions scaled as llama.cpp cannot."""
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     values = {"rope.dimension_count": head_dim}
     values |= {"attention.key_length": head_dim, "attention.value_length": head_dim}
     if config["model_type"] == "mixtral":
         values["expert_count"] = config["num_local_experts"]
         values["expert_used_count"] = config["num_experts_per_tok"]
+    if config["model_type"] == "glm4_moe":
+        values["expert_weights_norm"] = config["norm_topk_prob"]
+        values["expert_gating_func"] = SIGMOID if config["scoring_func"] == "sigmoid" else SOFTMAX
     window = config.get("sliding_window")
     if window and window < config["max_position_embeddings"]:
         print(

@@ -12,7 +12,14 @@ import re
 import sys
 from pathlib import Path
 
-from data.tokenizers import HF_CONFIG, CharTokenizer, library_tokenizer, read_object
+from data.tokenizers import (
+    HF_CONFIG,
+    CharTokenizer,
+    end_tokens,
+    from_meta,
+    library_tokenizer,
+    read_object,
+)
 from deploy import tokenizer_json
 from deploy.gguf_file import GGUFFile
 from lab.errors import UserError, shown
@@ -104,6 +111,9 @@ def read(file: GGUFFile, folder: Path) -> dict:
         return {"bos_token_id": None, "eos_token_id": None}
     if model not in ("gpt2", "llama"):
         raise UserError(f"{path} has tokenizer.ggml.model = {model!r}; supported are gpt2, llama and rwkv")
+    n_rows = file.tensors["token_embd.weight"].shape[0]
+    if len(tokens) > n_rows:
+        raise UserError(f"{path} has {len(tokens):,} tokens, but token_embd.weight has only {n_rows:,} rows")
     used = {i: token for i, token in enumerate(tokens) if kinds[i] != UNUSED}
     vocab = {token: i for i, token in used.items()}
     if len(vocab) != len(used):
@@ -328,11 +338,13 @@ def to_metadata(run: Path, meta: dict) -> dict:
         result |= {"model": "llama", "scores": scores_of(described, kinds)}
         result |= {"pre": "default", "add_space_prefix": has_space_prefix(described)}
     named = special_ids(run, tokenizer) if imported else {"bos": 50256, "eos": 50256}
-    result |= {SPECIAL[name]: i for name, i in named.items()}
     result |= added_around(tokenizer, named)
-    ends = read_object(run / "generation_config.json").get("eos_token_id")
-    if isinstance(ends, list):
-        result |= dict(zip(ENDS, [i for i in ends if i in texts], strict=False))
+    result |= {SPECIAL[name]: i for name, i in named.items()}
+    ends = sorted(end_tokens(run, meta, from_meta(meta, run)), key=lambda i: (i != named.get("eos"), i))
+    result |= dict(zip(ENDS, ends, strict=False))
+    if len(ends) > len(ENDS):
+        names = ", ".join(tokens[i] for i in ends[len(ENDS) :])
+        print(f"left out: GGUF has no place for more end-of-text tokens than three: {names}", file=sys.stderr)
     if "eos_token_id" not in result:
         first = tokens[2 if result["model"] == "llama" else 11]
         print(
@@ -454,12 +466,17 @@ def special_ids(run: Path, tokenizer) -> dict[str, int]:
 
 
 def added_around(tokenizer, named: dict[str, int]) -> dict:
-    """add_bos_token and add_eos_token. UserError if other tokens are put around every text."""
+    """add_bos_token and add_eos_token. UserError if other tokens are put around every text.
+
+    Adds a token to `named` if tokenizer.json has it around every text and no file names it.
+    """
     example = tokenizer.encode("a")
     mask = [*example.special_tokens_mask, 0]
     before = example.ids[: mask.index(0)]
     after = example.ids[len(mask) - 1 - mask[-2::-1].index(0) :] if 0 in mask[:-1] else []
     for name, ids in (("bos", before), ("eos", after)):
+        if len(ids) == 1:
+            named.setdefault(name, ids[0])
         if ids not in ([], [named.get(name)]):
             texts = [tokenizer.id_to_token(i) for i in ids]
             raise UserError(f"the run's tokenizer puts {' '.join(texts)} around every text; llama.cpp cannot")

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from deploy import gguf_file, gguf_names, gguf_tokenizer
+from deploy import deepseek, gguf_file, gguf_names, gguf_tokenizer, llama, mixtral
 from lab.errors import UserError
 
 OUTTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
@@ -28,12 +28,11 @@ def write(
 ) -> None:
     """Writes the file; `counterpart` is a module such as llama. UserError for what llama.cpp cannot run."""
     gguf = gguf_file.package()
-    config = config_of(counterpart, sizes)
+    config, theirs = converted(counterpart, tensors, sizes)
     tokenizer = gguf_tokenizer.to_metadata(run, meta)
     n_tokens = len(tokenizer["tokenizer.ggml.tokens"])
     if n_tokens > config["vocab_size"]:
         raise UserError(f"the tokenizer has {n_tokens:,} tokens, but the model has {config['vocab_size']:,}")
-    theirs = counterpart.to_tensors(tensors, sizes)
     made = gguf_names.tensors_out(theirs, config, n_tokens)
     metadata = gguf_names.to_metadata(config | {"vocab_size": n_tokens}) | tokenizer
     metadata |= {
@@ -64,12 +63,33 @@ def write(
     writer.close()
 
 
-def config_of(counterpart, sizes: dict) -> dict:
-    """The model's config.json. UserError for what neither transformers nor llama.cpp can represent."""
-    try:
-        return counterpart.to_config(sizes)
-    except UserError as error:
-        raise UserError(f"llama.cpp cannot run this model, as transformers cannot: {error}") from None
+def converted(counterpart, tensors: dict[str, torch.Tensor], sizes: dict) -> tuple[dict, dict]:
+    """The model's config.json and tensors in the format of Hugging Face.
+
+    Stage 6 that is no Mixtral becomes a GLM-4.5: llama.cpp has no other architecture with a sigmoid router or
+    shared experts that leaves the rest of a Llama as it is.
+    """
+    is_mixtral = counterpart is mixtral and sizes["num_experts_per_tok"] > 1
+    is_mixtral &= all(sizes.get(name) == needed for name, needed in mixtral.NEEDED.items())
+    if counterpart is not mixtral or is_mixtral:
+        try:
+            return counterpart.to_config(sizes), counterpart.to_tensors(tensors, sizes)
+        except UserError as error:
+            raise UserError(f"llama.cpp cannot run this model, and nor can transformers: {error}") from None
+    if sizes["n_shared_experts"] < 1:
+        raise UserError(
+            "llama.cpp runs stage 6 without shared experts only with router = softmax, num_experts_per_tok "
+            "of 2 or more, first_k_dense_replace = 0 and routed_scaling_factor = 1"
+        )
+    same = ("n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size")
+    same += ("first_k_dense_replace", "routed_scaling_factor")
+    config = llama.to_config(sizes) | {name: sizes[name] for name in same} | {"model_type": "glm4_moe"}
+    config |= {"scoring_func": sizes["router"], "norm_topk_prob": sizes["num_experts_per_tok"] > 1}
+    theirs = mixtral.split_experts(tensors, deepseek.NAMES)
+    for i in range(sizes["first_k_dense_replace"], sizes["n_layer"]):  # a softmax router has no biases
+        bias = f"model.layers.{i}.mlp.gate.e_score_correction_bias"
+        theirs.setdefault(bias, torch.zeros(sizes["n_routed_experts"]))
+    return config, theirs
 
 
 def type_of(name: str, shape: tuple[int, ...], kind: str) -> str:

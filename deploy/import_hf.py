@@ -7,8 +7,9 @@ qwen2, qwen3, qwen3_moe and gpt_neox. Mixtral becomes stage 6. DeepSeek-V2 becom
 and so Moonlight and Kimi-K2, becomes stage 7 or, with YaRN, groups of experts or a latent for the queries,
 deepseek_v3 (in family/). sample.py, train.py --init-from and deploy/export.py take the run. DIR must be on
 this machine: nothing is downloaded. Weights keep their number format, unless --dtype names another one.
-Anything that no stage can represent is refused, with its name. The run keeps the tokenizer's files and
-generation_config.json for deploy/export.py. sample.py does not stop at eos_token_id, as transformers does.
+Anything that no stage can represent is refused, with its name. The run keeps the tokenizer's files, its chat
+template and generation_config.json: sample.py stops at the end-of-text tokens in them and, with --chat, holds
+a conversation; deploy/export.py gives them back.
 """
 
 import sys

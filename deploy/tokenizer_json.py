@@ -58,8 +58,7 @@ def of_characters(characters: str):
 def of_gpt2():
     """A tokenizers.Tokenizer with GPT-2's ids.
 
-    <|endoftext|> is not a special token in it, as in sample.py: in a prompt it is ordinary text, and when
-    generated it is shown and does not end the text.
+    <|endoftext|> is not a special token in it, as in sample.py: in a prompt it is ordinary text.
     """
     library = import_tokenizers()
     vocab, encoder = gpt2_files()

@@ -19,6 +19,7 @@ from test_deploy import (  # noqa: F401  run_import is a fixture
     explained,
     gpt2,
     llama,
+    make_run,
     mixtral,
     run_import,
     save_theirs,
@@ -26,7 +27,8 @@ from test_deploy import (  # noqa: F401  run_import is a fixture
 
 from deploy import deepseek as deepseek_files
 from lab import stages
-from lab.storage import runs
+from lab.storage import checkpoint, runs
+from lab.storage.tensors import WithoutMemory
 
 
 def imported():
@@ -167,6 +169,50 @@ def test_each_variant_of_yarn_has_the_logits_of_transformers(run_import, rope): 
     save_theirs(theirs, "theirs")
     assert run_import("theirs", "--out", "run") == 0
     assert_same_logits(imported(), theirs, CONTEXT)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"n_embd": 36, "n_head": 3}])
+def test_results_do_not_depend_on_where_a_file_holds_the_weights(workshop, sizes):
+    """Bit for bit: torch computes differently with tensors at odd addresses, as older files have them."""
+    model = make_run("run", "6", **sizes)
+    idx = torch.randint(model.config.vocab_size, (1, CONTEXT))
+    with torch.inference_mode():
+        expected = model(idx)[0]
+        weights = checkpoint.weights(model)
+        for padding in range(0, 64, 8):
+            save_file(weights, "run/best/model.safetensors", {"padding": " " * padding})
+            assert torch.equal(imported()(idx)[0], expected)
+
+
+def test_only_parameters_are_made_without_memory():
+    class Variant(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(3, 4)
+            self.table = torch.arange(5).float()
+            self.register_buffer("mask", torch.ones(2, 2).tril())
+
+    with WithoutMemory():
+        model = Variant()
+    assert model.linear.weight.is_meta and model.linear.bias.is_meta
+    assert model.table.tolist() == [0, 1, 2, 3, 4] and model.mask.tolist() == [[1, 0], [1, 1]]
+
+
+def test_a_variant_that_fills_a_buffer_made_with_empty_can_be_loaded(workshop, monkeypatch):
+    model = make_run("run", "3")
+    stage = stages.load("stage3_swiglu")
+
+    class Variant(stage.GPT):
+        def __init__(self, config):
+            super().__init__(config)
+            self.register_buffer("scale", torch.empty(1).fill_(3), persistent=False)
+
+        def forward(self, idx):
+            return self.scale * super().forward(idx)[0], {}
+
+    monkeypatch.setattr(stage, "GPT", Variant)
+    idx = torch.randint(model.config.vocab_size, (1, CONTEXT))
+    assert torch.equal(imported()(idx)[0], 3 * model(idx)[0])
 
 
 MEASURE = """

@@ -211,8 +211,11 @@ def load(
     sizes = model_config(run, config)
     name = existing(run, name)
     in_parts = checkpoint.is_in_parts(checkpoint.find(run, name))
+    stage = stages.load(config["stage"])
     with nullcontext() if in_parts else tensors.WithoutMemory():
-        model = stages.load(config["stage"]).GPT(sizes)
+        model = stage.GPT(sizes)
+    if any(buffer.is_meta for buffer in model.buffers()):  # a variant's own, made with torch.empty
+        model = stage.GPT(sizes)
     checkpoint.load_weights(run, name, model)
     for key, parameter in model.named_parameters():  # one by one: few are in memory twice
         before = parameter.data
