@@ -372,6 +372,27 @@ def test_a_turn_prefills_only_what_is_new(talking):
     assert given[0] <= len(talk.tokens_of(talk.messages[:3])) - first and given[1:] == [1] * 5
 
 
+@pytest.mark.parametrize("stage, sizes", [("3", {}), ("7", {}), ("mistral", {"sliding_window": 8})])
+@pytest.mark.parametrize("dropped", [0, 1, 3])
+def test_a_cache_that_goes_back_gives_the_answers_of_a_new_one(workshop, stage, sizes, dropped):
+    """A template that trims answers changes the last tokens; a ring has forgotten what came before."""
+    model = make_run("run", stage, block_size=200, **sizes)
+    tokenizer = runs.tokenizer(Path("run"))
+
+    def tokens_of(messages):
+        parts = [each["content"] for each in messages]
+        parts[1::2] = [part[: len(part) - dropped] for part in parts[1::2]]
+        return tokenizer.encode("\n".join(parts)).tolist()
+
+    options = {"vocab_size": tokenizer.vocab_size, "temperature": 0}
+    talk = chat.Chat(model, tokens_of, tokenizer.stream, 200, 9, options)
+    for message in ("ab", "cd", "efgabcde", "x"):
+        prompt = tokens_of([*talk.messages, {"content": message}])
+        talk.answer(message, str, lambda: False)
+        assert talk.messages[-1]["content"] == tokenizer.decode(greedy(model, prompt, 9))
+        assert len(talk.cached) == talk.cache.length == len(prompt) + 8  # the model has not seen the last one
+
+
 def test_a_stopped_answer_stays_in_the_conversation(talking):
     assert talking("") == 0
     talk, _ = talk_with(n_new=30)
@@ -472,7 +493,6 @@ def test_a_run_without_a_chat_template_cannot_chat(run_sample, workshop, capsys)
     assert "the tokenizer of run has no chat template" in err and "or leave out --chat" in err
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
 def test_ctrl_c_in_a_terminal_stops_the_answer_and_at_the_prompt_the_program(talking):
     assert talking("", max_position_embeddings=100_000) == 0
     terminal, other = pty.openpty()
