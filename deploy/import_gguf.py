@@ -47,24 +47,32 @@ class Settings:
 def main():
     settings = cli.parse_flags(Settings, sys.argv[1:])
     path, out = Path(settings.file), Path(settings.out)
+    stage = import_file(path, out, None if settings.dtype == "auto" else settings.dtype)
+    counted = f"{runs.read_config(out)['parameters']:,} parameters"
+    print(f"imported {shown(path)} as {stage} with {counted} to {shown(out)}")
+    print(f"to use it: python sample.py --run {shlex.quote(shown(out))}")
+
+
+def import_file(path: Path, out: Path, dtype: str | None) -> str:
+    """Writes a run at `out` from a GGUF file; returns the name of its stage.
+
+    dtype is that of the run's weights; None: as for --dtype auto.
+    """
     file = GGUFFile(path)
     config = gguf_names.to_config(file)
     readers = gguf_names.tensors_in(file, config)
-    dtype = dtype_of(file) if settings.dtype == "auto" else settings.dtype
+    dtype = dtype or dtype_of(file)
     with tempfile.TemporaryDirectory() as side:
         config |= gguf_tokenizer.read(file, Path(side))
         Path(side, "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         try:
-            stage = import_hf.import_model(
+            return import_hf.import_model(
                 config, list(readers), lambda name: readers[name](), Path(side), out, path, dtype
             )
         except UserError as error:
             if str(error).startswith("config.json"):  # which the user does not have
                 raise UserError(f"{shown(path)}, in the format of Hugging Face: {error}") from None
             raise
-    counted = f"{runs.read_config(out)['parameters']:,} parameters"
-    print(f"imported {shown(path)} as {stage} with {counted} to {shown(out)}")
-    print(f"to use it: python sample.py --run {shlex.quote(shown(out))}")
 
 
 def dtype_of(file: GGUFFile) -> str:

@@ -145,9 +145,9 @@ SMALL_27 = {"n_layer": 27, "n_head": 2, "n_embd": 32, "n_routed_experts": 2}  # 
 KINDS = {
     "gpt2": ("stage0_gpt", {"tie_word_embeddings": True}, "stage0_gpt"),
     "gpt2 without biases": ("stage0_gpt", {"bias": False}, "stage0_gpt"),
-    "llama": ("stage3_swiglu", {"tie_word_embeddings": True}, "stage3_swiglu"),
-    "llama with groups": ("stage4_gqa", {"n_kv_head": 2}, "stage4_gqa"),
-    "llama from stage 5": ("stage5_flash", {"n_kv_head": 1}, "stage4_gqa"),
+    "llama": ("stage3_swiglu", {"tie_word_embeddings": True}, "stage5_flash"),
+    "llama with groups": ("stage4_gqa", {"n_kv_head": 2}, "stage5_flash"),
+    "llama from stage 5": ("stage5_flash", {"n_kv_head": 1}, "stage5_flash"),
     "mixtral": ("stage6_moe", MOE | {"n_kv_head": 2, "moe_intermediate_size": 96}, "stage6_moe"),
     "sigmoid and a shared expert": ("stage6_moe", {"n_kv_head": 2}, None),  # as glm4moe, which we do not read
     "softmax and shared experts": (
