@@ -105,15 +105,17 @@ def test_in_float32_the_result_is_exactly_that_of_the_dequantized_weights():
     assert torch.equal(QuantizedLinear(q)(x), F.linear(x, dequantize(q)))
 
 
-def rounded(model, bits, group_size, head=False):
+def rounded(model, bits, group_size, head=False, **options):
     """All projections of a model's blocks, rounded to their nearest codes: an argument of `replace`."""
     found = {}
     for name, module in model.model.layers.named_modules(prefix="model.layers"):
         if isinstance(module, torch.nn.Linear):
-            found[name] = quantized(module.weight.detach(), bits, group_size)
+            found[name] = quantized(module.weight.detach(), bits, group_size, **options)
         for own, parameter in module.named_parameters(recurse=False):
             if parameter.dim() == 3:
-                found[f"{name}.{own}"] = [quantized(each.detach(), bits, group_size) for each in parameter]
+                found[f"{name}.{own}"] = [
+                    quantized(each.detach(), bits, group_size, **options) for each in parameter
+                ]
     if head:
         found["lm_head"] = quantized(model.lm_head.weight.detach(), 8, None)
     return found
