@@ -70,7 +70,8 @@ class Settings:
     draft_tokens: int = 2
     """Tokens to draft at a time."""
     compile: bool = False
-    """Compile the decoding step: takes about 20 s, then tokens come faster. Not with --draft."""
+    """Compile the decoding step: takes about 20 s, then tokens come faster. Not with --draft, nor
+    for a quantized run."""
     ignore_eos: bool = False
     """Go on after an end-of-text token, and print it."""
     chat: bool = False
@@ -126,6 +127,8 @@ def main():
     runs.check_stage(folder, settings.stage)
     runs.warn_of_edits(folder, runs.read_config(folder))  # before an error, if the weights no longer fit
     config, meta = runs.read_config(folder), runs.read_meta(folder)
+    if settings.compile and "quantization" in config:
+        raise UserError(f"{shown(folder)} is quantized, and --compile cannot compile that: leave it out")
     tokenizer = runs.tokenizer(folder)
     template = chat_template.ChatTemplate(folder) if settings.chat else None
     stored = runs.weights_dtype(folder, config)

@@ -15,6 +15,10 @@ the architecture gpt2; stages 3 to 5, llama3 and mistral become llama; stage 6 b
 with the sigmoid router or shared experts, glm4moe; deepseek_v3 with a latent for the queries becomes
 deepseek2; and the other models of family/ become their namesakes. See deploy/gguf_write.py.
 
+A quantized run keeps its codes, scales and zeros in both: --to hf writes the format compressed-tensors
+(pack-quantized; transformers needs pip install compressed-tensors), and --to gguf blocks of Q4_1, Q4_0
+or Q8_0. See deploy/quantization/export.py for what these cannot hold.
+
 --to llama2c: model.bin and tokenizer.bin for the C program `run` of karpathy/llama2.c. That program puts a
 newline and a space before every prompt; see deploy/llama2c.py.
 """

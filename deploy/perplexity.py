@@ -30,6 +30,7 @@ from lab import atomic, cli
 from lab import device as devices
 from lab.comparison import markdown
 from lab.errors import UserError, shown
+from lab.sampling import packed
 from lab.storage import checkpoint, runs
 from lab.training import batches, evaluation, run_plots
 
@@ -193,12 +194,16 @@ def on_disk(folder: Path, name: str) -> int:
 
 
 def in_memory(model: torch.nn.Module) -> int:
-    """Bytes of a model's weights: each storage once, with the copies of the codes that kernels read."""
-    held = [*model.parameters(), *model.buffers()]
+    """Bytes of a model's weights: each storage once, with the copies that kernels read."""
+    held, blocks = [*model.parameters(), *model.buffers()], 0
     for module in model.modules():
+        if isinstance(module, packed.PackedLinear):  # in oneDNN's layout, which has no storage to ask
+            blocks += module.packed.numel() * module.packed.element_size()
         if isinstance(module, linear.QuantizedLinear):
             held += [each for each in (*(module.kernel or ()), module.kept_weight) if torch.is_tensor(each)]
-    return sum({each.untyped_storage().data_ptr(): each.nbytes for each in held if each.numel()}.values())
+    return blocks + sum(
+        {each.untyped_storage().data_ptr(): each.nbytes for each in held if each.numel()}.values()
+    )
 
 
 def in_words(config: dict) -> str:
@@ -220,6 +225,7 @@ def add_speeds(settings: Settings, folders: list[Path], device: torch.device, re
         stored = runs.weights_dtype(folder, runs.read_config(folder))
         dtype = devices.sampling_dtype(settings.decode_dtype, stored, device)
         models.append(runs.load(folder, settings.checkpoint, device, dtype)[0])
+        packed.pack(models[-1])  # as sample.py
     speeds = [[] for _ in models]
     for _ in range(settings.rounds):
         for model, of in zip(models, speeds, strict=True):

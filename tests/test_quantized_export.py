@@ -1,4 +1,4 @@
-"""Quantized runs for transformers (compressed-tensors) and llama.cpp (GGUF), with the codes of our own grid."""
+"""Quantized runs for transformers (compressed-tensors) and llama.cpp (GGUF), with our own codes."""
 
 import json
 from pathlib import Path
@@ -56,7 +56,7 @@ def dequantized(model):
 )
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_transformers_computes_with_exactly_our_weights(
-    run_export,
+    run_export,  # noqa: F811
     stage,
     bits,
     group_size,

@@ -231,6 +231,13 @@ def test_sample_continues_a_prompt_with_a_quantized_run(quantized_run, monkeypat
     assert len(capsys.readouterr().out) == len("HELLO") + 20 + 1
 
 
+def test_a_quantized_run_is_not_compiled(quantized_run, monkeypatch, capsys):
+    """inductor gave stage 6 numbers that are none, and compiled for minutes."""
+    folder, _ = quantized_run("stage0_gpt")
+    assert call(monkeypatch, sample, "--run", folder, "--compile") == 2
+    assert "is quantized, and --compile cannot compile that" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("flags", [["--init-from"], ["--resume", "--out"]])
 def test_a_quantized_run_is_not_trained(quantized_run, monkeypatch, capsys, flags):
     folder, _ = quantized_run("stage0_gpt")

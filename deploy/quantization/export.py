@@ -136,6 +136,8 @@ def compress(
         "quantization_status": "compressed",
         "ignore": [*heads, *ragged],
         "config_groups": {"group_0": group},
+        # Else transformers (5.23) expects zeros that are not packed, and refuses these.
+        "dequantize": not symmetric,
     }
 
 
