@@ -210,6 +210,24 @@ def test_a_saved_quantized_run_loads_like_any_other(quantized_run, name, dtype):
     ] == []
 
 
+@pytest.mark.parametrize("bits", BITS)
+def test_a_model_whose_codes_only_the_kernels_have_is_saved_too(quantized_run, bits):
+    """And no module holds its codes twice where the kernel's order is known: on CPUs with AVX512."""
+    exact, _ = quantized_run("stage4_gqa", bits, None, head=True)
+    exact = tensors.read(exact.rename(exact.with_name("exact")) / "last" / "model.safetensors")
+    folder, model = quantized_run("stage4_gqa", bits, None, head=True, dtype=torch.bfloat16)
+    if torch.backends.cpu.get_cpu_capability() == "AVX512":
+        assert all(m.packed is None for m in model.modules() if isinstance(m, QuantizedLinear))
+    found = tensors.read(folder / "last" / "model.safetensors")
+    packed = [name for name in exact if name.endswith(".packed")]
+    model, _ = runs.load(folder, "last", CPU)
+    assert len(packed) == 15 and set(exact) == set(found)
+    for name in packed:
+        module = model.get_submodule(name.removesuffix(".packed"))
+        assert torch.equal(unpack(found[name], module.bits, module.in_features), module.codes(slice(None)))
+        assert found[name].shape == exact[name].shape
+
+
 def test_scales_are_stored_in_16_bits_and_codes_packed(quantized_run):
     folder, _ = quantized_run("stage4_gqa", 4, 32)
     held = tensors.read(folder / "last" / "model.safetensors")

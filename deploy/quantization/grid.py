@@ -90,9 +90,11 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 def unpack(packed: torch.Tensor, bits: int, width: int) -> torch.Tensor:
     """Undoes `pack`: the codes (out, width), uint8."""
+    if bits == 8:
+        return packed[:, :width]
     if bits == 3:  # codes cross the borders of bytes
         words = F.pad(packed.unflatten(1, (-1, 3)), (0, 5)).contiguous().view(torch.int64)
         codes = ((words >> (3 * torch.arange(8, device=packed.device))) & 7).to(torch.uint8)
-    else:  # 1, 2 or 4 codes in a byte; three times as fast
+    else:  # 2 or 4 codes in a byte; three times as fast
         codes = torch.stack([(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)], -1)
     return codes.flatten(1)[:, :width]

@@ -55,17 +55,21 @@ class Packed(nn.Module):
 
     def quantized(self, *expert: int) -> Quantized:
         """The matrix, or that of one expert, as codes on a grid."""
-        codes = unpack(self.packed[expert], self.bits, self.shape[-1])
+        codes = self.codes(slice(None), *expert)
         return Quantized(codes, self.scale[expert].data, self.zero[expert], self.bits, self.group_size)
+
+    def codes(self, rows: slice | torch.Tensor, *expert: int) -> torch.Tensor:
+        """The codes of some rows (rows, in)."""
+        return unpack(self.packed[expert][rows], self.bits, self.shape[-1])
 
     def dense(self, dtype: torch.dtype, *expert: int) -> torch.Tensor:
         """The weights (out, in), dequantized. In dtype: the exact products, rounded once."""
-        packed, zero, scale = self.packed[expert], self.zero[expert], self.scale[expert].to(dtype)
-        weight = torch.empty(self.shape[-2:], dtype=dtype, device=packed.device)
+        zero, scale = self.zero[expert], self.scale[expert].to(dtype)
+        weight = torch.empty(self.shape[-2:], dtype=dtype, device=zero.device)
         for start in range(0, len(weight), ROWS_AT_ONCE):
             rows = slice(start, start + ROWS_AT_ONCE)
-            codes = unpack(packed[rows], self.bits, self.shape[-1])
-            groups = in_groups(codes.to(dtype), self.group_size)  # differences up to 255 are exact in 16 bits
+            # Differences up to 255 are exact in 16 bits.
+            groups = in_groups(self.codes(rows, *expert).to(dtype), self.group_size)
             groups = (groups - zero[rows].to(dtype).unsqueeze(-1)) * scale[rows].unsqueeze(-1)
             weight[rows] = groups.flatten(1)[:, : self.shape[-1]]
         return weight
@@ -73,7 +77,7 @@ class Packed(nn.Module):
     def rows(self, indices: torch.Tensor) -> torch.Tensor:
         """Some rows of the matrix, dequantized: indices (…) -> (…, in)."""
         at = indices.flatten()
-        codes = unpack(self.packed[at], self.bits, self.shape[-1])
+        codes = self.codes(at)
         zero, scale = (
             by_column(each[at], self.shape[-1], self.group_size) for each in (self.zero, self.scale)
         )
@@ -82,6 +86,8 @@ class Packed(nn.Module):
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         """Scales are saved in bfloat16, which holds them exactly (see grid.find_grid)."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.packed is None:  # only the kernel's copy is in memory
+            destination[prefix + "packed"] = pack(self.codes(slice(None)), self.bits)
         destination[prefix + "scale"] = destination[prefix + "scale"].bfloat16()
 
 
@@ -92,7 +98,7 @@ class QuantizedLinear(Packed):
         super().__init__(tuple(q.codes.shape), q.bits, q.group_size)
         self.out_features, self.in_features = self.shape
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        self.kernel = None
+        self.kernel, self.is_embedding = None, False
         self.keeps_weight, self.kept_weight = False, None
         if not q.codes.is_meta:
             self.fill([q])
@@ -106,6 +112,22 @@ class QuantizedLinear(Packed):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.dense(x.dtype), bias)
 
+    def codes(self, rows: slice | torch.Tensor, *expert: int) -> torch.Tensor:
+        """The codes of some rows: those stored, or else those of the kernel's copy."""
+        if self.packed is not None:
+            return super().codes(rows)
+        bits, codes, _, _, width = self.kernel
+        if bits == 8:
+            codes = codes[rows].view(torch.uint8) ^ 128
+        else:  # in blocks of 64 rows: a byte has a code of row i and of row i + 32
+            first, last, _ = rows.indices(self.out_features)  # rows begin with a block
+            pairs = codes.view(-1, width, 32)[first // 64 : -(-last // 64)]  # (blocks, in, 32)
+            codes = torch.cat((pairs & 15, pairs >> 4), -1).transpose(1, 2).reshape(-1, width)
+            codes = codes[: last - first]
+            if self.bits < 4:
+                codes = codes + by_column(self.zero[rows], width, self.group_size) - 8
+        return codes[:, : self.in_features].to(self.zero.device)
+
     def kernel_product(self, x):
         """x Wᵀ of x (rows, in), computed from the codes."""
         bits, codes, scales, group_size, width = self.kernel
@@ -118,27 +140,39 @@ class QuantizedLinear(Packed):
     def prepare(self) -> None:
         """Makes the kernel's copy of the codes, where there is a kernel for them.
 
-        The 4-bit kernel wants groups of 32, 64, 128 or 256 and a multiple of 16 rows: both are padded.
+        The stored codes are then dropped, if they can be read from the copy: its order is the processor's.
+        """
+        if self.packed is None or self.packed.device.type != "cpu" or self.scale.dtype != torch.bfloat16:
+            return
+        self.kernel = self.make_kernel()
+        if self.kernel is None or (self.is_embedding and self.kernel[0] != 8):  # rows are looked up
+            return
+        packed, stored, self.packed = self.packed, self.codes(slice(None)), None
+        if self.kernel[1].numel() % 32 or not torch.equal(self.codes(slice(None)), stored):
+            self.packed = packed
+
+    def make_kernel(self) -> tuple | None:
+        """What kernel_product needs: (4 or 8, codes, scales, group size, width); None without a kernel.
+
+        The 4-bit kernel wants groups of 32, 64, 128 or 256 and a multiple of 16 rows. They are padded, the
+        rows to blocks of 64.
         It computes (code - 8) * scale + offset, with an offset in bfloat16. Codes of 2 and 3 bits are moved
         so that 8 is their zero, and the offset is 0. The 8-bit kernel has one scale for each row and no
         zero (groups of 8-bit codes are always dequantized), and reads columns in blocks of 32.
         """
-        self.kernel = None
-        if self.packed.device.type != "cpu" or self.scale.dtype != torch.bfloat16:
-            return
         codes, scale, zero, bits, group_size = self.quantized()
         if bits == 8:
             if group_size is None and bool((zero == 128).all()):
-                codes = F.pad((codes.short() - 128).to(torch.int8), (0, -self.in_features % 32))
-                self.kernel = 8, codes, scale.view(-1), None, codes.size(1)
-            return
+                codes = F.pad((codes ^ 128).view(torch.int8), (0, -self.in_features % 32))  # code - 128
+                return 8, codes, scale.view(-1), None, codes.size(1)
+            return None
         # The kernel's groups: those of the grid, or parts of them that all have the same scale.
         size = next((each for each in KERNEL_GROUPS if (group_size or each) % each == 0), None)
         if size is None:
-            return
+            return None
         n_groups = -(-self.in_features // size)
         repeats = group_size // size if group_size else n_groups
-        pad_rows = -self.out_features % 16
+        pad_rows = -self.out_features % 64
         if bits < 4:
             codes = codes + 8 - by_column(zero, self.in_features, group_size)  # from 1 to 15
             zero = torch.full_like(zero, 8)
@@ -147,13 +181,8 @@ class QuantizedLinear(Packed):
         both = torch.stack((scale, offset.bfloat16()), -1)  # (out, groups, 2)
         both = both.repeat_interleave(repeats, 1)[:, :n_groups]
         both = F.pad(both, (0, 0, 0, 0, 0, pad_rows)).transpose(0, 1).contiguous()  # (groups, out, 2)
-        self.kernel = (
-            4,
-            torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1),
-            both,
-            size,
-            codes.size(1),
-        )
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+        return 4, packed, both, size, codes.size(1)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -225,7 +254,7 @@ def put_linear(model: nn.Module, name: str, q: Quantized) -> None:
     module.scale.data = module.scale.data.to(getattr(parent, own).weight.dtype)
     module.keeps_weight = own == "kv_b_proj"  # absorbed attention reads its weights at every step
     if name == "lm_head" and model.config.tie_word_embeddings:
-        model.model["embed_tokens"] = QuantizedEmbedding(module)
+        model.model["embed_tokens"], module.is_embedding = QuantizedEmbedding(module), True
     setattr(parent, own, module)
 
 
