@@ -210,6 +210,17 @@ def test_a_saved_quantized_run_loads_like_any_other(quantized_run, name, dtype):
     ] == []
 
 
+@torch.inference_mode()
+def test_a_run_loaded_as_it_is_stored_has_one_dtype(quantized_run):
+    """Its scales are stored in bfloat16, but absorbed attention multiplies float32 by its weights."""
+    folder, _ = quantized_run("stage7_mla_mtp")
+    model, _ = runs.load(folder, "last", CPU)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    cache = model.new_cache(1, 9)
+    model(torch.zeros(1, 8, dtype=torch.int64), cache=cache)
+    assert model(torch.zeros(1, 1, dtype=torch.int64), cache=cache)[0].dtype == torch.float32
+
+
 @pytest.mark.parametrize("bits", BITS)
 def test_a_model_whose_codes_only_the_kernels_have_is_saved_too(quantized_run, bits):
     """And no module holds its codes twice where the kernel's order is known: on CPUs with AVX512."""

@@ -131,7 +131,8 @@ class QuantizedLinear(Packed):
     def kernel_product(self, x):
         """x Wᵀ of x (rows, in), computed from the codes."""
         bits, codes, scales, group_size, width = self.kernel
-        x = F.pad(x, (0, width - self.in_features))
+        if width != self.in_features:
+            x = F.pad(x, (0, width - self.in_features))
         if bits == 8:
             return torch.ops.aten._weight_int8pack_mm(x, codes, scales)
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, codes, group_size, scales)
