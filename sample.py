@@ -30,7 +30,7 @@ from data.tokenizers import end_tokens
 from lab import cli
 from lab import device as devices
 from lab.errors import UserError, shown
-from lab.sampling import chat, generation
+from lab.sampling import chat, generation, packed
 from lab.sampling.compiled import CompiledStep
 from lab.storage import runs
 
@@ -127,6 +127,8 @@ def main():
     stored = runs.weights_dtype(folder, config)
     dtype = devices.sampling_dtype(settings.dtype, stored, device)
     model, config = runs.load(folder, settings.checkpoint, device, dtype)
+    if not settings.compile:
+        packed.pack(model)
     if settings.draft and not getattr(model.config, "num_nextn_predict_layers", 0):
         raise UserError(
             f"--draft needs a block of multi-token prediction; {shown(folder)} ({config['stage']}) has none\n"
