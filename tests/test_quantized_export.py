@@ -77,9 +77,10 @@ def test_transformers_computes_with_exactly_our_weights(
         ] == []
 
 
-@pytest.mark.parametrize("head", [False, True])
 @pytest.mark.parametrize(
-    "kind", [kind for kind, (stage, sizes, back) in KINDS.items() if back and sizes.get("n_layer") != 27]
+    "kind, head",
+    [(kind, True) for kind, (_, sizes, back) in KINDS.items() if back and sizes.get("n_layer") != 27]
+    + [("llama", False), ("llama with groups", False)],
 )
 def test_a_quantized_run_comes_back_from_gguf(run_export, run_gguf, kind, head):  # noqa: F811
     """As floating-point numbers, equal to ours but for Q4_1's -scale * zero in float16."""

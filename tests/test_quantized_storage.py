@@ -13,6 +13,7 @@ from deploy.quantization import storage
 from deploy.quantization.grid import BITS, Quantized, dequantize, find_grid, pack, to_codes, unpack
 from deploy.quantization.linear import QuantizedLinear, prepare, replace
 from lab import stages
+from lab.comparison import overview
 from lab.errors import UserError
 from lab.storage import checkpoint, edits, runs, tensors
 
@@ -272,6 +273,11 @@ def test_a_quantized_run_is_not_trained(quantized_run, monkeypatch, capsys, flag
     assert call(monkeypatch, train, *flags, folder) == 2
     error = capsys.readouterr().err
     assert "is quantized: it cannot be trained" in error and error.count("\n") == 2
+
+
+def test_the_list_of_runs_says_how_a_run_is_quantized(quantized_run):
+    folder, _ = quantized_run("stage0_gpt", head=True)
+    assert overview.row(folder)[3:5] == ["rtn, 4 and 8 bits", "–"]
 
 
 def test_a_quantized_run_is_not_quantized_again(quantized_run, tmp_path):
