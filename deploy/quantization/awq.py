@@ -8,6 +8,7 @@ outputs. Then `clip` chooses how much of each group's range the grid covers, and
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 
 from deploy.quantization.grid import Quantized, dequantize, find_grid, to_codes
 from deploy.quantization.rtn import rtn
+from lab.errors import UserError
 
 N_ALPHA = 20  # α = 0, 0.05 … 0.95
 N_CLIP = 10  # ranges of 1, 0.95 … 0.55 of a group's weights
@@ -64,23 +66,34 @@ def folds(layer: nn.Module) -> Iterator[Fold]:
 def fold_layer(
     layer: nn.Module, args: tuple, bits: int, group_size: int | None, dtype: torch.dtype
 ) -> dict[str, float]:
-    """Folds the best scales into a layer's weights, for the arguments that it gets. Its outputs stay the same.
+    """Folds the best scales into a layer's weights, given its arguments. Its outputs stay the same.
 
     dtype is that in which the norms are stored. Returns each fold's α by the name of the inspected module.
+    Raises UserError if the layer is not built like the course's.
     """
-    all_folds = list(folds(layer))
-    seen = see_inputs(layer, {fold.inspected for fold in all_folds} | {"mlp.experts"}, args)
+    try:
+        all_folds = list(folds(layer))
+    except KeyError as missing:
+        raise UserError(f"awq needs layers with an {missing}, as in the course: use --method gptq") from None
+    windows = max(1, SEARCH_TOKENS // args[0].size(1))
+    some = first_windows(args, windows)
+    before = layer(*some)
+    seen = see_inputs(layer, {fold.inspected for fold in all_folds} | {"mlp.experts"}, args, windows)
     alphas = {}
     for fold in all_folds:
-        mean, args = seen[fold.inspected]
-        inspected = layer.get_submodule(fold.inspected)
+        mean, inputs = seen[fold.inspected]
+        output = partial(layer.get_submodule(fold.inspected), *inputs)
         rounded = [reader for reader in fold.readers if is_quantized(*reader)]
-        scales, alpha = best_scales(mean, rounded, lambda: inspected(*args), bits, group_size)
+        scales, alpha = best_scales(mean, rounded, output, bits, group_size)
         apply(fold, scales, dtype)
         alphas[fold.inspected] = alpha
     if "mlp.experts" in seen:
-        _, args = seen["mlp.experts"]
-        alphas["mlp.experts"] = fold_experts(layer.mlp.experts, *args, bits, group_size)
+        _, inputs = seen["mlp.experts"]
+        alphas["mlp.experts"] = fold_experts(layer.mlp.experts, *inputs, bits, group_size)
+    if (layer(*some) - before).norm() > 0.01 * before.norm():
+        raise UserError(
+            "awq cannot scale this model: something else reads a norm's output, too\nuse --method gptq"
+        )
     return alphas
 
 
@@ -89,30 +102,34 @@ def is_quantized(module: nn.Module, name: str) -> bool:
     return isinstance(module, nn.Linear) or name == "gate_up_proj"
 
 
-def see_inputs(layer: nn.Module, names: set[str], args: tuple) -> dict[str, tuple[torch.Tensor, tuple]]:
+def see_inputs(
+    layer: nn.Module, names: set[str], args: tuple, windows: int
+) -> dict[str, tuple[torch.Tensor, tuple]]:
     """Runs the layer. For each module named: the mean |x| of its input's channels, and its arguments.
 
-    The arguments are those of the first windows only, with SEARCH_TOKENS tokens.
+    The arguments are those of the first windows only.
     """
     seen, handles = {}, []
-    windows = max(1, SEARCH_TOKENS // args[0].size(1))
     for name, module in layer.named_modules():
         if name in names:
 
             def see(module, inputs, name=name):
-                x = inputs[0]
-                mean = x.float().abs().flatten(0, -2).mean(0)
-                n = (
-                    windows if name != "mlp.experts" else windows * args[0].size(1)
-                )  # its input is (tokens, in)
-                per_token = (t[:n] if name == "mlp.experts" else t for t in inputs[1:])
-                seen[name] = (mean, (x[:n], *per_token))
+                mean = inputs[0].float().abs().flatten(0, -2).mean(0)
+                if name == "mlp.experts":  # x, weights and indices, each (tokens, …)
+                    seen[name] = (mean, tuple(t[: windows * args[0].size(1)] for t in inputs))
+                else:
+                    seen[name] = (mean, first_windows(inputs, windows))
 
             handles.append(module.register_forward_pre_hook(see))
     layer(*args)
     for handle in handles:
         handle.remove()
     return seen
+
+
+def first_windows(args: tuple, n: int) -> tuple:
+    """The arguments of a module for the first n windows only. A mask has two dimensions and is for all."""
+    return tuple(arg[:n] if torch.is_tensor(arg) and arg.dim() > 2 else arg for arg in args)
 
 
 def best_scales(
@@ -184,7 +201,7 @@ def fold_experts(
     bits: int,
     group_size: int | None,
 ) -> float:
-    """Folds up → down of every routed expert, with scales from the tokens routed to it. Returns the mean α."""
+    """Folds up → down of every routed expert, with scales from its own tokens. Returns the mean α."""
     alphas = []
     gate_up, down = experts.gate_up_proj.data.clone(), experts.down_proj.data.clone()
     for e in range(len(down)):
@@ -196,7 +213,7 @@ def fold_experts(
         reader = nn.Linear(down.size(2), down.size(1), bias=False, device=down.device)
         reader.weight.data = down[e]
         mean = hidden.abs().mean(0)
-        scales, alpha = best_scales(mean, [(reader, "weight")], lambda: reader(hidden), bits, group_size)
+        scales, alpha = best_scales(mean, [(reader, "weight")], partial(reader, hidden), bits, group_size)
         gate_up[e, len(scales) :] /= scales[:, None]  # up is below gate
         down[e] *= scales
         alphas.append(alpha)
@@ -208,8 +225,7 @@ def clip(weight: torch.Tensor, hessian: torch.Tensor, bits: int, group_size: int
     """Rounds a weight (out, in) to nearest, with the best range for each row and group.
 
     A smaller range has a finer grid, but clips the largest weights. Of N_CLIP ranges, each group gets the one
-    that changes its part of the output least, on inputs with this Hessian (in, in) (section 3.2 of the paper's
-    code; the paper itself mentions weight clipping in section 5.1).
+    that changes its part of the output least, on inputs with this Hessian (in, in).
     """
     best = None
     for step in range(N_CLIP):

@@ -1,9 +1,10 @@
 """Passes text through a model, layer by layer, and quantizes each matrix when its input arrives.
 
 All calibration tokens go through a layer in one pass. Whenever they reach a matrix, a hook computes the
-Hessian of the input, quantizes the matrix, and lets the pass go on with the quantized weights. So every matrix
-sees the errors of those before it ("true-sequential": q, k and v, then o, then gate and up, then down), and
-only one Hessian is in memory. Nothing here depends on a stage's code: the hooks find its linear layers.
+Hessian of the input, quantizes the matrix, and lets the pass go on with the quantized weights. So every
+matrix sees the errors of those before it ("true-sequential": q, k and v, then o, then gate and up, then
+down), and only one Hessian is in memory. Nothing here depends on a stage's code: the hooks find its linear
+layers.
 """
 
 from collections.abc import Callable
