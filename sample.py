@@ -34,6 +34,10 @@ from lab.sampling import chat, generation
 from lab.sampling.compiled import CompiledStep
 from lab.storage import runs
 
+COMPILED_CONTEXT = (
+    2048  # for a chat: a compiled step attends to all of its cache, however few tokens it holds
+)
+
 
 @dataclass
 class Settings:
@@ -221,6 +225,9 @@ def converse(
     settings: Settings, model: torch.nn.Module, tokenizer, template, context: int, options: dict
 ) -> None:
     """Holds a conversation: with the terminal, or with the lines of a pipe."""
+    if settings.compile and settings.context is None and context > COMPILED_CONTEXT:
+        context = COMPILED_CONTEXT
+        print(f"--compile: the conversation has room for {context:,} tokens (see --context)", file=sys.stderr)
     talk = chat.Chat(
         model,
         lambda messages: chat_template.encode(tokenizer, template.render(messages)).tolist(),
