@@ -90,6 +90,9 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 def unpack(packed: torch.Tensor, bits: int, width: int) -> torch.Tensor:
     """Undoes `pack`: the codes (out, width), uint8."""
-    words = F.pad(packed.unflatten(1, (-1, bits)), (0, 8 - bits)).contiguous().view(torch.int64)
-    codes = (words >> (bits * torch.arange(8, device=packed.device))) & (2**bits - 1)  # (out, in / 8, 8)
-    return codes.to(torch.uint8).flatten(1)[:, :width]
+    if bits == 3:  # codes cross the borders of bytes
+        words = F.pad(packed.unflatten(1, (-1, 3)), (0, 5)).contiguous().view(torch.int64)
+        codes = ((words >> (3 * torch.arange(8, device=packed.device))) & 7).to(torch.uint8)
+    else:  # 1, 2 or 4 codes in a byte; three times as fast
+        codes = torch.stack([(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)], -1)
+    return codes.flatten(1)[:, :width]
