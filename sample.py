@@ -30,7 +30,7 @@ from data.tokenizers import end_tokens
 from lab import cli
 from lab import device as devices
 from lab.errors import UserError, shown
-from lab.sampling import chat, generation
+from lab.sampling import chat, generation, int8_cache, packed
 from lab.sampling.compiled import CompiledStep
 from lab.storage import runs
 
@@ -79,6 +79,8 @@ class Settings:
     """System message of the chat."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the weights; auto: as the run stores them, if the device is fast with it."""
+    cache_dtype: Literal["auto", "int8"] = "auto"
+    """Number format of the cache; int8 takes half of the memory of bfloat16. auto: that of the weights."""
     seed: int = 1337
     """Seed of the random choices: the same seed gives the same text."""
     device: str = "auto"
@@ -96,6 +98,8 @@ class Settings:
             raise ValueError(f"seed must be from 0 to below 2**63, not {self.seed}")
         if self.compile and self.draft:
             raise ValueError("--compile and --draft do not go together; leave one of them out")
+        if self.compile and self.cache_dtype == "int8":
+            raise ValueError("--compile and --cache-dtype int8 do not go together; leave one of them out")
         for name in ("draft", "prompt", "prompt_file"):
             if self.chat and getattr(self, name) not in (None, False):
                 raise ValueError(
@@ -127,6 +131,10 @@ def main():
     stored = runs.weights_dtype(folder, config)
     dtype = devices.sampling_dtype(settings.dtype, stored, device)
     model, config = runs.load(folder, settings.checkpoint, device, dtype)
+    if not settings.compile:
+        packed.pack(model)
+    if settings.cache_dtype == "int8":
+        int8_cache.use(model)
     if settings.draft and not getattr(model.config, "num_nextn_predict_layers", 0):
         raise UserError(
             f"--draft needs a block of multi-token prediction; {shown(folder)} ({config['stage']}) has none\n"

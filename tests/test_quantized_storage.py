@@ -105,15 +105,17 @@ def test_in_float32_the_result_is_exactly_that_of_the_dequantized_weights():
     assert torch.equal(QuantizedLinear(q)(x), F.linear(x, dequantize(q)))
 
 
-def rounded(model, bits, group_size, head=False):
+def rounded(model, bits, group_size, head=False, **options):
     """All projections of a model's blocks, rounded to their nearest codes: an argument of `replace`."""
     found = {}
     for name, module in model.model.layers.named_modules(prefix="model.layers"):
         if isinstance(module, torch.nn.Linear):
-            found[name] = quantized(module.weight.detach(), bits, group_size)
+            found[name] = quantized(module.weight.detach(), bits, group_size, **options)
         for own, parameter in module.named_parameters(recurse=False):
             if parameter.dim() == 3:
-                found[f"{name}.{own}"] = [quantized(each.detach(), bits, group_size) for each in parameter]
+                found[f"{name}.{own}"] = [
+                    quantized(each.detach(), bits, group_size, **options) for each in parameter
+                ]
     if head:
         found["lm_head"] = quantized(model.lm_head.weight.detach(), 8, None)
     return found
@@ -126,7 +128,7 @@ def with_dense_weights(model, found):
         if isinstance(q, list):
             getattr(parent, own).data = torch.stack([dequantize(each) for each in q])
         elif name == "lm_head":
-            parent.lm_head.weight = torch.nn.Parameter(dequantize(q))
+            parent.lm_head.weight.data = dequantize(q)  # the embedding's too, if they are tied
         else:
             getattr(parent, own).weight.data = dequantize(q)
     return model
@@ -202,7 +204,7 @@ def test_a_saved_quantized_run_loads_like_any_other(quantized_run, name, dtype):
     idx = torch.randint(0, 65, (1, 12))
     expected = saved.to(dtype)(idx)[0]
     prepare(saved)
-    assert torch.equal(loaded(idx)[0], saved(idx)[0]) and near(loaded(idx)[0], expected, 0.03)
+    assert torch.equal(loaded(idx)[0], saved(idx)[0]) and near(loaded(idx)[0], expected, 0.05)
     assert {grid["bits"] for grid in config["quantization"]["grids"]} == {3, 8}
     assert [
         key for key, tensor in saved.state_dict().items() if not torch.equal(tensor, loaded.state_dict()[key])

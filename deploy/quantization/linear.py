@@ -70,6 +70,15 @@ class Packed(nn.Module):
             weight[rows] = groups.flatten(1)[:, : self.shape[-1]]
         return weight
 
+    def rows(self, indices: torch.Tensor) -> torch.Tensor:
+        """Some rows of the matrix, dequantized: indices (…) -> (…, in)."""
+        at = indices.flatten()
+        codes = unpack(self.packed[at], self.bits, self.shape[-1])
+        zero, scale = (
+            by_column(each[at], self.shape[-1], self.group_size) for each in (self.zero, self.scale)
+        )
+        return ((codes.to(scale.dtype) - zero.to(scale.dtype)) * scale).view(*indices.shape, -1)
+
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         """Scales are saved in bfloat16, which holds them exactly (see grid.find_grid)."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -159,6 +168,17 @@ class QuantizedLinear(Packed):
         return self.kept_weight
 
 
+class QuantizedEmbedding(nn.Module):
+    """Stands in for an nn.Embedding that shares its weights with a quantized head: looks tokens up in it."""
+
+    def __init__(self, head: QuantizedLinear):
+        super().__init__()
+        self.heads = (head,)  # in a tuple, so that the head's tensors are not counted and saved twice
+
+    def forward(self, idx):
+        return self.heads[0].rows(idx)
+
+
 class QuantizedExperts(nn.Module):
     """Stands in for a stage's routed experts, of which it dequantizes only those that some token has chosen.
 
@@ -187,7 +207,8 @@ def replace(model: nn.Module, quantized: dict[str, Quantized | list[Quantized]])
     """Puts quantized modules in the places of a model's own.
 
     A key is the name of an nn.Linear, such as "model.layers.0.self_attn.q_proj", or of a stacked parameter,
-    such as "model.layers.0.mlp.experts.down_proj", whose value is a list: one Quantized for each expert.
+    such as "model.layers.0.mlp.experts.down_proj", whose value is a list: one Quantized for each expert. A
+    tied "lm_head" stays tied: the embedding then reads the same codes.
     """
     for name, q in quantized.items():
         if isinstance(q, list):
@@ -203,6 +224,8 @@ def put_linear(model: nn.Module, name: str, q: Quantized) -> None:
     module = QuantizedLinear(q, getattr(parent, own).bias)
     module.scale.data = module.scale.data.to(getattr(parent, own).weight.dtype)
     module.keeps_weight = own == "kv_b_proj"  # absorbed attention reads its weights at every step
+    if name == "lm_head" and model.config.tie_word_embeddings:
+        model.model["embed_tokens"] = QuantizedEmbedding(module)
     setattr(parent, own, module)
 
 

@@ -85,7 +85,7 @@ def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The model's tensors by name, without a tied head."""
     found = dict(model.state_dict())
     if model.config.tie_word_embeddings:
-        found.pop("lm_head.weight", None)  # a quantized head is a copy, with tensors of its own
+        found.pop("lm_head.weight", None)  # a quantized head has codes instead
     return {name: tensor.contiguous() for name, tensor in found.items()}
 
 
