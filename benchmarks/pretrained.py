@@ -139,6 +139,7 @@ def theirs(run: Path, folder: Path, settings: Settings) -> dict[str, Program]:
     programs = {}
     for name, dtype in DTYPES.items():
         model = AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=dtype).eval()
+        model.generation_config.eos_token_id = None  # min_new_tokens would give other tokens instead of it
         nbytes = sum(parameter.nbytes for parameter in model.parameters())
         programs[f"transformers {name}"] = Program(partial(theirs_generates, model, settings.tokens), nbytes)
     return programs
@@ -161,7 +162,7 @@ class Clock:
 def theirs_generates(model, n: int, prompt: list[int]) -> Measured:
     """Generates n tokens."""
     idx, clock = torch.tensor([prompt]), Clock()
-    options = {"do_sample": False, "max_new_tokens": n, "min_new_tokens": n, "pad_token_id": 0}
+    options = {"do_sample": False, "max_new_tokens": n, "pad_token_id": 0}
     started = time.perf_counter()
     made = model.generate(idx, attention_mask=torch.ones_like(idx), streamer=clock, **options)
     first, *_, last = clock.times[1:]  # the prompt comes first
