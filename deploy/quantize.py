@@ -5,8 +5,8 @@ deploy.serve take it like any other; it cannot be trained. The methods are in de
 lesson. They need some text of the kind that the model is for: --data, or else the run's own training data.
 
 Every matrix of every layer is quantized, also those of experts and of MTP blocks. The embedding, the head,
-norms, biases and routers stay as they are; --head int8 quantizes the head, too. The layers are done one by
-one, and each is kept in OUT.unfinished: if interrupted, rerun the command, and it goes on from there.
+norms, biases and routers stay as they are; --head int8 quantizes the head to 8 bits, too. The layers are done
+one by one, and each is kept in OUT.unfinished: if interrupted, rerun the command, and it goes on from there.
 """
 
 import sys
@@ -72,7 +72,7 @@ class Settings:
     clip: bool = True
     """awq: search for the range of each group."""
     head: Literal["keep", "int8"] = "keep"
-    """Whether the head stays as it is, or becomes a quantized copy with 8 bits and a scale for each row."""
+    """int8: 8 bits, with a scale for each token, also for an embedding that shares the head's weights."""
     seed: int = 0
     """Seed of the choice of calibration windows."""
     device: str = "auto"
@@ -84,12 +84,16 @@ class Settings:
 
 
 @device.memory_errors(
-    "quantization needs the memory of one layer in float32, and that of its activations on "
-    "all calibration tokens: try fewer --calibration-tokens"
+    "quantization needs the memory of one layer in float32, and that of its activations on all calibration "
+    "tokens: try fewer --calibration-tokens"
 )
-@torch.no_grad()
 def main():
-    settings = cli.parse_flags(Settings, sys.argv[1:])
+    quantize(cli.parse_flags(Settings, sys.argv[1:]))
+
+
+@torch.no_grad()
+def quantize(settings: Settings) -> None:
+    """Writes the quantized run, and says where. Raises UserError for all that the user can fix."""
     check_flags(settings)
     run, out = Path(settings.run), Path(settings.out)
     config = runs.read_config(run)
@@ -108,14 +112,15 @@ def main():
             records = quantize_layers(settings, model, idx.to(where), unfinished)
         except KeyboardInterrupt:
             n_done = len(list(unfinished.glob("layer-*")))
-            n_layers = len(model.model.layers)
             print(
-                f"\n{n_done} of {n_layers} layers are kept in {shown(unfinished)}: rerun the command to go on"
+                f"\n{n_done} of {len(model.model.layers)} layers are kept in {shown(unfinished)}: "
+                "rerun the command to go on",
+                file=sys.stderr,
             )
             raise
         assemble(settings, run, out, unfinished, records)
     shutil.rmtree(unfinished)
-    report(run, out, records)
+    report(run, out)
 
 
 def check_flags(settings: Settings) -> None:
@@ -352,7 +357,10 @@ def assemble(settings: Settings, run: Path, out: Path, unfinished: Path, records
     if settings.head == "int8":
         quantized["lm_head"] = rtn(model.lm_head.weight, 8, None)
     linear.replace(model, quantized)
-    about = {key: value for key, value in asdict(settings).items() if key not in ("run", "out", "device")}
+    about = {"method": settings.method, "calibration_tokens": settings.calibration_tokens}
+    about |= {"data": settings.data, "seed": settings.seed}
+    about |= {"act_order": settings.act_order} if settings.method == "gptq" else {}
+    about |= {"clip": settings.clip} if settings.method == "awq" else {}
     with new_folder(out, run) as folder:
         storage.save(folder, run, model, about)
         lines = "".join(json.dumps(record) + "\n" for record in records)
@@ -406,12 +414,10 @@ def progress(n_layers: int) -> Iterator:
         yield tick
 
 
-def report(run: Path, out: Path, records: list[dict]) -> None:
+def report(run: Path, out: Path) -> None:
     """Prints how large both runs are, and how to use the new one."""
-    sizes = [
-        size_of(folder, name) / 1e6 for folder, name in ((run, runs.existing(run, "best")), (out, "last"))
-    ]
-    print(f"{sizes[0]:.1f} MB became {sizes[1]:.1f} MB ({sizes[1] / sizes[0]:.0%})")
+    before, after = size_of(run, runs.existing(run, "best")), size_of(out, "last")
+    print(f"{before / 1e6:,.2f} MB became {after / 1e6:,.2f} MB ({after / before:.0%})")
     print(f"{shown(out)}: quantization.png and quantization.jsonl have the error by layer")
     print(f"to use it: python sample.py --run {shlex.quote(shown(out))}")
 
