@@ -14,12 +14,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from deploy.quantization.grid import Quantized, dequantize, find_grid, to_codes
+from deploy.quantization.grid import Quantized, by_column, dequantize, find_grid, in_groups, to_codes
 from deploy.quantization.rtn import rtn
 from lab.errors import UserError
 
 N_ALPHA = 20  # α = 0, 0.05 … 0.95
-N_CLIP = 10  # ranges of 1, 0.95 … 0.55 of a group's weights
+N_CLIP = 10  # limits of 1, 0.95 … 0.55 times a group's largest weight
 SEARCH_TOKENS = 2048  # each α is tried on no more tokens than this
 
 
@@ -224,12 +224,15 @@ def fold_experts(
 def clip(weight: torch.Tensor, hessian: torch.Tensor, bits: int, group_size: int | None) -> Quantized:
     """Rounds a weight (out, in) to nearest, with the best range for each row and group.
 
-    A smaller range has a finer grid, but clips the largest weights. Of N_CLIP ranges, each group gets the one
-    that changes its part of the output least, on inputs with this Hessian (in, in).
+    Clipping the largest weights of a group to a smaller one makes the grid of all others finer. Of N_CLIP
+    limits, each group gets the one that changes its part of the output least, on inputs with this Hessian
+    (in, in).
     """
-    best = None
+    largest = in_groups(weight, group_size).abs().amax(-1)  # (out, groups)
+    best = best_loss = None
     for step in range(N_CLIP):
-        scale, zero = find_grid(weight, bits, group_size, shrink=1 - step / 20)
+        limit = by_column(largest * (1 - step / 20), weight.size(1), group_size)
+        scale, zero = find_grid(weight.clamp(-limit, limit), bits, group_size)
         q = Quantized(to_codes(weight, scale, zero, bits, group_size), scale, zero, bits, group_size)
         loss = group_losses(weight - dequantize(q), hessian, group_size)
         if best is None:

@@ -9,11 +9,8 @@ import torch
 from deploy.quantization.grid import Quantized, find_grid, to_codes
 
 
-def rtn(weight: torch.Tensor, bits: int, group_size: int | None, shrink: float = 1.0) -> Quantized:
-    """Rounds a weight (out, in) on a grid of 2**bits points for each row and group of group_size columns.
-
-    shrink below 1 clips the range of each group by that factor: see awq.clip.
-    """
+def rtn(weight: torch.Tensor, bits: int, group_size: int | None) -> Quantized:
+    """Rounds a weight (out, in) on a grid of 2**bits points for each row and group of group_size columns."""
     weight = weight.float()
-    scale, zero = find_grid(weight, bits, group_size, shrink)
+    scale, zero = find_grid(weight, bits, group_size)
     return Quantized(to_codes(weight, scale, zero, bits, group_size), scale, zero, bits, group_size)
