@@ -238,7 +238,6 @@ def quantize_layers(settings: Settings, model, idx: torch.Tensor, folder: Path) 
     records = []
     with progress(len(layers)) as tick:
         for number, layer in enumerate(layers):
-            started = time.perf_counter()
             layer.to(x.device, torch.float32)
             if number >= n_layer:  # an MTP block
                 x = model.model.norm.float()(x) if number == n_layer else x
@@ -253,7 +252,6 @@ def quantize_layers(settings: Settings, model, idx: torch.Tensor, folder: Path) 
                 x = layer(*args)
             else:
                 x, record = quantize_layer(settings, layer, args, norm_dtype, path, number)
-                record |= {"seconds": time.perf_counter() - started}
             records.append(record)
             layer.to("meta")  # frees its memory
             tick(record)
@@ -264,7 +262,7 @@ def quantize_layer(
     settings: Settings, layer: torch.nn.Module, args: tuple, norm_dtype: torch.dtype, path: Path, number: int
 ) -> tuple[torch.Tensor, dict]:
     """Quantizes one layer and writes its file; returns its output and its record."""
-    alphas = {}
+    alphas, started = {}, time.perf_counter()
     if settings.method == "awq":
         alphas = awq.fold_layer(layer, args, settings.bits, settings.group, norm_dtype)
     output, done = calibration.quantize_layer(layer, args, method(settings))
@@ -272,6 +270,7 @@ def quantize_layer(
         "layer": number,
         "error": sum(done.errors.values()) / len(done.errors),
         "errors": done.errors,
+        "seconds": time.perf_counter() - started,
         **({"alphas": alphas} if alphas else {}),
         **({"rare_experts": done.rare} if done.rare else {}),
     }

@@ -89,6 +89,8 @@ def test_an_interrupted_quantization_goes_on_and_gives_the_same(
     monkeypatch.setattr(quantize, "quantize_layer", lambda *args: made.append(args[-1]) or real(*args))
     assert run_quantize("run", "parts", *flags) == 0
     assert made == [2]  # only the layer that was missing
+    records = [json.loads(line) for line in (workshop / "parts/quantization.jsonl").read_text().splitlines()]
+    assert [record["layer"] for record in records] == [0, 1, 2] and "seconds" in records[0]
     whole, parts = (runs.load(workshop / name, "best", CPU)[0].state_dict() for name in ("whole", "parts"))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     assert not (workshop / "parts.unfinished").exists()
