@@ -1,0 +1,133 @@
+"""The memory of all blocks, and the view of it that stands in for a model's cache.
+
+A model asks its cache for positions and a mask, and every layer passes its new keys and values to `update`
+and gets back those of all tokens. Batch answers the same questions for rows of different lengths, whose
+tokens lie in blocks anywhere in the pool. So all stages can be served, and none of them knows of it.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from deploy.serving.blocks import NULL
+
+
+class Pool:
+    """One tensor (n_layer, n_blocks, heads, block_size, width) for each thing that the model's cache stores.
+
+    These are keys and values, or in stage 7 rotated keys and latents. A head's part of a block is one piece
+    of memory. Copied piece by piece, the blocks of a row are its keys (heads, S, width) in their usual order.
+    """
+
+    def __init__(self, model: torch.nn.Module, n_blocks: int, block_size: int):
+        self.block_size, self.n_blocks = block_size, n_blocks
+        # Zeros, because a NaN in the null block would survive the mask.
+        self.tensors = [
+            t.new_zeros(t.size(0), n_blocks, t.size(2), block_size, t.size(4)) for t in stored(model)
+        ]
+        # A stage whose own cache has no mask for a first prefill lets SDPA mask, which is faster.
+        self.causal_by_default = model.new_cache(1, 2).mask(2) is None
+        self.window = getattr(model.config, "sliding_window", None)  # Mistral's
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors)
+
+    def copy(self, source: int, target: int) -> None:
+        """Copies the content of a block."""
+        for t in self.tensors:
+            t[:, target] = t[:, source]
+
+
+class HostMemory:
+    """Copies of blocks in the memory of the CPU."""
+
+    def __init__(self, pool: Pool, n_places: int):
+        self.pool = pool
+        pinned = pool.tensors[0].is_cuda
+        shapes = [(t.size(0), n_places, *t.shape[2:]) for t in pool.tensors]
+        self.tensors = [
+            torch.zeros(shape, dtype=t.dtype, pin_memory=pinned)
+            for shape, t in zip(shapes, pool.tensors, strict=True)
+        ]
+
+    def save(self, block: int, place: int) -> None:
+        for here, there in zip(self.tensors, self.pool.tensors, strict=True):
+            here[:, place].copy_(there[:, block])
+
+    def load(self, place: int, block: int) -> None:
+        for here, there in zip(self.tensors, self.pool.tensors, strict=True):
+            there[:, block].copy_(here[:, place])
+
+
+def stored(model: torch.nn.Module) -> list[torch.Tensor]:
+    """What the model's cache stores of a token: tensors (n_layer, 1, heads, 1, width)."""
+    return [value for value in vars(model.new_cache(1, 1)).values() if isinstance(value, torch.Tensor)]
+
+
+def block_bytes(model: torch.nn.Module, block_size: int) -> int:
+    """The size of a block."""
+    return sum(t.nbytes for t in stored(model)) * block_size
+
+
+class Batch:
+    """Stands in for a cache while the model computes n_new more tokens of every row.
+
+    tables: the blocks of each row, with room for the new tokens; starts: how many tokens they hold already.
+    """
+
+    length = 0  # stage 0 adds it to n_new to check its positions; the scheduler checks them here
+
+    def __init__(self, pool: Pool, tables: list[list[int]], starts: list[int], n_new: int):
+        self.pool, self.size = pool, pool.block_size
+        device = pool.tensors[0].device
+        self.is_first = not any(starts)  # all keys are new, so none need to be read from the pool
+        n_blocks = -(-(max(starts) + n_new) // self.size)
+        filled = [(table + [NULL] * n_blocks)[:n_blocks] for table in tables]
+        table = torch.tensor(filled)  # (B, n_blocks)
+        positions = torch.tensor(starts)[:, None] + torch.arange(n_new)  # (B, n_new)
+        written = table.gather(1, positions // self.size)  # (B, n_new): the blocks of the new tokens
+        self.pieces, self.slots = {}, {}  # by the number of heads
+        for heads in {tensor.size(2) for tensor in pool.tensors}:
+            head = torch.arange(heads)[:, None]
+            pieces = table[:, None] * heads + head  # (B, heads, n_blocks)
+            slots = (written[:, None] * heads + head) * self.size + positions[:, None] % self.size
+            self.pieces[heads], self.slots[heads] = pieces.to(device), slots.flatten().to(device)
+        self._positions = positions.to(device)
+        self._mask = self._make_mask(n_new if self.is_first else n_blocks * self.size)
+
+    def _make_mask(self, n_keys: int) -> torch.Tensor | None:
+        """(B, 1, n_new, n_keys) in the pool's dtype, or None: causal."""
+        window, positions = self.pool.window, self._positions[:, None, :, None]
+        if self.is_first and self.pool.causal_by_default and not (window and window < n_keys):
+            return None
+        keys = torch.arange(n_keys, device=positions.device)
+        hidden = keys > positions
+        if window:
+            hidden |= keys <= positions - window
+        mask = torch.zeros(hidden.shape, dtype=self.pool.tensors[0].dtype, device=positions.device)
+        return mask.masked_fill_(hidden, -torch.inf)
+
+    def positions(self, n_new: int) -> torch.Tensor:
+        """(B, n_new)"""
+        return self._positions
+
+    def mask(self, n_new: int) -> torch.Tensor | None:
+        return self._mask
+
+    def update(self, layer_idx: int, *new: torch.Tensor) -> list[torch.Tensor]:
+        """Stores what is new (B, heads, n_new, width); returns that of all tokens (B, heads, S, width)."""
+        everything = []
+        for tensor, x in zip(self.pool.tensors, new, strict=True):
+            _, heads, _, width = tensor[layer_idx].shape
+            slots = tensor[layer_idx].view(-1, width)
+            slots.index_copy_(0, self.slots[heads], x.reshape(-1, width).to(slots.dtype))
+            if self.is_first:
+                everything.append(x)
+                continue
+            pieces = slots.view(-1, self.size * width)
+            found = F.embedding(self.pieces[heads], pieces)  # the fastest way to copy rows, which it looks up
+            everything.append(found.view(x.size(0), heads, -1, width))
+        return everything
+
+    def advance(self, n_new: int) -> None:
+        """Nothing: the tables count the tokens."""
