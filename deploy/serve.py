@@ -94,18 +94,15 @@ def main():
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that has the address. Raises UserError if it cannot have it."""
+    """A socket that listens there. Raises UserError if that is not possible."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        found = socket.socket(family, kind, protocol)
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind(address)
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family)
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(
             f"cannot listen on {host}, port {port}: {reason}\nuse another --port (0: any free one) or --host"
         ) from None
-    return found
 
 
 def serve(settings: Settings, listening: socket.socket) -> None:

@@ -24,6 +24,7 @@ from starlette.exceptions import HTTPException
 from data import chat_template
 from data.chat_template import ChatTemplate
 from deploy.serving.engine import Engine, Output
+from deploy.serving.experts import Experts
 from deploy.serving.metrics import Metrics
 from deploy.serving.protocol import ChatRequest, CompletionRequest, Refused, TokenizeRequest
 from deploy.serving.sampling import SamplingParams
@@ -76,6 +77,7 @@ def make_app(
     limits = limits or Limits()
     metrics = Metrics(served.engine.stats())
     worker = Worker(served.engine, metrics, limits.max_requests)
+    experts = Experts.of(served.engine.model)
 
     @asynccontextmanager
     async def lifespan(app):
@@ -110,6 +112,7 @@ def make_app(
         "created": served.created,
         "owned_by": "eight-small-diffs",
         "max_model_len": served.context,
+        "chat_template": isinstance(served.template, ChatTemplate),
     }
 
     @app.get("/v1/models")
@@ -123,6 +126,7 @@ def make_app(
 
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request):
+        worker.check_room(1)  # before work on the prompt: a full server answers at once
         check_model(served, body.model)
         prompts = await asyncio.to_thread(prompts_of, served, body.prompt)
         answer = Answer(served, worker, body, prompts, limits, Completions(served, body))
@@ -130,6 +134,7 @@ def make_app(
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatRequest, request: Request):
+        worker.check_room(1)
         check_model(served, body.model)
         messages = [message.plain() for message in body.messages]
         prompt = await asyncio.to_thread(conversation, served, messages)
@@ -150,10 +155,19 @@ def make_app(
 
     @app.get("/debug/blocks", include_in_schema=False)
     async def blocks(id: str):
-        """For the chat page: the cache blocks that a request holds, and the engine's counts."""
-        inner = [each for each in worker.open if each == id or each.startswith(f"{id}-")]
-        held = await worker.call(lambda: [served.engine.blocks_of(each) for each in inner])
-        return Json({"tables": [table for tables in held for table in tables], "stats": metrics.stats})
+        """For the chat page: the blocks that a request holds, the engine's counts, and its chosen experts."""
+
+        def look():  # in the engine's thread
+            held = [table for each in worker.open if each.startswith(f"{id}-") for table in tables(each)]
+            return {"tables": held, "stats": served.engine.stats(), "experts": experts and experts.counts()}
+
+        def tables(request_id):
+            return [
+                [{"number": number, "references": references} for number, references in table]
+                for table in served.engine.blocks_of(request_id)
+            ]
+
+        return Json(await worker.call(look))
 
     return app
 
