@@ -1,5 +1,6 @@
 # make train STAGE=0    installs everything, trains that stage and samples from it
 # make compare          trains all stages and compares them
+# make smollm2          installs everything and gets a pretrained model to talk to
 # make test             installs everything, lints and runs the tests
 # make gpu-check        runs the GPU tests and measures the GPU, in nine minutes
 #
@@ -11,16 +12,18 @@ ifdef USE_PYTHON
 RUN = $(USE_PYTHON)
 BASE =
 COMPARE =
+DEPLOY =
 DEV =
 else
 RUN = .venv/bin/python
 BASE = .venv/installed
 COMPARE = .venv/installed-compare
+DEPLOY = .venv/installed-deploy
 DEV = .venv/installed-dev
 endif
 PIP_INSTALL = .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: train compare sample test test-gpu gpu-check lint format clean
+.PHONY: train compare sample smollm2 test test-gpu gpu-check lint format clean
 
 train: $(BASE)
 	$(RUN) train.py --stage $(STAGE) $(ARGS)
@@ -30,6 +33,9 @@ compare: $(COMPARE)
 
 sample: $(BASE)
 	$(RUN) sample.py --stage $(STAGE) $(ARGS)
+
+smollm2: $(DEPLOY)
+	$(RUN) -m deploy.pretrained smollm2 $(ARGS)
 
 # Runs two test files at a time with one thread each: over a quarter faster than one file with two threads.
 test: lint
@@ -57,6 +63,10 @@ format: $(DEV)
 
 .venv/installed-compare: .venv/installed
 	$(PIP_INSTALL) -e '.[compare]'
+	touch $@
+
+.venv/installed-deploy: .venv/installed
+	$(PIP_INSTALL) -e '.[deploy]'
 	touch $@
 
 .venv/installed-dev: .venv/installed

@@ -30,9 +30,13 @@ from data.tokenizers import end_tokens
 from lab import cli
 from lab import device as devices
 from lab.errors import UserError, shown
-from lab.sampling import chat, generation
+from lab.sampling import chat, generation, packed
 from lab.sampling.compiled import CompiledStep
 from lab.storage import runs
+
+COMPILED_CONTEXT = (
+    2048  # for a chat: a compiled step attends to all of its cache, however few tokens it holds
+)
 
 
 @dataclass
@@ -123,6 +127,8 @@ def main():
     stored = runs.weights_dtype(folder, config)
     dtype = devices.sampling_dtype(settings.dtype, stored, device)
     model, config = runs.load(folder, settings.checkpoint, device, dtype)
+    if not settings.compile:
+        packed.pack(model)
     if settings.draft and not getattr(model.config, "num_nextn_predict_layers", 0):
         raise UserError(
             f"--draft needs a block of multi-token prediction; {shown(folder)} ({config['stage']}) has none\n"
@@ -221,6 +227,9 @@ def converse(
     settings: Settings, model: torch.nn.Module, tokenizer, template, context: int, options: dict
 ) -> None:
     """Holds a conversation: with the terminal, or with the lines of a pipe."""
+    if settings.compile and settings.context is None and context > COMPILED_CONTEXT:
+        context = COMPILED_CONTEXT
+        print(f"--compile: the conversation has room for {context:,} tokens (see --context)", file=sys.stderr)
     talk = chat.Chat(
         model,
         lambda messages: chat_template.encode(tokenizer, template.render(messages)).tolist(),

@@ -56,7 +56,7 @@ class Training:
 
     @property
     def tokens_per_step(self) -> int:
-        return self.settings.batch_size * self.settings.model.block_size
+        return self.settings.batch_size * self.settings.sequence_length
 
 
 @devices.memory_errors("try a lower --micro-batch-size, --activation-checkpointing, or a smaller model")
@@ -69,7 +69,7 @@ def main():
     if settings.compile:
         devices.require_compiler(device)
     dataset = load_data(settings)
-    settings.model = command_line.fit_to_data(settings.model, dataset)
+    settings.model = command_line.fit_to_data(settings.model, dataset, settings.context)
     dtype = devices.choose_dtype(settings.dtype, device)
     devices.prepare(device)
 
@@ -98,6 +98,8 @@ def main():
 
         run = Training(settings, dataset, device, dtype, model, trained, optimizer, folder, progress)
         with runs.nothing_left_without_a_checkpoint(folder):
+            if settings.init_from and not settings.resume:
+                before_fine_tuning(run)
             stopped_by = train(run)
         parallel.stop()
         if stopped_by:
@@ -109,8 +111,16 @@ def main():
 
 def load_data(settings) -> data.Dataset:
     """The data set, tokenized like that of the run that is resumed or fine-tuned, if there is one."""
-    dataset = parallel.in_turn(lambda: data.load(settings.data, settings.tokenizer))
     earlier = settings.out if settings.resume else settings.init_from
+    tokenizer = settings.tokenizer
+    if tokenizer == "hf":
+        if not earlier or runs.read_meta(Path(earlier))["tokenizer"] != "hf":
+            raise UserError(
+                "--tokenizer hf is the tokenizer of an imported run that has one of its own\n"
+                "name such a run with --init-from, or choose another --tokenizer"
+            )
+        tokenizer = runs.tokenizer(Path(earlier))
+    dataset = parallel.in_turn(lambda: data.load(settings.data, tokenizer))
     if earlier:
         runs.warn_of_edits(Path(earlier), runs.read_config(Path(earlier)))
         dataset = data.recode(dataset, runs.read_meta(Path(earlier)), same_text=settings.resume)
@@ -173,9 +183,21 @@ def resume(settings, folder: Path, model, optimizer, device: torch.device, confi
         raise UserError(f"{shown(folder)} is at step {progress['step']}, past --steps {settings.steps}")
     if settings.steps > progress["step"]:  # else nothing is trained, so nothing is recorded
         parallel.from_first(lambda: runs.note_resumed(folder, config, progress["step"]))
-    tokens_per_step = settings.batch_size * settings.model.block_size
+    tokens_per_step = settings.batch_size * settings.sequence_length
     progress.setdefault("tokens", progress["step"] * tokens_per_step)  # format 1 lacks it
     return progress
+
+
+def before_fine_tuning(run: Training) -> None:
+    """Prints the settings that suit a pretrained model, if it is one, and the loss to start from."""
+    settings = run.settings
+    if settings.context:
+        print(
+            f"fine-tuning with --context {settings.context} (the model has {settings.model.block_size:,} "
+            f"positions), --batch-size {settings.batch_size} and --lr {settings.lr:g}"
+        )
+    before = evaluate(run, 0, devices.autocast(run.device, run.dtype))
+    print(f"validation loss before fine-tuning: {before['val_loss']:.4f}", flush=True)
 
 
 def train(run: Training) -> int | None:
@@ -185,7 +207,7 @@ def train(run: Training) -> int | None:
     rows = parallel.my_rows(settings.batch_size, run.micro_batch)
     wandb_config = runs.read_config(run.folder) if settings.wandb and parallel.RANK == 0 else None
     peak_flops = (devices.peak_flops(run.device) or 0) * parallel.WORLD_SIZE
-    flops = cost.flops_per_token(model) if peak_flops else 0
+    flops = cost.flops_per_token(model, settings.context) if peak_flops else 0
     recent = []  # losses and gradient norms since the last record, still on the device
 
     model.train()
@@ -197,7 +219,7 @@ def train(run: Training) -> int | None:
         for step in range(progress["step"] + 1, settings.steps + 1):
             lr = optim.cosine_lr(step, settings.steps, settings.warmup_steps, settings.lr, settings.min_lr)
             idx, targets = batches.train_batch(
-                run.dataset.train, settings.seed, step, settings.batch_size, settings.model.block_size, rows
+                run.dataset.train, settings.seed, step, settings.batch_size, settings.sequence_length, rows
             )
             idx, targets = idx.to(run.device), targets.to(run.device)
             losses = optim.accumulate_gradients(run.trained, idx, targets, run.micro_batch, autocast)
@@ -253,7 +275,13 @@ def make_record(run: Training, step: int, lr: float, recent: list, statistics: d
 def evaluate(run: Training, step: int, autocast) -> dict:
     """The validation loss at a step, in nats per token and in bits per byte."""
     val_loss = evaluation.next_token_loss(
-        run.model, run.dataset.val, run.settings.eval_tokens, run.micro_batch, autocast, run.device
+        run.model,
+        run.dataset.val,
+        run.settings.eval_tokens,
+        run.micro_batch,
+        autocast,
+        run.device,
+        run.settings.context,
     )
     if not math.isfinite(val_loss):
         raise not_finite("validation loss", step, run.folder)

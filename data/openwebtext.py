@@ -10,6 +10,7 @@ from pathlib import Path
 
 from data import documents, sources
 from data.prepare import Dataset, tokens_folder
+from data.tokenizers import HuggingFaceTokenizer
 from lab.errors import UserError, shown
 
 NAME = "openwebtext"
@@ -35,7 +36,7 @@ class Settings:
 
 
 def load(
-    tokenizer: str = "gpt2",
+    tokenizer: str | HuggingFaceTokenizer = "gpt2",
     source: str | None = None,
     workers: int | None = None,
     shard_tokens: int = documents.SHARD_TOKENS,
@@ -45,6 +46,10 @@ def load(
     Raises UserError for everything that the user can fix, such as an unreachable hub.
     """
     if tokenizer != "gpt2":
+        if isinstance(tokenizer, HuggingFaceTokenizer):
+            raise UserError(
+                "openwebtext works with GPT-2's tokenizer, not with an imported one: use other --data"
+            )
         raise UserError(f"openwebtext works with GPT-2's tokenizer, not {tokenizer}: use --tokenizer gpt2")
     folder = tokens_folder(NAME, tokenizer)
     if folder.exists():

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from data import documents, files, sources
 from data.prepare import Dataset, open_prepared, prepare, sha256_of, tokens_folder
+from data.tokenizers import HuggingFaceTokenizer
 from lab.errors import UserError
 
 IN_MEMORY = 100 * 2**20  # bytes: larger folders of .txt files become shards with the tokenizer gpt2
@@ -20,7 +21,7 @@ REMEDIES = {
 REMEDY_OF = {suffix: remedy for remedy, suffixes in REMEDIES.items() for suffix in suffixes.split()}
 
 
-def load(path: Path, tokenizer: str) -> Dataset:
+def load(path: Path, tokenizer: str | HuggingFaceTokenizer) -> Dataset:
     """The dataset of a file, or of the files of one kind in a folder, sorted by path.
 
     Text files are joined by newlines, and the last tenth is held out. A file is text if it is UTF-8 and its
@@ -46,7 +47,7 @@ def load(path: Path, tokenizer: str) -> Dataset:
     sha256 = sha256_of(text)
     folder = tokens_folder(f"{name}-{sha256[:8]}", tokenizer)
     if folder.exists():
-        return open_prepared(folder, sha256)
+        return open_prepared(folder, sha256, tokenizer)
     return prepare(name, text, str(path), tokenizer, folder)
 
 
@@ -55,7 +56,7 @@ def size_of(paths: list[Path]) -> int:
     return sum(path.stat().st_size for path in paths)
 
 
-def at_size(path: Path, kind: str, paths: list[Path], tokenizer: str) -> Dataset:
+def at_size(path: Path, kind: str, paths: list[Path], tokenizer: str | HuggingFaceTokenizer) -> Dataset:
     """The dataset of many documents: rows of .parquet files, lines of .jsonl files, or whole .txt files.
 
     They are tokenized into shards, with the end-of-text token after each document. About 4 MiB are held out,
@@ -64,6 +65,11 @@ def at_size(path: Path, kind: str, paths: list[Path], tokenizer: str) -> Dataset
     """
     if tokenizer != "gpt2":
         of = f"has {kind} files, which need" if path.is_dir() else f"is a {kind} file, which needs"
+        if isinstance(tokenizer, HuggingFaceTokenizer):
+            raise UserError(
+                f"{path} {of} GPT-2's tokenizer, but the run has one of its own\n"
+                "save the texts in .txt files to fine-tune the run on them"
+            )
         raise UserError(f"{path} {of} GPT-2's tokenizer: add --tokenizer gpt2")
     source = sources.of_files(path, kind, paths)
     name = path.name if path.is_dir() else path.stem

@@ -1,7 +1,7 @@
 """Tokenizes a text into token files, and opens them.
 
-A prepared folder holds train.bin and val.bin (uint16 token ids, nothing else) and meta.json. It is renamed to
-its final name once it is complete.
+A prepared folder holds train.bin and val.bin (token ids, nothing else: uint16, or uint32 for a large
+vocabulary) and meta.json. It is renamed to its final name once it is complete.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ import numpy as np
 
 from data import cuts, files
 from data.shards import Shards
-from data.tokenizers import CharTokenizer, GPT2Tokenizer, from_meta
+from data.tokenizers import CharTokenizer, GPT2Tokenizer, HuggingFaceTokenizer, from_meta
 from lab import formats
 from lab.errors import UserError
 
@@ -27,27 +27,35 @@ class Dataset:
     name: str  # "tinyshakespeare", "openshakespeare", "openwebtext", or from the name of the user's file
     folder: Path  # with the token files and meta.json
     meta: dict
-    train: np.memmap | Shards  # (tokens,) uint16, read-only
+    train: np.memmap | Shards  # (tokens,) uint16 or uint32, read-only
     val: np.memmap | Shards
-    tokenizer: CharTokenizer | GPT2Tokenizer
+    tokenizer: CharTokenizer | GPT2Tokenizer | HuggingFaceTokenizer
 
 
-def tokens_folder(name: str, tokenizer: str) -> Path:
-    """The folder for the token files of a text."""
-    return files.root() / "tokens" / f"{name}-{tokenizer}"
+def tokens_folder(name: str, tokenizer: str | HuggingFaceTokenizer) -> Path:
+    """The folder for the token files of a text. Different imported tokenizers have different folders."""
+    kind = tokenizer if isinstance(tokenizer, str) else f"{tokenizer.name}-{tokenizer.sha256[:16]}"
+    return files.root() / "tokens" / f"{name}-{kind}"
 
 
-def prepare(name: str, text: str, source: str, tokenizer: str, folder: Path) -> Dataset:
+def prepare(
+    name: str, text: str, source: str, tokenizer: str | HuggingFaceTokenizer, folder: Path
+) -> Dataset:
     """Splits and tokenizes `text`, writes `folder`, and opens it. `source` says where the text came from.
 
     Holds the whole text in memory. Raises UserError if it is too short to split, or cannot be tokenized.
     """
-    encoder = CharTokenizer(text) if tokenizer == "char" else GPT2Tokenizer()
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        encoder, encode = tokenizer, tokenizer.encode_data
+    else:
+        encoder = CharTokenizer(text) if tokenizer == "char" else GPT2Tokenizer()
+        encode = encoder.encode
+    dtype = np.dtype(np.uint16 if encoder.vocab_size <= 2**16 else np.uint32)
     first = int(TRAINING_SHARE * len(text))
     texts, ids = {"train": text[:first], "val": text[first:]}, {}
     for split, start in zip(SPLITS, (0, first), strict=True):
         try:
-            ids[split] = encoder.encode(texts[split])
+            ids[split] = encode(texts[split]).astype(dtype)
         except cuts.Unbroken as error:
             raise UserError(f"{source}: {cuts.Unbroken(start + error.start)}") from None
     if min(map(len, ids.values())) < 2:  # an input and its target
@@ -55,12 +63,12 @@ def prepare(name: str, text: str, source: str, tokenizer: str, folder: Path) -> 
             f"{source} has {len(text):,} characters: too few for a training and a validation split\n"
             f"use a longer text"
         )
-    meta = {"format": formats.DATA, "name": name, "tokenizer": tokenizer}
+    meta = {"format": formats.DATA, "name": name, "tokenizer": encoder.name}
     if tokenizer == "char":
         meta["characters"] = encoder.characters
     meta |= {
         "vocab_size": encoder.vocab_size,
-        "dtype": "uint16",
+        "dtype": dtype.name,
         "tokens": {split: len(ids[split]) for split in SPLITS},
         "bytes": {split: len(texts[split].encode()) for split in SPLITS},  # for bits per byte
         "source": source,
@@ -77,25 +85,27 @@ def prepare(name: str, text: str, source: str, tokenizer: str, folder: Path) -> 
         except OSError:
             if not folder.exists():  # it exists if another process has just prepared the same text
                 raise
-    return open_prepared(folder, meta["sha256"])
+    return open_prepared(folder, meta["sha256"], tokenizer)
 
 
-def open_prepared(folder: Path, sha256: str) -> Dataset:
+def open_prepared(folder: Path, sha256: str, tokenizer: str | HuggingFaceTokenizer) -> Dataset:
     """Opens a prepared folder. Raises UserError if it is damaged or its text has another sha256."""
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         formats.check(meta, formats.DATA, str(folder / "meta.json"))
         if meta["sha256"] != sha256:
             raise ValueError(f"it was made from another text, with sha256 {meta['sha256'][:8]}…")
+        dtype = np.dtype(meta["dtype"])
         for split in SPLITS:
-            expected = 2 * meta["tokens"][split]
+            expected = dtype.itemsize * meta["tokens"][split]
             size = (folder / f"{split}.bin").stat().st_size
             if size != expected:
                 raise ValueError(f"{split}.bin has {size:,} bytes, not {expected:,}")
-        tokenizer = from_meta(meta)
+        if isinstance(tokenizer, str):
+            tokenizer = from_meta(meta)
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{folder} is damaged ({error})\ndelete that folder and run again") from error
-    train, val = (np.memmap(folder / f"{split}.bin", dtype=np.uint16, mode="r") for split in SPLITS)
+    train, val = (np.memmap(folder / f"{split}.bin", dtype=dtype, mode="r") for split in SPLITS)
     return Dataset(meta["name"], folder, meta, train, val, tokenizer)
 
 

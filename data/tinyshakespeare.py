@@ -8,6 +8,7 @@ from pathlib import Path
 from data import files, openshakespeare
 from data.download import download
 from data.prepare import Dataset, open_prepared, prepare, tokens_folder
+from data.tokenizers import HuggingFaceTokenizer
 from lab.errors import UserError
 
 NAME = "tinyshakespeare"
@@ -16,7 +17,7 @@ URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshake
 ASK_AGAIN_AFTER = 24 * 3600  # seconds
 
 
-def load(tokenizer: str) -> Dataset:
+def load(tokenizer: str | HuggingFaceTokenizer) -> Dataset:
     """Opens TinyShakespeare. Prepares it if needed, from the file that TINYSHAKESPEARE names or a download.
 
     If the download fails, returns openshakespeare and says so on stderr. The download is then not retried for
@@ -24,7 +25,7 @@ def load(tokenizer: str) -> Dataset:
     """
     folder = tokens_folder(NAME, tokenizer)
     if folder.exists():
-        return open_prepared(folder, SHA256)
+        return open_prepared(folder, SHA256, tokenizer)
     kept = files.root() / "cache" / f"{NAME}.txt"
     named = os.environ.get("TINYSHAKESPEARE")
     if named:
@@ -67,7 +68,7 @@ def _fetch(path: Path) -> str:
     return ""
 
 
-def _stand_in(tokenizer: str, failure: str) -> Dataset:
+def _stand_in(tokenizer: str | HuggingFaceTokenizer, failure: str) -> Dataset:
     try:
         dataset = openshakespeare.load(tokenizer)
     except UserError as error:

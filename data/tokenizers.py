@@ -1,6 +1,7 @@
 """Tokenizers: one id per character, GPT-2's byte-pair encoding, or an imported tokenizer."""
 
 import codecs
+import functools
 import hashlib
 import io
 import json
@@ -160,6 +161,29 @@ class HuggingFaceTokenizer:
         n_before = [*example.special_tokens_mask, 0].index(0)
         self.prefix = example.ids[:n_before]  # tokens before every text, such as BOS
 
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Differs between tokenizers that may give different ids for a text to train on."""
+        return hashlib.sha256(self._tokenizer.to_str().encode()).hexdigest()
+
+    def encode_data(self, text: str) -> np.ndarray:
+        """int64 ids of a text to train on: special tokens in it are ordinary text, and none are added.
+
+        Raises UserError if the text is too long for the library, which needs all of it at once: cutting it
+        would change the ids near the cut.
+        """
+        if len(text) > LONGEST_DATA:
+            raise UserError(
+                f"the text has {len(text):,} characters, and an imported tokenizer takes at most "
+                f"{LONGEST_DATA:,}\nuse a part of the text"
+            )
+        as_before = self._tokenizer.encode_special_tokens
+        self._tokenizer.encode_special_tokens = True  # that is, as text
+        try:
+            return self.encode(text, add_special_tokens=False)
+        finally:
+            self._tokenizer.encode_special_tokens = as_before
+
     def encode(self, text: str, add_special_tokens: bool = True) -> np.ndarray:
         """int64 ids. An unpaired surrogate becomes U+FFFD, as in GPT2Tokenizer."""
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
@@ -213,6 +237,8 @@ class HuggingFaceTokenizer:
         text = self._tokenizer.id_to_token(token) or ""
         return self._byte_fallback and re.fullmatch("<0x[0-9A-F]{2}>", text) is not None
 
+
+LONGEST_DATA = 2**25  # characters: the library needs about 170 bytes of memory for each
 
 # The files of a Hugging Face folder beside its weights; chat templates may also be in a folder of their own.
 SIDE_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")

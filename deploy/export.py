@@ -10,6 +10,11 @@ gpt_neox GPTNeoXForCausalLM. An imported run, or one fine-tuned from it, gets ba
 generation_config.json and the ids of its special tokens, and its chat template. Transformers honours these:
 it may sample. Both stop at an end-of-text token, if the run has one; transformers may print it.
 
+--to gguf: one file for llama.cpp, --out NAME.gguf. --outtype is the type of its matrices. Stage 0 becomes
+the architecture gpt2; stages 3 to 5, llama3 and mistral become llama; stage 6 becomes llama with experts or,
+with the sigmoid router or shared experts, glm4moe; deepseek_v3 with a latent for the queries becomes
+deepseek2; and the other models of family/ become their namesakes. See deploy/gguf_write.py.
+
 --to llama2c: model.bin and tokenizer.bin for the C program `run` of karpathy/llama2.c. That program puts a
 newline and a space before every prompt; see deploy/llama2c.py.
 """
@@ -32,6 +37,7 @@ from deploy import (
     architectures,
     deepseek,
     deepseek_v2,
+    gguf_write,
     gpt2,
     gpt_neox,
     llama,
@@ -42,7 +48,7 @@ from deploy import (
     qwen_moe,
     tokenizer_json,
 )
-from deploy.output import new_folder
+from deploy.output import new_file, new_folder
 from lab import cli, device
 from lab.errors import UserError, shown
 from lab.storage import checkpoint, runs, tensors
@@ -70,19 +76,27 @@ TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # exported as they
 
 @dataclass
 class Settings:
-    """Exports a run for transformers or llama2.c."""
+    """Exports a run for transformers, llama.cpp or llama2.c."""
 
     run: str
     """Folder of the run."""
-    to: Literal["hf", "llama2c"]
-    """hf: a folder for transformers. llama2c: model.bin and tokenizer.bin for llama2.c's `run`.
-    That program puts a newline and a space before every prompt."""
+    to: Literal["hf", "gguf", "llama2c"]
+    """hf: a folder for transformers. gguf: a file for llama.cpp. llama2c: model.bin and tokenizer.bin for
+    llama2.c's `run`, which puts a newline and a space before every prompt."""
     out: str
-    """Folder to create."""
+    """Folder to create; with --to gguf, file to create, NAME.gguf."""
     checkpoint: Literal["best", "last"] = "best"
     """Checkpoint to export: best (lowest validation loss) or last."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the exported weights; auto: that of the run. llama2c always has float32."""
+    outtype: Literal["auto", "f32", "f16", "bf16", "q8_0", "q4_0"] = "auto"
+    """The same with --to gguf, where it may be quantized."""
+
+    def __post_init__(self):
+        if self.to == "gguf" and self.dtype != "auto":
+            raise ValueError("--to gguf takes --outtype instead of --dtype")
+        if self.to != "gguf" and self.outtype != "auto":
+            raise ValueError(f"--outtype goes with --to gguf, not with --to {self.to}")
 
 
 @device.memory_errors(
@@ -99,6 +113,9 @@ def main():
             f"{stage} has no counterpart in transformers\nexport stage 0 (GPT2LMHeadModel), 3, 4, 5 "
             "(LlamaForCausalLM), 6 (MixtralForCausalLM), 7a, 7 or a model of family/"
         )
+    if settings.to == "gguf":
+        write_gguf(settings, run, out, stage, config, meta)
+        return
     with new_folder(out, run) as folder:
         stored = runs.weights_dtype(run, config)
         dtype = stored if settings.dtype == "auto" else getattr(torch, settings.dtype)
@@ -118,6 +135,28 @@ def main():
         before = llama2c.before_prompt(runs.tokenizer(run))
         print(f"llama2.c's run puts {before!r} before every prompt and continues both together")
     print(f"to use it: {use}")
+
+
+def write_gguf(settings: Settings, run: Path, out: Path, stage: str, config: dict, meta: dict) -> None:
+    """Writes a file for llama.cpp."""
+    if stage not in COUNTERPARTS:
+        raise UserError(
+            f"llama.cpp cannot run {stage}: it has no architecture with {gguf_write.NO_COUNTERPART[stage]}\n"
+            "export stage 0, 3, 4, 5 or 6, or a model of family/"
+        )
+    if out.suffix != ".gguf":
+        raise UserError(
+            f"{shown(out)} does not end in .gguf\nname the file to create: --out {shown(out)}.gguf"
+        )
+    with new_file(out, run) as path:
+        model, _ = runs.load(run, settings.checkpoint, torch.device("cpu"))
+        tensors, sizes = checkpoint.weights(model), asdict(model.config)
+        kind = settings.outtype
+        if kind == "auto":
+            kind = gguf_write.OUTTYPES[config.get("weights_dtype", "float32")]
+        gguf_write.write(path, COUNTERPARTS[stage], tensors, sizes, meta, run, kind)
+    print(f"exported {stage} from {shown(run)} to {shown(out)} as {kind}")
+    print(f"to use it: llama-cli -m {shown(out)}")
 
 
 def write_hf(

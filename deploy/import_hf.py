@@ -1,16 +1,15 @@
 """Imports a Hugging Face folder as a run: python -m deploy.import_hf DIR --out runs/NAME
 
-GPT-2 becomes stage 0. Llama becomes stage 3 or, with fewer key/value heads than heads, stage 4; with scaled
+GPT-2 becomes stage 0. Llama becomes stage 5 (the same function as stages 3 and 4, but faster); with scaled
 positions, or heads of another width, llama3 (in family/). So does Mistral, but with a sliding window, or
 heads of another width, it becomes mistral. Qwen2, Qwen3, Qwen3-MoE and GPT-NeoX (such as Pythia) become
 qwen2, qwen3, qwen3_moe and gpt_neox. Mixtral becomes stage 6. DeepSeek-V2 becomes deepseek_v2. DeepSeek-V3,
 and so Moonlight and Kimi-K2, becomes stage 7 or, with YaRN, groups of experts or a latent for the queries,
-deepseek_v3 (in family/). sample.py and deploy/export.py take the run; so does train.py --init-from if its
-tokenizer is GPT-2's or has one token per character. DIR must be on this machine: nothing is downloaded.
-Weights keep their number format, unless --dtype names another one. Anything that no stage can represent is
-refused, with its name. The run keeps the tokenizer's files, its chat template and generation_config.json:
-sample.py stops at the end-of-text tokens in them and, with --chat, holds a conversation; deploy/export.py
-gives them back.
+deepseek_v3 (in family/). sample.py, train.py --init-from and deploy/export.py take the run. DIR must be on
+this machine: nothing is downloaded. Weights keep their number format, unless --dtype names another one.
+Anything that no stage can represent is refused, with its name. The run keeps the tokenizer's files, its chat
+template and generation_config.json: sample.py stops at the end-of-text tokens in them and, with --chat, holds
+a conversation; deploy/export.py gives them back.
 """
 
 import sys

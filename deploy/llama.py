@@ -73,13 +73,12 @@ def from_config(config: dict) -> tuple[str, dict]:
 
 
 def plain_stage(sizes: dict) -> tuple[str, dict]:
-    """Stage 3 or 4 and its sizes, without those that only the relatives have."""
+    """Stage 5 and its sizes, without those that only the relatives have.
+
+    Stages 3 and 4 are the same function. Stage 5 needs no memory for scores, and is faster.
+    """
     own = ("head_dim", "rope_type", "rope_scaling")
-    sizes = {name: value for name, value in sizes.items() if name not in own}
-    if sizes["n_kv_head"] == sizes["n_head"]:
-        del sizes["n_kv_head"]
-        return "stage3_swiglu", sizes
-    return "stage4_gqa", sizes
+    return "stage5_flash", {name: value for name, value in sizes.items() if name not in own}
 
 
 # The fields that common_sizes reads.

@@ -1,7 +1,7 @@
 """Converts configs between family/mistral and transformers' MistralForCausalLM.
 
 The tensors have the same names, shapes and meaning in both. Without a sliding window and with heads of n_embd
-/ n_head dimensions, Mistral is stage 3 or 4, like Llama.
+/ n_head dimensions, Mistral is stage 5, like Llama.
 """
 
 from deploy import fields, llama

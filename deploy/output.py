@@ -1,4 +1,4 @@
-"""Creates an output folder atomically."""
+"""Creates an output folder or file atomically."""
 
 import errno
 import os
@@ -32,6 +32,26 @@ def new_folder(out: Path, source: Path) -> Iterator[Path]:
             raise
         file = f": {error.filename}" if error.filename else ""
         raise UserError(f"cannot write {shown(out)}: {error.strerror}{file}") from error
+
+
+@contextmanager
+def new_file(out: Path, source: Path) -> Iterator[Path]:
+    """Yields the path of a temporary file, renamed to `out` at the end, or removed if the block fails.
+
+    Raises UserError if `out` exists, is inside the input folder `source`, or cannot be created.
+    """
+    if out.exists():
+        raise UserError(f"{shown(out)} exists\nname another file with --out")
+    if source.resolve() in out.resolve().parents:
+        raise UserError(f"{shown(out)} is inside the input folder, {shown(source)}\nname another with --out")
+    try:
+        with atomic.scratch(out.parent) as scratch:
+            yield scratch / out.name
+            os.replace(scratch / out.name, out)
+    except OSError as error:
+        if error.errno == errno.ENOMEM:
+            raise
+        raise UserError(f"cannot write {shown(out)}: {error.strerror or error}") from error
 
 
 def why_not(out: Path, source: Path) -> str | None:

@@ -17,6 +17,7 @@ from test_family_llama import mistral
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
+import sample
 from data import chat_template
 from data.tokenizers import GPT2Tokenizer, HuggingFaceTokenizer, end_tokens
 from lab import device as devices
@@ -465,6 +466,16 @@ def test_a_compiled_step_has_the_same_conversation(talking, monkeypatch):
     assert step.messages == plain.messages
 
 
+def test_a_compiled_step_is_sized_for_a_conversation_not_for_a_long_context(talking, monkeypatch, capsys):
+    monkeypatch.setattr(sample, "COMPILED_CONTEXT", 64)
+    lengths = []
+    monkeypatch.setattr(sample, "compiled", lambda model, length: lengths.append(length))
+    for flags in ((), ("--context", "200")):
+        assert talking("a\n", "--compile", "--max-new-tokens", "3", *flags) == 0
+    assert lengths == [64, 200]
+    assert capsys.readouterr().err.count("room for 64 tokens") == 1
+
+
 def test_reset_forgets_the_conversation(talking, capsys):
     assert talking("one\n/reset\ntwo\n", "--max-new-tokens", "5") == 0
     answers = [expected_answers([message], 5)[0] for message in ("one", "two")]
@@ -493,7 +504,6 @@ def test_a_run_without_a_chat_template_cannot_chat(run_sample, workshop, capsys)
     assert "the tokenizer of run has no chat template" in err and "or leave out --chat" in err
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
 def test_ctrl_c_in_a_terminal_stops_the_answer_and_at_the_prompt_the_program(talking):
     assert talking("", max_position_embeddings=100_000) == 0
     terminal, other = pty.openpty()

@@ -92,8 +92,8 @@ GPT2 = {
 }  # fmt: skip
 PUBLISHED = {  # name: the stage, and config.json
     "GPT-2": ("stage0_gpt", GPT2),
-    "Llama-2-7b": ("stage3_swiglu", LLAMA | {"num_key_value_heads": 32, "rope_scaling": None}),
-    "TinyLlama-1.1B": ("stage4_gqa", LLAMA | {"attention_bias": False, "rope_theta": 10000.0}),
+    "Llama-2-7b": ("stage5_flash", LLAMA | {"num_key_value_heads": 32, "rope_scaling": None}),
+    "TinyLlama-1.1B": ("stage5_flash", LLAMA | {"attention_bias": False, "rope_theta": 10000.0}),
     "Llama-3.1-8B-Instruct": ("llama3", LLAMA | NO_BIASES | {
         "rope_theta": 500000.0, "rope_scaling": LLAMA3_POSITIONS | {"factor": 8.0}, "eos_token_id": [3, 4, 5],
     }),
@@ -101,8 +101,8 @@ PUBLISHED = {  # name: the stage, and config.json
         "rope_theta": 500000.0, "rope_scaling": LLAMA3_POSITIONS | {"factor": 32.0}, "head_dim": 128,
         "tie_word_embeddings": True,
     }),
-    "SmolLM2-135M": ("stage4_gqa", SMOLLM2 | {"rope_scaling": None, "rope_theta": 100000}),
-    "SmolLM2-135M by transformers 5": ("stage4_gqa", SMOLLM2 | {
+    "SmolLM2-135M": ("stage5_flash", SMOLLM2 | {"rope_scaling": None, "rope_theta": 100000}),
+    "SmolLM2-135M by transformers 5": ("stage5_flash", SMOLLM2 | {
         "dtype": "bfloat16", "head_dim": 128, "pad_token_id": None,
         "rope_parameters": {"rope_theta": 100000, "rope_type": "default"},
     }),

@@ -11,7 +11,8 @@ from lab.training import optim
 
 ROOT = Path(__file__).parent.parent
 DRIVERS = {path: [str(ROOT / path)] for path in ("train.py", "sample.py", "compare.py", "runs.py")}
-MODULES = ("deploy.export", "deploy.import_hf", "data.openwebtext", "lab.comparison.isolated")
+MODULES = ("deploy.export", "deploy.import_hf", "deploy.pretrained", "data.openwebtext")
+MODULES += ("lab.comparison.isolated",)
 DRIVERS |= {name: ["-m", name] for name in MODULES}
 
 

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file, save_model
 from test_deploy import (  # noqa: F401  run_import is a fixture
     CONTEXT,
     CPU,
     YARN,
     assert_same_logits,
+    assert_same_tensors,
     change_weights,
     deepseek,
     explained,
@@ -28,7 +30,7 @@ from test_deploy import (  # noqa: F401  run_import is a fixture
 from deploy import deepseek as deepseek_files
 from lab import stages
 from lab.storage import checkpoint, runs
-from lab.storage.tensors import WithoutMemory
+from lab.storage.tensors import DTYPES, WithoutMemory, write
 
 
 def imported():
@@ -182,6 +184,19 @@ def test_results_do_not_depend_on_where_a_file_holds_the_weights(workshop, sizes
         for padding in range(0, 64, 8):
             save_file(weights, "run/best/model.safetensors", {"padding": " " * padding})
             assert torch.equal(imported()(idx)[0], expected)
+
+
+def test_a_file_written_tensor_by_tensor_is_read_by_the_library(tmp_path):
+    torch.manual_seed(0)
+    numbers = 100 * torch.randn(3, 5, 7)
+    written = {str(dtype): numbers.to(dtype) for dtype in DTYPES}
+    written |= {"scalar": torch.tensor(3.5), "empty": torch.zeros(0, 4), "turned": numbers.transpose(0, 2)}
+    write(tmp_path / "file", written, {"step": "7"}, {"turned": torch.bfloat16})
+    read = load_file(tmp_path / "file")
+    assert_same_tensors(read, written | {"turned": written["turned"].bfloat16()})
+    assert read["turned"].dtype == torch.bfloat16
+    with safe_open(tmp_path / "file", "pt") as file:
+        assert file.metadata() == {"step": "7"}
 
 
 def test_only_parameters_are_made_without_memory():

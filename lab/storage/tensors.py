@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file
 from torch.overrides import TorchFunctionMode
 
-DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+DTYPES |= {torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"}
+DTYPES |= {torch.bool: "BOOL"}
 # torch aligns its own tensors to this many bytes. With another alignment, results differ in the last bits.
 ALIGNMENT = 64
 

@@ -28,23 +28,25 @@ def grouped_mm_flops(a_shape, b_shape, *args, out_shape=None, **kwargs) -> int:
     return 2 * a_shape[0] * a_shape[1] * b_shape[1]  # (in, N) @ (N, out), one product per expert
 
 
-def flops_per_token(model: torch.nn.Module) -> float:
-    """FLOPs per token of a forward and backward pass at the full context, as in a real training step.
+def flops_per_token(model: torch.nn.Module, context: int | None = None) -> float:
+    """FLOPs per token of a forward and backward pass over `context` tokens, as in a real training step.
 
-    They are counted on the meta device, which stores no data, so they are the same on every device. There,
-    SDPA counts as its matrix products; on a real device it may be a fused kernel unknown to the counter.
+    If context is None, it is the model's block_size. They are counted on the meta device, which stores no
+    data, so they are the same on every device. There, SDPA counts as its matrix products; on a real device it
+    may be a fused kernel unknown to the counter.
     """
     from torch.utils.flop_counter import FlopCounterMode  # imports Triton if it is installed
 
+    context = context or model.config.block_size
     with torch.device("meta"):
         bare = type(model)(model.config).eval()  # no dropout, so no random numbers are drawn
-        idx = torch.zeros(1, model.config.block_size, dtype=torch.int64)
+        idx = torch.zeros(1, context, dtype=torch.int64)
     group_experts(bare)
     unknown = {torch.ops.aten._grouped_mm: grouped_mm_flops}
     with FlopCounterMode(display=False, custom_mapping=unknown) as counter:
         _, losses = bare(idx, targets=idx)
         sum(losses.values()).backward()
-    return counter.get_total_flops() / model.config.block_size
+    return counter.get_total_flops() / context
 
 
 def group_experts(bare: torch.nn.Module) -> None:

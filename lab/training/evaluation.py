@@ -11,15 +11,22 @@ from lab.training import batches
 
 @torch.no_grad()
 def next_token_loss(
-    model: torch.nn.Module, tokens: np.ndarray, limit: int, batch_size: int, autocast, device: torch.device
+    model: torch.nn.Module,
+    tokens: np.ndarray,
+    limit: int,
+    batch_size: int,
+    autocast,
+    device: torch.device,
+    context: int | None = None,
 ) -> float:
-    """Mean cross-entropy in nats over the first `limit` targets of tokens, in windows of block_size tokens.
+    """Mean cross-entropy in nats over the first `limit` targets of tokens, in windows of `context` tokens.
 
-    Several processes share the batches; each returns the same number.
+    If context is None, the windows are block_size tokens long. Several processes share the
+    batches; each returns the same number.
     """
     was_training = model.training
     model.eval()
-    all_batches = list(batches.eval_batches(tokens, limit, batch_size, model.config.block_size))
+    all_batches = list(batches.eval_batches(tokens, limit, batch_size, context or model.config.block_size))
     sums, sizes = [], []
     for first in range(0, len(all_batches), parallel.WORLD_SIZE):
         number = first + parallel.RANK

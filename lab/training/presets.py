@@ -38,6 +38,22 @@ PRESETS = {
     },
 }
 
+# What replaces the schedule of a preset when --init-from names an imported model. A preset's learning rate
+# suits a new model: in a few steps it would destroy what a pretrained one has learned. The windows are short
+# because the positions of a pretrained model, often 8,192 or more, would take hours on a CPU.
+FINE_TUNING = {
+    "context": 256,
+    "batch_size": 4,
+    "micro_batch_size": None,
+    "steps": 200,
+    "lr": 2e-5,
+    "min_lr": 2e-6,
+    "warmup_steps": 10,
+    "beta2": 0.99,
+    "eval_every": 50,
+    "eval_tokens": 5_120,
+}
+
 
 def choose(data: str, device_type: str) -> str:
     """The name of the preset that --preset auto selects."""

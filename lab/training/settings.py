@@ -8,6 +8,7 @@ from typing import Generic, Literal, TypeVar
 import tyro
 
 from data import Dataset
+from data.tokenizers import HF_CONFIG
 from lab import device, stages
 from lab.cli import parse_flags, program
 from lab.errors import UserError, shown
@@ -28,8 +29,9 @@ class Settings(Generic[ModelConfig]):
     data: str = "tinyshakespeare"
     """tinyshakespeare, openshakespeare, openwebtext, or a path: a file of UTF-8 text, .jsonl or .parquet, or
     a folder of such files."""
-    tokenizer: Literal["char", "gpt2"] = "char"
-    """char: tokens are characters; gpt2: GPT-2's 50257 word pieces (the only choice for openwebtext)."""
+    tokenizer: Literal["char", "gpt2", "hf"] = "char"
+    """char: tokens are characters; gpt2: GPT-2's 50257 word pieces (the only choice for openwebtext); hf: the
+    tokenizer of the imported run that --init-from names. Default with --init-from: the run's."""
     preset: Literal["auto", "laptop", "baby", "gpt2"] = "auto"
     """Default sizes and schedule; auto: baby on CUDA, else laptop (gpt2 for openwebtext)."""
     seed: int = 0
@@ -47,6 +49,9 @@ class Settings(Generic[ModelConfig]):
     attention_kernel: Literal["auto", "explicit", "sdpa", "tiled", "triton"] = "auto"
     """What computes attention, from stage 5 on. auto: what the stage's code chooses; tiled and triton are
     tiled.py and kernel.py in stage5_flash/."""
+    context: int | None = None
+    """Tokens per sequence in training and evaluation. None: all of --model.block-size. If --init-from names
+    an imported model, the default is 256; the model keeps all of its positions."""
     steps: int = 2000
     """Optimizer steps."""
     batch_size: int = 12
@@ -86,7 +91,9 @@ class Settings(Generic[ModelConfig]):
     """Also send the metrics to Weights & Biases; needs pip install -e '.[wandb]'."""
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "micro_batch_size", "eval_every", "eval_tokens", "log_every"):
+        counts = ("steps", "batch_size", "micro_batch_size", "context")
+        counts += ("eval_every", "eval_tokens", "log_every")
+        for name in counts:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         for name in ("seed", "lr", "min_lr", "warmup_steps", "weight_decay", "grad_clip"):
@@ -106,6 +113,11 @@ class Settings(Generic[ModelConfig]):
                 f"batch_size ({self.batch_size}) must be a multiple of "
                 f"micro_batch_size ({self.micro_batch_size})"
             )
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens per sequence in training and evaluation."""
+        return self.context or self.model.block_size
 
 
 @dataclass
@@ -150,6 +162,7 @@ def parse(argv: list[str]) -> Settings:
         settings.model = stages.load(stage).GPTConfig(**asdict(settings.model))  # derives what is left out
     except ValueError as error:
         raise UserError(f"--model: {error}. See {program()} --help") from None
+    fit_context(settings, default)
     if choice.resume and not wants_help:
         for name in ("optimizer", "preset"):
             before = getattr(default, name)
@@ -158,6 +171,19 @@ def parse(argv: list[str]) -> Settings:
     if schedule(settings) != schedule(default) or not choice.resume:  # older code did not check it
         check_schedule(settings)
     return settings
+
+
+def fit_context(settings: Settings, default: Settings) -> None:
+    """Lowers a default --context to the model's positions.
+
+    Raises UserError if the user's own --context exceeds them.
+    """
+    positions = settings.model.block_size
+    if settings.context is None or settings.context <= positions:
+        return
+    if settings.context != default.context:
+        raise UserError(f"--context {settings.context} is too long: the model has {positions} positions")
+    settings.context = positions
 
 
 def schedule(settings: Settings) -> tuple:
@@ -179,6 +205,8 @@ def preset_settings(choice: Choice, stage: str) -> Settings:
     device_type = device.choose(choice.device).type
     name = presets.choose(choice.data, device_type) if choice.preset == "auto" else choice.preset
     preset = dict(presets.PRESETS[name])
+    if choice.preset == "auto" and choice.init_from and (Path(choice.init_from) / HF_CONFIG).exists():
+        preset |= presets.FINE_TUNING
     if choice.lr is not None and 0 <= choice.lr < preset["min_lr"]:
         preset["min_lr"] = choice.lr / 10  # as in the presets
     if choice.steps is not None and 0 < choice.steps < preset["warmup_steps"]:
@@ -193,8 +221,6 @@ def fine_tuning_settings(choice: Choice) -> Settings:
     """Default settings of a run that starts from another run's weights: a preset's, with that run's sizes."""
     run = Path(choice.init_from)
     config, tokenizer = runs.read_config(run), runs.read_meta(run)["tokenizer"]
-    if tokenizer == "hf":
-        raise UserError(f"{choice.init_from} has a tokenizer.json, which sample.py can use, but not train.py")
     settings = preset_settings(choice, stages.find(choice.stage or config["stage"]))
     settings.model = presets.model_defaults(stages.load(settings.stage).GPTConfig, config["model"])
     settings.tokenizer = tokenizer
@@ -226,8 +252,11 @@ def resumed_settings(choice: Choice) -> Settings:
     return Settings(**config["settings"] | {"model": model, "out": str(folder)})
 
 
-def fit_to_data(config, dataset: Dataset):
-    """The model's sizes with the vocabulary of the data. Raises UserError if the data does not suit them."""
+def fit_to_data(config, dataset: Dataset, context: int | None = None):
+    """The model's sizes with the vocabulary of the data. Raises UserError if the data does not suit them.
+
+    context: tokens per sequence; None: block_size.
+    """
     needed = dataset.tokenizer.vocab_size
     if config.vocab_size == type(config).vocab_size and needed < 50257:
         config = replace(config, vocab_size=needed)  # only GPT-2's vocabulary is padded, to 50304
@@ -236,9 +265,10 @@ def fit_to_data(config, dataset: Dataset):
             f"--model.vocab-size {config.vocab_size} is less than the {needed} tokens of {dataset.name}"
         )
     shortest = min(len(dataset.train), len(dataset.val))
-    if shortest <= config.block_size:
+    if shortest <= (context or config.block_size):
+        flag = f"--context {context}" if context else f"--model.block-size {config.block_size}"
         raise UserError(
-            f"--model.block-size {config.block_size} is too long for {dataset.name}: its shorter split has "
+            f"{flag} is too long for {dataset.name}: its shorter split has "
             f"{shortest} tokens; use {max(1, shortest - 1)} or less, or more text"
         )
     return config

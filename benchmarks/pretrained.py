@@ -1,0 +1,287 @@
+"""Speed of a pretrained model beside transformers and llama.cpp: python -m benchmarks.pretrained
+
+All have the same weights and continue the same prompts greedily, one sequence, in turn, so that noise affects
+all alike. A token of decoding reads every weight once, so the bandwidth of the memory bounds its speed: it is
+measured in the same rounds, by summing a tensor of as many bytes. Prints tables; writes nothing.
+"""
+
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from data import files
+from lab import cli, device, stages
+from lab.comparison import markdown, timing
+from lab.errors import UserError, shown
+from lab.sampling import generation, packed
+from lab.sampling.compiled import CompiledStep
+from lab.storage import runs
+
+CPU = torch.device("cpu")
+SHORT = "The capital of France is"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass
+class Settings:
+    """Compares the speed of an imported model with transformers and llama.cpp, on the CPU."""
+
+    run: str = "runs/smollm2"
+    """Folder of the run, as python -m deploy.pretrained smollm2 makes it."""
+    gguf: str | None = None
+    """GGUF file of the same model in 4 bits. None: that of deploy.pretrained, if it is in data/cache."""
+    rounds: int = 5
+    """Number of interleaved measurements; medians are reported."""
+    tokens: int = 48
+    """Tokens to generate in each measurement."""
+    long: int = 500
+    """Tokens of the longer prompt."""
+    threads: int = 2
+    """Threads of each program."""
+    compile: bool = True
+    """Also measure with --compile, which compiles four times before."""
+
+
+@dataclass
+class Measured:
+    """One program's generation after one prompt."""
+
+    prefill: float
+    """Seconds until the first token."""
+    decoding: float
+    """Tokens per second after the first token."""
+    tokens: list[int] | None = None
+
+
+@dataclass
+class Program:
+    generate: Callable[[list[int]], Measured]
+    nbytes: int
+    """Bytes of the weights, each of which is read once for a token."""
+
+
+def main():
+    settings = cli.parse_flags(Settings, sys.argv[1:])
+    torch.set_num_threads(settings.threads)
+    device.prepare(CPU)
+    run = Path(settings.run)
+    if settings.compile:
+        device.require_compiler(CPU)
+    tokenizer = runs.tokenizer(run)
+    readme = (stages.ROOT / "README.md").read_text(encoding="utf-8")
+    prompts = [tokenizer.encode(SHORT).tolist(), tokenizer.encode(readme).tolist()[: settings.long]]
+    with tempfile.TemporaryDirectory() as folder:
+        programs = ours(run, settings) | theirs(run, Path(folder), settings)
+        programs |= llama_cpp(run, Path(folder), settings)
+        for prompt in prompts:
+            measured, bandwidths = in_turn(programs, prompt, settings.rounds)
+            print(
+                f"\n{len(prompt)} tokens of prompt, {settings.tokens} generated, {settings.rounds} rounds:\n"
+            )
+            print(table(programs, measured, bandwidths))
+    machine = runs.machine(CPU)
+    print(f"\n{machine['processor']}, {settings.threads} threads, torch {machine['versions']['torch']}")
+
+
+def ours(run: Path, settings: Settings) -> dict[str, Program]:
+    """The run, plain and compiled, as sample.py generates with it."""
+    programs = {}
+    for name, dtype in DTYPES.items():
+        model, _ = runs.load(run, "best", CPU, dtype)
+        nbytes = sum(parameter.nbytes for parameter in model.parameters())
+        packed_model, _ = runs.load(run, "best", CPU, dtype)
+        packed.pack(packed_model)
+        programs[f"ours {name}"] = Program(
+            partial(ours_generates, packed_model, settings.tokens, None), nbytes
+        )
+        if settings.compile:
+            steps = {}  # by the length of the prompt, since the cache is as long as needed
+            call = partial(ours_generates, model, settings.tokens, steps)
+            programs[f"ours {name} --compile"] = Program(call, nbytes)
+    return programs
+
+
+def ours_generates(model, n: int, steps: dict | None, prompt: list[int]) -> Measured:
+    """Generates n tokens. steps: the compiled steps so far, by the length of the prompt; None: none."""
+    step = None
+    if steps is not None:
+        if len(prompt) not in steps:
+            length = generation.cache_length(model.config.block_size, prompt, n)
+            steps[len(prompt)] = CompiledStep(model, -(-length // 256) * 256)  # as in sample.py
+        step = steps[len(prompt)]
+    vocab_size = model.config.vocab_size
+    started = time.perf_counter()
+    tokens, times = [], []
+    for token in generation.generate(model, prompt, n, vocab_size, temperature=0, step=step):
+        tokens.append(token)
+        times.append(time.perf_counter())
+    return Measured(times[0] - started, (n - 1) / (times[-1] - times[0]), tokens)
+
+
+def theirs(run: Path, folder: Path, settings: Settings) -> dict[str, Program]:
+    """transformers' generate with the exported run."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    export(run, "hf", folder / "hf")
+    programs = {}
+    for name, dtype in DTYPES.items():
+        model = AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=dtype).eval()
+        model.generation_config.eos_token_id = None  # min_new_tokens would give other tokens instead of it
+        nbytes = sum(parameter.nbytes for parameter in model.parameters())
+        programs[f"transformers {name}"] = Program(partial(theirs_generates, model, settings.tokens), nbytes)
+    return programs
+
+
+class Clock:
+    """What generate() calls a streamer: it notes when each token comes."""
+
+    def __init__(self):
+        self.times = []
+
+    def put(self, tokens):
+        self.times.append(time.perf_counter())
+
+    def end(self):
+        """Does nothing: the last token has been put."""
+
+
+@torch.inference_mode()
+def theirs_generates(model, n: int, prompt: list[int]) -> Measured:
+    """Generates n tokens."""
+    idx, clock = torch.tensor([prompt]), Clock()
+    options = {"do_sample": False, "max_new_tokens": n, "pad_token_id": 0}
+    started = time.perf_counter()
+    made = model.generate(idx, attention_mask=torch.ones_like(idx), streamer=clock, **options)
+    first, *_, last = clock.times[1:]  # the prompt comes first
+    return Measured(first - started, (n - 1) / (last - first), made[0, len(prompt) :].tolist())
+
+
+def llama_cpp(run: Path, folder: Path, settings: Settings) -> dict[str, Program]:
+    """llama.cpp with the exported run in F16, and with the file in 4 bits. stderr says what is left out."""
+    try:
+        import xllamacpp
+    except ImportError:
+        print("left out: llama.cpp, because the package xllamacpp is not installed", file=sys.stderr)
+        return {}
+    paths = {"F16": folder / "f16.gguf"}
+    try:
+        export(run, "gguf", paths["F16"], "--outtype", "f16")
+    except UserError as error:
+        print(f"left out: llama.cpp F16, because {error}", file=sys.stderr)
+        del paths["F16"]
+    small = Path(settings.gguf or files.root() / "cache" / "SmolLM2-135M-Instruct.Q4_1.gguf")
+    if small.exists():
+        paths["Q4_1" if settings.gguf is None else small.stem] = small
+    else:
+        print(f"left out: llama.cpp in 4 bits, because there is no {shown(small)}", file=sys.stderr)
+    programs = {}
+    for name, path in paths.items():
+        parameters = xllamacpp.CommonParams()
+        parameters.model.path = str(path)
+        parameters.n_ctx, parameters.n_parallel = settings.long + settings.tokens + 8, 1
+        parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = settings.threads
+        parameters.verbosity = -1
+        server = xllamacpp.Server(parameters)
+        call = partial(llama_cpp_generates, server, settings.tokens)
+        programs[f"llama.cpp {name}"] = Program(call, path.stat().st_size)
+    return programs
+
+
+def llama_cpp_generates(server, n: int, prompt: list[int]) -> Measured:
+    """Generates n tokens; the times are llama.cpp's own."""
+    options = {"max_tokens": n, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
+    answer = server.handle_completions({"prompt": prompt} | options)
+    timings = (json.loads(answer) if isinstance(answer, str | bytes) else answer)["timings"]
+    if timings["prompt_n"] < len(prompt) or timings["predicted_n"] < n:
+        raise UserError(f"llama.cpp did not compute all tokens: {timings}")
+    return Measured(timings["prompt_ms"] / 1000, timings["predicted_per_second"])
+
+
+def export(run: Path, to: str, out: Path, *flags: str) -> None:
+    """Calls deploy.export. Raises UserError with its last line if it fails."""
+    command = [
+        sys.executable,
+        "-m",
+        "deploy.export",
+        "--run",
+        run.resolve(),
+        "--to",
+        to,
+        "--out",
+        out,
+        *flags,
+    ]
+    done = subprocess.run(command, cwd=stages.ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"the export to {to} failed: {(done.stderr.splitlines() or ['no message'])[-1]}")
+
+
+def in_turn(programs: dict[str, Program], prompt: list[int], rounds: int) -> tuple[dict, dict]:
+    """The measurements of each program in each round, and the bandwidth (bytes/s) for its number of bytes.
+
+    The round before them does not count: it compiles, and fills caches.
+    """
+    measured = {name: [] for name in programs}
+    bandwidths = {program.nbytes: [] for program in programs.values()}
+    for _ in range(1 + rounds):
+        for name, program in programs.items():
+            measured[name].append(program.generate(prompt))
+        for nbytes in bandwidths:
+            bandwidths[nbytes].append(bandwidth(nbytes))
+    return {name: of[1:] for name, of in measured.items()}, {n: of[1:] for n, of in bandwidths.items()}
+
+
+def bandwidth(nbytes: int) -> float:
+    """Bytes per second of reading so many bytes, the best of several times."""
+    values = torch.ones(nbytes // 8, dtype=torch.int64)  # integers are added in any order: fast
+    seconds = min(timing.seconds_of(values.sum, 5, CPU))
+    del values
+    gc.collect()
+    return nbytes / seconds
+
+
+def table(programs: dict[str, Program], measured: dict, bandwidths: dict) -> str:
+    """A table in Markdown: medians over the rounds (of ratios: within a round), and the spread of speeds."""
+    rows = []
+    reference = measured["transformers fp32"][0].tokens
+    for name, of in measured.items():
+        nbytes = programs[name].nbytes
+        speeds = [one.decoding for one in of]
+        dtype = "bf16" if "bf16" in name else "fp32"
+        baseline = [one.decoding for one in measured[f"transformers {dtype}"]]
+        compared = name.startswith("ours")
+        ratio = f"{timing.median_ratio(speeds, baseline):.2f}" if compared else None
+        share = timing.median_ratio([nbytes * speed for speed in speeds], bandwidths[nbytes])
+        tokens = of[0].tokens
+        same = tokens and sum(a == b for a, b in zip(tokens, reference, strict=True)) / len(tokens)
+        rows.append(
+            [
+                name,
+                f"{statistics.median(one.prefill for one in of):.2f}",
+                f"{statistics.median(speeds):.1f} ({min(speeds):.1f} to {max(speeds):.1f})",
+                ratio,
+                f"{nbytes / 1e6:.0f}",
+                f"{statistics.median(bandwidths[nbytes]) / 1e9:.1f}",
+                f"{share:.0%}",
+                f"{same:.0%}" if tokens else None,
+            ]
+        )
+    heads = ["program", "prefill (s)", "tokens/s", "× transformers", "weights (MB)", "memory (GB/s)"]
+    return markdown.table([*heads, "of the memory's speed", "tokens as transformers fp32"], rows)
+
+
+if __name__ == "__main__":
+    cli.run(main)
