@@ -6,8 +6,10 @@ and every error has OpenAI's shape: {"error": {"message", "type", "param", "code
 
 import asyncio
 import hmac
+import ipaddress
 import json
 import math
+import re
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -33,10 +35,10 @@ from lab.errors import UserError
 
 PAGE = Path(__file__).with_name("chat.html")
 OPEN_PATHS = ("/", "/health")  # need no API key
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 LOWEST_LOGPROB = -9999.0  # JSON has no -inf; OpenAI sends this number
 RETRY_AFTER = "1"  # seconds
 SECONDS_FOR_THE_BODY = 30
+MOST_TO_DISCARD = 2**26  # bytes of a body that is too large
 
 
 @dataclass
@@ -297,21 +299,21 @@ class Guard:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         headers = dict(scope["headers"])
-        response = self.refusal(scope["path"], headers)
-        body = b""
-        if response is None:
-            try:
-                body = await asyncio.wait_for(self.read(headers, receive), SECONDS_FOR_THE_BODY)
-            except TooLarge:
-                limit = f"{self.limits.max_body:,} bytes"
-                response = error_response(413, f"the body is larger than {limit}, this server's limit")
-            except asyncio.TimeoutError:
-                response = error_response(408, f"the body did not arrive in {SECONDS_FOR_THE_BODY} seconds")
-            if body is None:  # the client has gone
-                return
+        response, body = self.refusal(scope["path"], headers), b""
+        try:
+            # A client that is refused sends its body first: it may not read an answer before that.
+            body = await asyncio.wait_for(self.read(receive, keep=response is None), SECONDS_FOR_THE_BODY)
+        except TooLarge:
+            limit = f"{self.limits.max_body:,} bytes"
+            response = response or error_response(
+                413, f"the body is larger than {limit}, this server's limit"
+            )
+        except asyncio.TimeoutError:
+            response = error_response(408, f"the body did not arrive in {SECONDS_FOR_THE_BODY} seconds")
+        if body is None:  # the client has gone
+            return None
         if response is not None:
             self.metrics.refused.labels(response.status_code).inc()
-            response.headers["Connection"] = "close"  # what is left of the body is not read
             return await response(scope, receive, send)
         replayed = False
 
@@ -326,8 +328,7 @@ class Guard:
 
     def refusal(self, path: str, headers: dict[bytes, bytes]) -> Response | None:
         host = headers.get(b"host", b"").decode("latin-1").lower()
-        name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
-        if self.only_local and name.strip("[]") not in LOOPBACK:
+        if self.only_local and not is_local(host):
             # A web page may have made its own name resolve to 127.0.0.1, to get around the browser's rules.
             return error_response(
                 403, f"the host {host[:60]!r} is not this machine: start the server with --host to allow it"
@@ -343,22 +344,30 @@ class Guard:
             )
         return None
 
-    async def read(self, headers: dict[bytes, bytes], receive) -> bytes | None:
-        """The body, or None if the client has gone. Raises TooLarge."""
-        announced = headers.get(b"content-length", b"0")
-        if announced.isdigit() and int(announced) > self.limits.max_body:
-            raise TooLarge
+    async def read(self, receive, keep: bool) -> bytes | None:
+        """The body, or None if the client has gone. Raises TooLarge, once there is no more or far too much."""
         parts, size, more = [], 0, True
-        while more:
+        while more and size < MOST_TO_DISCARD:
             message = await receive()
             if message["type"] == "http.disconnect":
                 return None
-            parts.append(message.get("body", b""))
-            size += len(parts[-1])
+            part = message.get("body", b"")
+            size += len(part)
             more = message.get("more_body", False)
-            if size > self.limits.max_body:
-                raise TooLarge
+            if keep and size <= self.limits.max_body:
+                parts.append(part)
+        if size > self.limits.max_body:
+            raise TooLarge
         return b"".join(parts)
+
+
+def is_local(host: str) -> bool:
+    """Whether a Host header, with or without a port, names this machine for itself."""
+    name = re.sub(r":\d*$", "", host)
+    try:
+        return name == "localhost" or ipaddress.ip_address(name.strip("[]")).is_loopback
+    except ValueError:
+        return False
 
 
 class TooLarge(Exception):
