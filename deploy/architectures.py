@@ -15,9 +15,9 @@ from lab.storage import edits
 TESTED = {
     "stage0_gpt": ["b6859e18dada65f7", "70e17819d98b21b8", "8d4d3c76827a3b03"],
     "stage1_rmsnorm": ["42d85f497ee343c1", "b96a884c5af26853", "23f05ca49985e116"],
-    "stage2_rope": ["e43b2fe24f5c64af", "ee992e2241dbbd01", "f2555496b0fca65e"],
-    "stage3_swiglu": ["427d956fa0256f21", "5874bb5111c522ef", "bca84c0b37df8b83"],
-    "stage4_gqa": ["98cec680aeddf217", "9672e922e4e1cbea", "31d037c8293b41e6"],
+    "stage2_rope": ["e43b2fe24f5c64af", "ee992e2241dbbd01", "f2555496b0fca65e", "9a42e22ed961c9ea"],
+    "stage3_swiglu": ["427d956fa0256f21", "5874bb5111c522ef", "bca84c0b37df8b83", "3d024d1cb7922110"],
+    "stage4_gqa": ["98cec680aeddf217", "9672e922e4e1cbea", "31d037c8293b41e6", "d8df1550b94fb9a3"],
     "stage5_flash": [
         "4b419d24f1138b36",
         "ba32b63848d291db",
@@ -25,6 +25,7 @@ TESTED = {
         "981644dee4fa8042",
         "f625ee391e0a4dcf",
         "8be243485afe3794",
+        "2521b025f20db3db",
     ],
     "stage6_moe": [
         "b00ddca57954ea76",
@@ -34,8 +35,15 @@ TESTED = {
         "9666cf90e6b27c1e",
         "9c03ee98a849d3d4",
         "9b66522031b89a1e",
+        "6ebadca682f27c87",
     ],
-    "stage7a_mla": ["febbc8e72e7f281b", "6f3affb2a10b7105", "95efff67c892735a", "bf68a85477eb51c1"],
+    "stage7a_mla": [
+        "febbc8e72e7f281b",
+        "6f3affb2a10b7105",
+        "95efff67c892735a",
+        "bf68a85477eb51c1",
+        "19737922fffc9857",
+    ],
     "stage7_mla_mtp": [
         "e276b1e6b2bb1cb1",
         "937b765de4d8c432",
@@ -44,15 +52,22 @@ TESTED = {
         "645ac9dfd1c365f3",
         "588e1456bf5ef0f4",
         "a55b4ab3426464f1",
+        "e2df08be33a4bf66",
     ],
-    "deepseek_v2": ["8dd60cf586bec947", "eafe26da9530ab04"],
-    "deepseek_v3": ["6ff93438f1444348", "e94fff99cafa405c", "b6f65b6741857445", "68fece1ae2eb0af2"],
-    "gpt_neox": ["7956a756487af5b4", "68364800cd8f263e"],
-    "llama3": ["62d4dd124db0b669", "c9116c4d8cbb5b81", "989fb1f1b69034ab"],
-    "mistral": ["4a415d36738875a1", "3d8e86a8e28b6dda", "c114359a64f57064"],
-    "qwen2": ["0b3566070af75b1e", "7757f2b3fb3916a6", "d3550f8273da973f"],
-    "qwen3": ["1e25f831707d0ed1", "ea08f9479411171b", "faaee529322ff1e7"],
-    "qwen3_moe": ["3e2e06d556947e11", "6e6359d173cb2406"],
+    "deepseek_v2": ["8dd60cf586bec947", "eafe26da9530ab04", "94ee2513e99bde09"],
+    "deepseek_v3": [
+        "6ff93438f1444348",
+        "e94fff99cafa405c",
+        "b6f65b6741857445",
+        "68fece1ae2eb0af2",
+        "b3089054a163a174",
+    ],
+    "gpt_neox": ["7956a756487af5b4", "68364800cd8f263e", "f4c846b972c56e15"],
+    "llama3": ["62d4dd124db0b669", "c9116c4d8cbb5b81", "989fb1f1b69034ab", "6d22e7522de609fe"],
+    "mistral": ["4a415d36738875a1", "3d8e86a8e28b6dda", "c114359a64f57064", "3ce8032983c5fd1a"],
+    "qwen2": ["0b3566070af75b1e", "7757f2b3fb3916a6", "d3550f8273da973f", "fa911a875a4f9a9f"],
+    "qwen3": ["1e25f831707d0ed1", "ea08f9479411171b", "faaee529322ff1e7", "158f8c2243006ef7"],
+    "qwen3_moe": ["3e2e06d556947e11", "6e6359d173cb2406", "a9da6747427c99a4"],
 }
 
 

@@ -123,7 +123,7 @@ def rotation(positions, head_dim, theta):
 def rotate(x, rope):
     """Rotates the pairs (i, i + head_dim/2) of x (B, heads, T, head_dim) by the angles of rope."""
     cos, sin = rope
-    x1, x2 = x.chunk(2, dim=-1)
+    x1, x2 = x.float().chunk(2, dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).type_as(x)
 
 

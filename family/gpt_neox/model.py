@@ -124,7 +124,7 @@ def rotate(x, rope):
     """Rotates the pairs (i, i + n/2) of x (B, heads, T, head_dim) by the angles of rope, for i below n/2."""
     cos, sin = rope
     n = 2 * cos.size(-1)  # the dimensions from n on stay as they are
-    x1, x2 = x[..., :n].chunk(2, dim=-1)
+    x1, x2 = x[..., :n].float().chunk(2, dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin, x[..., n:]), dim=-1).type_as(x)
 
 

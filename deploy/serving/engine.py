@@ -1,0 +1,383 @@
+"""Generates many texts at once: requests come and go between two steps of the model.
+
+    engine = Engine.of_run("runs/X")
+    for (answer,) in engine.generate(["Once upon a time", "To be"], SamplingParams(max_tokens=50)):
+        print(answer.text)
+
+A server calls `add` and `abort` whenever it likes, and `step` as long as `has_work`.
+"""
+
+import sys
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from data.tokenizers import end_tokens
+from deploy.serving import sampling
+from deploy.serving.blocks import Blocks
+from deploy.serving.pool import Batch, Pool, block_bytes
+from deploy.serving.sampling import Logprob, SamplingParams, Writer
+from deploy.serving.scheduler import Scheduler, Sequence
+from lab import device as devices
+from lab.errors import UserError
+from lab.sampling import packed
+from lab.storage import runs
+
+MB = 1e6
+SHARE_OF_FREE = 0.25  # of the free memory, if cache_memory is not given
+
+
+@dataclass
+class Output:
+    """What a step has added to a text."""
+
+    request_id: str
+    index: int
+    """Which of the request's n texts."""
+    token_ids: list[int] = field(default_factory=list)
+    """New tokens. A token that ends the text is not among them."""
+    text: str = ""
+    """New text; what may begin a stop string, and half a character, is held back until it is certain."""
+    logprobs: list[Logprob] | None = None
+    """One entry for each of token_ids, if the request asks for them."""
+    finish_reason: str | None = None
+    """"stop": an end-of-text token or a stop string; "length": max_tokens, or the model has no more positions;
+    "abort"."""
+
+
+@dataclass
+class Request:
+    """What the engine remembers of a request until all its texts are finished."""
+
+    params: SamplingParams
+    sequences: list[Sequence]
+    whole: dict[int, Output] = field(default_factory=dict)  # for best_of: everything so far, by index
+    scores: dict[int, float] = field(default_factory=dict)  # and how good it is
+
+
+class Engine:
+    """A model, its cache and its requests. cache_memory: in MB; None: a quarter of what is free.
+
+    token_budget: how many tokens a step computes at most. More make prompts faster, and the step longer for
+    those who wait for their next token. end_tokens: tokens that end every text, except with ignore_eos.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        tokenizer,
+        cache_memory: float | None = None,
+        block_size: int = 16,
+        max_batch: int = 16,
+        token_budget: int = 512,
+        prefix_cache: bool = True,
+        end_tokens: Collection[int] = (),
+    ):
+        self.model, self.tokenizer, self.end_tokens = model, tokenizer, frozenset(end_tokens)
+        self.device = next(model.parameters()).device
+        self.longest = model.config.block_size
+        n_blocks = count_blocks(model, cache_memory, block_size, max_batch, self.device)
+        self.pool = Pool(model, n_blocks, block_size)
+        self.blocks = Blocks(n_blocks, block_size, self.pool.copy, prefix_cache)
+        self.scheduler = Scheduler(self.blocks, max_batch, token_budget)
+        self.requests: dict[str, Request] = {}
+        self.n_added = self.n_steps = 0
+        self.plan: dict[Sequence, int] = {}  # of the last step, for those who watch
+
+    @classmethod
+    def of_run(
+        cls, folder, checkpoint: str = "best", device: str = "auto", dtype: str = "auto", **options
+    ) -> "Engine":
+        """The engine of a run's model, with its tokenizer and end-of-text tokens; says how large its cache is."""
+        folder, where = Path(folder), devices.choose(device)
+        devices.prepare(where)
+        config = runs.read_config(folder)
+        number_format = devices.sampling_dtype(dtype, runs.weights_dtype(folder, config), where)
+        model, _ = runs.load(folder, checkpoint, where, number_format)
+        packed.pack(model)
+        tokenizer = runs.tokenizer(folder)
+        ends = end_tokens(folder, runs.read_meta(folder), tokenizer)
+        engine = cls(model, tokenizer, end_tokens=ends, **options)
+        print(engine.describe(), file=sys.stderr)
+        return engine
+
+    def describe(self) -> str:
+        """One line about the cache."""
+        n_blocks, size = self.pool.n_blocks - 1, self.pool.block_size
+        return f"cache: {n_blocks:,} blocks of {size} tokens, {self.pool.nbytes / MB:,.0f} MB"
+
+    # --- Requests ---
+
+    def add(self, request_id: str, prompt_tokens: list[int], params: SamplingParams) -> None:
+        """Queues a request. Raises UserError if it can never be answered."""
+        prompt = [int(token) for token in prompt_tokens]
+        if request_id in self.requests:
+            raise UserError(f"there is a request {request_id!r} already: give each a name of its own")
+        if not prompt:
+            raise UserError("the prompt has no tokens: give at least one")
+        vocab_size = self.tokenizer.vocab_size
+        for token in (*prompt, *params.logit_bias):
+            if not 0 <= token < vocab_size:
+                raise UserError(f"there is no token {token}: the model has the tokens 0 to {vocab_size - 1}")
+        if len(prompt) >= self.longest:
+            raise UserError(
+                f"the prompt has {len(prompt):,} tokens, and the model {self.longest:,} positions for it and "
+                "its answer\nshorten it"
+            )
+        longest = min(len(prompt) + params.max_tokens, self.longest)
+        n_blocks = self.blocks.count(longest - 1)  # the last token is never computed
+        if n_blocks > self.pool.n_blocks - 1:
+            raise UserError(
+                f"the request may have {longest:,} tokens, and the cache has room for "
+                f"{(self.pool.n_blocks - 1) * self.pool.block_size:,}\nlower its max_tokens, or give the cache "
+                "more memory"
+            )
+        self.n_added += 1
+        first = self.new_sequence(request_id, 0, (self.n_added, 0), params, prompt)
+        self.requests[request_id] = Request(params, [first])
+        self.scheduler.add(first)
+
+    def new_sequence(self, request_id, index, order, params, prompt) -> Sequence:
+        generator = torch.Generator()
+        if params.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(params.seed + index)
+        writer = Writer(self.tokenizer.stream(prompt), params.stop)
+        return Sequence(request_id, index, order, params, prompt, writer, generator)
+
+    def abort(self, request_id: str) -> None:
+        """Frees what a request holds. Nothing happens if it is finished or unknown."""
+        request = self.requests.pop(request_id, None)
+        for sequence in request.sequences if request else ():
+            self.scheduler.remove(sequence)
+
+    def has_work(self) -> bool:
+        return bool(self.requests)
+
+    # --- A step ---
+
+    @torch.inference_mode()
+    def step(self) -> list[Output]:
+        """Computes the next tokens of all that run. Returns what is new, one output for each text."""
+        self.plan = self.scheduler.schedule()
+        self.n_steps += 1
+        groups: dict[tuple[int, bool], list[Sequence]] = {}  # those that the model computes together
+        for sequence, n_new in self.plan.items():
+            is_first = n_new > 1 and sequence.table.length == 0
+            groups.setdefault((n_new, is_first), []).append(sequence)
+        ready, rows = [], []
+        for (n_new, _), sequences in groups.items():
+            logits = self.forward(sequences, n_new)
+            for sequence in sequences:
+                length = sequence.table.length + n_new
+                self.blocks.computed(sequence.table, sequence.tokens, length)
+            done = [i for i, sequence in enumerate(sequences) if sequence.n_left == 0]
+            ready += [sequences[i] for i in done]
+            rows.append(logits[done])
+        if not ready:
+            return []
+        logits = torch.cat(rows).cpu()
+        ready, logits = self.fork(ready, logits)
+        tokens = sampling.draw(logits, ready)
+        found = self.logprobs(ready, logits, tokens)
+        outputs = [self.note(*each) for each in zip(ready, tokens, found, strict=True)]
+        self.scheduler.limit()
+        return self.finished(outputs)
+
+    def forward(self, sequences: list[Sequence], n_new: int) -> torch.Tensor:
+        """Logits (B, vocab_size) after n_new more tokens of each sequence."""
+        starts = [s.table.length for s in sequences]
+        new = [next_tokens(s, n_new) for s in sequences]
+        batch = Batch(self.pool, [s.table.blocks for s in sequences], starts, n_new)
+
+        # Only the last token's logits are wanted; in a prefill, the others would cost more than a layer.
+        def keep_last(module, inputs):
+            return (inputs[0][:, -1:],)
+
+        hook = self.model.lm_head.register_forward_pre_hook(keep_last)
+        try:
+            logits, _ = self.model(torch.tensor(new, device=self.device), cache=batch)
+        finally:
+            hook.remove()
+        return logits[:, -1, : self.tokenizer.vocab_size]
+
+    def fork(self, ready: list[Sequence], logits: torch.Tensor) -> tuple[list[Sequence], torch.Tensor]:
+        """Adds the other texts of requests whose prompts are now computed; they begin with the same logits."""
+        everything, rows = [], []
+        for row, sequence in enumerate(ready):
+            everything.append(sequence)
+            if sequence.params.n_texts > 1 and not sequence.is_forked:
+
+                def make(index, first=sequence):
+                    order = (first.order[0], index)
+                    return self.new_sequence(first.request_id, index, order, first.params, first.prompt)
+
+                forks = self.scheduler.fork(sequence, make)
+                self.requests[sequence.request_id].sequences += forks
+                everything += forks
+                for each in (sequence, *forks):
+                    each.is_forked = True
+            rows += [row] * (len(everything) - len(rows))
+        return everything, logits[rows] if len(rows) > len(ready) else logits
+
+    def logprobs(
+        self, ready: list[Sequence], logits: torch.Tensor, tokens: list[int]
+    ) -> list[Logprob | None]:
+        """Those that the requests need, None for the others."""
+        found: list[Logprob | None] = [None] * len(ready)
+        needed = [i for i, s in enumerate(ready) if s.params.logprobs is not None or s.params.best_of]
+        if needed:
+            n_top = max(ready[i].params.logprobs or 0 for i in needed)
+            entries = sampling.logprobs(logits[needed], [tokens[i] for i in needed], n_top)
+            for i, entry in zip(needed, entries, strict=True):
+                found[i] = Logprob(entry.logprob, entry.top[: ready[i].params.logprobs or 0])
+        return found
+
+    def note(self, sequence: Sequence, token: int, logprob: Logprob | None) -> Output:
+        """Adds a token to a text, and ends it if it is complete."""
+        params, writer = sequence.params, sequence.writer
+        output = Output(sequence.request_id, sequence.index)
+        if params.logprobs is not None:
+            output.logprobs = []
+        if token in params.stop_token_ids or (token in self.end_tokens and not params.ignore_eos):
+            output.finish_reason = "stop"
+        else:
+            sequence.generated.append(token)
+            output.token_ids.append(token)
+            if logprob:
+                sequence.logprob += logprob.logprob
+            if params.logprobs is not None:
+                output.logprobs.append(logprob)
+            output.text = writer.add(token)
+            if writer.stopped:
+                output.finish_reason = "stop"
+            elif len(sequence.generated) == params.max_tokens or sequence.n_tokens >= self.longest:
+                output.finish_reason = "length"
+        if output.finish_reason:
+            if not writer.stopped:
+                output.text += writer.add(None)
+                if writer.stopped:  # the last half of a character completed a stop string
+                    output.finish_reason = "stop"
+            self.scheduler.remove(sequence)
+        return output
+
+    def finished(self, outputs: list[Output]) -> list[Output]:
+        """Forgets requests that are complete. With best_of, their texts are chosen and returned now."""
+        returned = []
+        for output in outputs:
+            request = self.requests[output.request_id]
+            best_of = request.params.n_texts > request.params.n
+            if best_of:
+                extend(
+                    request.whole.setdefault(output.index, Output(output.request_id, output.index)), output
+                )
+            else:
+                returned.append(output)
+            if output.finish_reason:
+                sequence = next(s for s in request.sequences if s.index == output.index)
+                request.sequences.remove(sequence)
+                if best_of:
+                    request.scores[output.index] = sequence.logprob / max(1, len(sequence.generated))
+            if not request.sequences:
+                del self.requests[output.request_id]
+                if best_of:
+                    best = sorted(request.scores, key=request.scores.get, reverse=True)
+                    for rank, index in enumerate(best[: request.params.n]):
+                        request.whole[index].index = rank
+                        returned.append(request.whole[index])
+        return returned
+
+    # --- For scripts, and for those who watch ---
+
+    def generate(self, prompts: list, params: SamplingParams | list[SamplingParams]) -> list[list[Output]]:
+        """Continues prompts, which are texts or lists of tokens. Returns, for each, its n whole texts."""
+        each = params if isinstance(params, list) else [params] * len(prompts)
+        names = [f"generate-{self.n_added + i}" for i in range(len(prompts))]
+        texts: dict[tuple[str, int], Output] = {}
+        try:
+            for name, prompt, wanted in zip(names, prompts, each, strict=True):
+                self.add(name, self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt, wanted)
+            while any(name in self.requests for name in names):
+                for output in self.step():
+                    key = (output.request_id, output.index)
+                    extend(texts.setdefault(key, Output(*key)), output)
+        finally:
+            for name in names:
+                self.abort(name)
+        return [[texts[name, i] for i in range(p.n)] for name, p in zip(names, each, strict=True)]
+
+    def blocks_of(self, request_id: str) -> list[list[tuple[int, int]]]:
+        """For each text of a request: its blocks in order, each with how many texts hold it."""
+        request = self.requests.get(request_id)
+        tables = [s.table.blocks for s in request.sequences] if request else []
+        return [[(block, self.blocks.references[block]) for block in table] for table in tables if table]
+
+    def stats(self) -> dict[str, float]:
+        """Counts for a dashboard."""
+        n_blocks = self.pool.n_blocks - 1
+        running = self.scheduler.running
+        n_used = n_blocks - len(self.blocks.free)
+        last = {s.table.blocks[-1]: s.table.length for s in running}  # blocks before the last are full
+        n_empty = sum(-length % self.pool.block_size for length in last.values())
+        return {
+            "running": len(running),
+            "waiting": len(self.scheduler.waiting),
+            "cache_use": n_used / n_blocks,
+            "cache_waste": n_empty / (n_used * self.pool.block_size) if n_used else 0.0,
+            "prefix_hits": self.scheduler.n_hits,
+            "preemptions": self.scheduler.n_preempted,
+            "blocks": n_blocks,
+            "steps": self.n_steps,
+        }
+
+
+def next_tokens(sequence: Sequence, n_new: int) -> list[int]:
+    """The n_new tokens to compute next."""
+    start = sequence.table.length
+    if n_new == 1 and sequence.generated:  # most often; without a copy of the whole text
+        return (
+            [sequence.generated[start - len(sequence.prompt)]]
+            if start >= len(sequence.prompt)
+            else [sequence.prompt[start]]
+        )
+    return sequence.tokens[start : start + n_new]
+
+
+def extend(whole: Output, new: Output) -> None:
+    """Adds what is new to the text so far."""
+    whole.token_ids += new.token_ids
+    whole.text += new.text
+    if new.logprobs is not None:
+        whole.logprobs = (whole.logprobs or []) + new.logprobs
+    whole.finish_reason = new.finish_reason
+
+
+def count_blocks(model, cache_memory: float | None, block_size: int, max_batch: int, device) -> int:
+    """How many blocks fit into the memory, the null block included, but no more than can ever be used."""
+    if block_size < 1 or max_batch < 1:
+        raise UserError(f"block_size ({block_size}) and max_batch ({max_batch}) must be at least 1")
+    wanted = cache_memory * MB if cache_memory is not None else free_memory(device) * SHARE_OF_FREE
+    size = block_bytes(model, block_size)
+    most = 2 * max_batch * -(-model.config.block_size // block_size)  # as many again for the prefix cache
+    n_blocks = min(int(wanted / size), most)
+    if n_blocks < 1:
+        raise UserError(
+            f"the cache needs at least {size / MB:.3g} MB, for one block of {block_size} tokens, and has "
+            f"{wanted / MB:.3g}\ngive it more memory, or a smaller block size"
+        )
+    return n_blocks + 1
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on the device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        available = next(line for line in lines if line.startswith("MemAvailable"))
+        return int(available.split()[1]) * 1024
+    except (OSError, StopIteration):  # not Linux
+        return 4 * 2**30

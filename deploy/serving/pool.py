@@ -1,0 +1,105 @@
+"""The memory of all blocks, and the view of it that stands in for a model's cache.
+
+A model asks its cache for positions and a mask, and every layer passes its new keys and values to `update` and
+gets back those of all tokens. Batch answers the same questions for rows of different lengths whose tokens lie
+in blocks anywhere in the pool. So all stages can be served, and none of them knows of it.
+"""
+
+import torch
+
+from deploy.serving.blocks import NULL
+
+
+class Pool:
+    """One tensor (n_layer, n_blocks, block_size, heads, width) for each thing that the model's cache stores.
+
+    These are keys and values, or in stage 7 rotated keys and latents.
+    """
+
+    def __init__(self, model: torch.nn.Module, n_blocks: int, block_size: int):
+        self.block_size, self.n_blocks = block_size, n_blocks
+        # Zeros, because a NaN in the null block would survive the mask.
+        self.tensors = [
+            t.new_zeros(t.size(0), n_blocks, block_size, t.size(2), t.size(4)) for t in stored(model)
+        ]
+        # A stage whose own cache has no mask for a first prefill lets SDPA mask, which is faster.
+        self.causal_by_default = model.new_cache(1, 2).mask(2) is None
+        self.window = getattr(model.config, "sliding_window", None)  # Mistral's
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors)
+
+    def copy(self, source: int, target: int) -> None:
+        """Copies the content of a block."""
+        for t in self.tensors:
+            t[:, target] = t[:, source]
+
+
+def stored(model: torch.nn.Module) -> list[torch.Tensor]:
+    """What the model's cache stores of a token: tensors (n_layer, 1, heads, 1, width)."""
+    return [value for value in vars(model.new_cache(1, 1)).values() if isinstance(value, torch.Tensor)]
+
+
+def block_bytes(model: torch.nn.Module, block_size: int) -> int:
+    """The size of a block."""
+    return sum(t.nbytes for t in stored(model)) * block_size
+
+
+class Batch:
+    """Stands in for a cache while the model computes n_new more tokens of every row.
+
+    tables: the blocks of each row, with room for the new tokens; starts: how many tokens they hold already.
+    """
+
+    length = 0  # stage 0 adds it to n_new to check its positions; the scheduler checks them here
+
+    def __init__(self, pool: Pool, tables: list[list[int]], starts: list[int], n_new: int):
+        self.pool, self.size = pool, pool.block_size
+        device = pool.tensors[0].device
+        self.is_first = not any(starts)  # all keys are new, so none need to be read from the pool
+        n_blocks = -(-(max(starts) + n_new) // self.size)
+        filled = [(table + [NULL] * n_blocks)[:n_blocks] for table in tables]
+        table = torch.tensor(filled)  # (B, n_blocks)
+        positions = torch.tensor(starts)[:, None] + torch.arange(n_new)  # (B, n_new)
+        slots = table.gather(1, positions // self.size) * self.size + positions % self.size
+        self.n_rows, self.n_new = len(starts), n_new
+        self.table, self.slots = table.flatten().to(device), slots.flatten().to(device)
+        self._positions = positions.to(device)
+        self._mask = self._make_mask(n_new if self.is_first else n_blocks * self.size)
+
+    def _make_mask(self, n_keys: int) -> torch.Tensor | None:
+        """(B, 1, n_new, n_keys) in the pool's dtype, or None: causal."""
+        window, positions = self.pool.window, self._positions[:, None, :, None]
+        if self.is_first and self.pool.causal_by_default and not (window and window < n_keys):
+            return None
+        keys = torch.arange(n_keys, device=positions.device)
+        hidden = keys > positions
+        if window:
+            hidden |= keys <= positions - window
+        mask = torch.zeros(hidden.shape, dtype=self.pool.tensors[0].dtype, device=positions.device)
+        return mask.masked_fill_(hidden, -torch.inf)
+
+    def positions(self, n_new: int) -> torch.Tensor:
+        """(B, n_new)"""
+        return self._positions
+
+    def mask(self, n_new: int) -> torch.Tensor | None:
+        return self._mask
+
+    def update(self, layer_idx: int, *new: torch.Tensor) -> list[torch.Tensor]:
+        """Stores what is new (B, heads, n_new, width); returns the same of all tokens (B, heads, S, width)."""
+        everything = []
+        for tensor, x in zip(self.pool.tensors, new, strict=True):
+            layer = tensor[layer_idx]  # (n_blocks, block_size, heads, width)
+            tokens = x.transpose(1, 2).flatten(0, 1)  # (B * n_new, heads, width)
+            layer.flatten(0, 1).index_copy_(0, self.slots, tokens.to(layer.dtype))
+            if self.is_first:
+                everything.append(x)
+                continue
+            gathered = layer.index_select(0, self.table)  # (B * blocks of the longest row, block_size, …)
+            everything.append(gathered.view(self.n_rows, -1, *layer.shape[2:]).transpose(1, 2))
+        return everything
+
+    def advance(self, n_new: int) -> None:
+        """Nothing: the tables count the tokens."""

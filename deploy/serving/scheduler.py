@@ -1,0 +1,123 @@
+"""Decides which tokens the model computes in a step, and who waits.
+
+Sequences are ordered by arrival, always: everything that runs is older than everything that waits. If blocks
+run out, the newest gives its own back and computes them again later, so the oldest always finishes.
+"""
+
+from bisect import insort
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from deploy.serving.blocks import Blocks, Table
+from deploy.serving.sampling import SamplingParams, Writer
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One text that is being generated."""
+
+    request_id: str
+    index: int  # of the request's n
+    order: tuple[int, int]  # by arrival
+    params: SamplingParams
+    prompt: list[int]
+    writer: Writer
+    generator: torch.Generator | None
+    generated: list[int] = field(default_factory=list)
+    table: Table = field(default_factory=Table)
+    is_forked: bool = False  # whether the request's other texts have been made from this one
+    logprob: float = 0.0  # total, of the generated tokens
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.prompt) + len(self.generated)
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.prompt + self.generated
+
+    @property
+    def n_left(self) -> int:
+        """How many tokens must be computed before the next one is known. 1: it is being decoded."""
+        return self.n_tokens - self.table.length
+
+
+class Scheduler:
+    def __init__(self, blocks: Blocks, max_batch: int, token_budget: int):
+        self.blocks, self.max_batch = blocks, max_batch
+        self.token_budget = max(token_budget, max_batch)  # so that all that run can get a token
+        self.running: list[Sequence] = []  # both lists in order of arrival
+        self.waiting: list[Sequence] = []
+        self.n_preempted = 0
+        self.n_hits = 0  # tokens that the prefix cache had
+
+    def add(self, sequence: Sequence) -> None:
+        self.waiting.append(sequence)
+
+    def schedule(self) -> dict[Sequence, int]:
+        """The sequences of the next step, with how many tokens to compute for each; it makes room for them."""
+        plan: dict[Sequence, int] = {}
+        decodes = [s for s in self.running if s.n_left == 1]
+        prefills = [s for s in self.running if s.n_left > 1]
+        for sequence in decodes + prefills:
+            n_new = min(sequence.n_left, self.token_budget - sum(plan.values()))
+            was_preempted = sequence not in self.running  # by an older one, in this loop
+            if n_new > 0 and not was_preempted and self.make_room(sequence, n_new, plan):
+                plan[sequence] = n_new
+        while self.waiting and len(self.running) < self.max_batch:
+            n_new = self.token_budget - sum(plan.values())
+            if n_new <= 0 or not self.admit(self.waiting[0]):
+                break
+            sequence = self.waiting.pop(0)
+            self.running.append(sequence)
+            plan[sequence] = min(sequence.n_left, n_new)
+            self.blocks.grow(sequence.table, sequence.table.length + plan[sequence])
+        return plan
+
+    def admit(self, sequence: Sequence) -> bool:
+        """Gives a waiting sequence the blocks that the prefix cache has, if the rest would fit now."""
+        found = self.blocks.match(sequence.tokens)
+        if self.blocks.needed_for(found, sequence.n_tokens) > len(self.blocks.free):
+            return False
+        sequence.table = self.blocks.fork(found)
+        self.n_hits += found.length
+        return True
+
+    def make_room(self, sequence: Sequence, n_new: int, plan: dict[Sequence, int]) -> bool:
+        """Blocks for n_new tokens, taken from newer sequences if need be. False: it is itself the newest."""
+        length = sequence.table.length + n_new
+        while self.blocks.needed(sequence.table, length) > len(self.blocks.free):
+            newest = self.running[-1]
+            self.preempt(newest)
+            plan.pop(newest, None)
+            if newest is sequence:
+                return False
+        self.blocks.grow(sequence.table, length)
+        return True
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Takes the blocks of the newest running sequence. Its text stays, so it goes on where it was."""
+        self.running.remove(sequence)
+        self.waiting.insert(0, sequence)
+        self.blocks.release(sequence.table)
+        self.n_preempted += 1
+
+    def fork(self, sequence: Sequence, make: Callable[[int], Sequence]) -> list[Sequence]:
+        """The other texts of a request, once its prompt is computed. They share the prompt's blocks."""
+        forks = [make(i) for i in range(1, sequence.params.n_texts)]
+        for fork in forks:
+            fork.table = self.blocks.fork(sequence.table)
+            insort(self.running, fork, key=lambda s: s.order)
+        return forks
+
+    def limit(self) -> None:
+        """Puts back the newest if forks have made the batch too large."""
+        while len(self.running) > self.max_batch:
+            self.preempt(self.running[-1])
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forgets a sequence, whatever state it is in."""
+        (self.running if sequence in self.running else self.waiting).remove(sequence)
+        self.blocks.release(sequence.table)
