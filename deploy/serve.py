@@ -54,11 +54,17 @@ class Settings:
     context: int | None = None
     """The most tokens of a prompt and its answer. None: as in training."""
     cache_memory: float | None = None
-    """Memory for the cache of keys and values, in MB. None: a share of what is free."""
+    """Memory for the cache of keys and values, in MB. None: a quarter of what is free, or less if that is
+    enough."""
     block_size: int = 16
     """Tokens in a block of the cache."""
     max_batch: int = 16
     """Texts generated at the same time."""
+    token_budget: int = 512
+    """The most tokens that the engine computes in a step. More make prompts faster, but others wait
+    longer for their next token."""
+    prefix_cache: bool = True
+    """Keep blocks of finished requests for those that begin with the same tokens."""
     grace: float = 10
     """When stopped, seconds that open requests have to finish."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -67,7 +73,7 @@ class Settings:
     """cuda, mps or cpu; auto: the first of these that is available."""
 
     def __post_init__(self):
-        for name in ("max_requests", "max_texts", "max_body", "block_size", "max_batch"):
+        for name in ("max_requests", "max_texts", "max_body", "block_size", "max_batch", "token_budget"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if not 0 <= self.port < 2**16:
@@ -139,23 +145,32 @@ def load(settings: Settings):
     folder = Path(settings.run) if settings.run else runs.newest(None)
     config = runs.read_config(folder)
     runs.warn_of_edits(folder, config)
-    where = device.choose(settings.device)
-    device.prepare(where)
-    dtype = device.sampling_dtype(settings.dtype, runs.weights_dtype(folder, config), where)
-    model, config = runs.load(folder, settings.checkpoint, where, dtype)
-    longest = model.config.block_size
+    longest = runs.model_config(folder, config).block_size
     if settings.context is not None and settings.context > longest:
         raise UserError(f"--context {settings.context} is too long: the model has {longest} positions")
-    tokenizer = runs.tokenizer(folder)
     try:
         template = ChatTemplate(folder)
     except UserError as error:
         template = error  # for those who ask for a chat
-    name = settings.name or folder.resolve().name
-    engine = Engine(model, tokenizer, settings.cache_memory, settings.block_size, settings.max_batch)
-    created = int((folder / "config.json").stat().st_mtime)
     print(f"{config['stage']} from {shown(folder)}", file=sys.stderr)
-    return Served(name, engine, tokenizer, template, settings.context or longest, created)
+    engine = Engine.of_run(
+        folder,
+        settings.checkpoint,
+        settings.device,
+        settings.dtype,
+        cache_memory=settings.cache_memory,
+        block_size=settings.block_size,
+        max_batch=settings.max_batch,
+        token_budget=settings.token_budget,
+        prefix_cache=settings.prefix_cache,
+    )
+    context = settings.context or longest
+    room = (engine.pool.n_blocks - 1) * engine.pool.block_size + 1  # the last token is never in the cache
+    if room < context:
+        print(f"the cache has room for {room:,} tokens, so this is the longest context", file=sys.stderr)
+    name = settings.name or folder.resolve().name
+    created = int((folder / "config.json").stat().st_mtime)
+    return Served(name, engine, template, min(room, context), created)
 
 
 def is_loopback(address: str) -> bool:

@@ -53,6 +53,7 @@ class Running:
         app = make_app(self.served, limits, **options)
         self.worker, self.engine = app.state.worker, self.served.engine
         self.socket = socket.create_server(("127.0.0.1", 0))
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**13)  # for slow readers
         self.url, self.address = serve.url(self.socket), self.socket.getsockname()
         config = uvicorn.Config(app, log_level="error", server_header=False)
         self.server = Server(config, self.worker, grace=0)
@@ -412,11 +413,16 @@ def test_the_api_key_is_needed_for_everything_but_the_page(run):
 
 def start_stream(server, **fields):
     """A connection on which a long stream has begun; closing it is what a client that goes away does."""
-    body = json.dumps({"model": "tiny", "prompt": "Ah", "max_tokens": LONG, "stream": True} | fields).encode()
     connection = socket.create_connection(server.address)
+    send_request(connection, {"max_tokens": LONG, "stream": True} | fields)
+    return connection
+
+
+def send_request(connection: socket.socket, fields: dict) -> None:
+    """Sends a request for a completion, and reads nothing."""
+    body = json.dumps({"model": "tiny", "prompt": "Ah"} | fields).encode()
     head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-    return connection
 
 
 @pytest.mark.parametrize("fields", [{}, {"stream": False}, {"n": 4}, {"prompt": ["a", "b"]}], ids=str)
@@ -466,15 +472,21 @@ def test_a_client_that_goes_away_while_it_waits_leaves_nothing(server):
 
 
 def test_a_slow_reader_does_not_slow_down_others(server, expected):
-    slow = start_stream(server, logprobs=20)  # which nobody reads: the sockets' buffers fill up
-    with closing(slow):
-        assert becomes(lambda: server.worker.open)
+    with (
+        socket.socket() as slow
+    ):  # it reads nothing: the sockets' buffers are full before its answer is complete
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**12)
+        slow.connect(server.address)
+        send_request(slow, {"max_tokens": 500, "logprobs": 20, "temperature": 0, "stream": True})
+        assert becomes(lambda: held(server.stats()) > 0)
         for _ in range(3):
             started = time.monotonic()
             answer = server.client.completions.create(prompt="Ah", **GREEDY)
             assert answer.choices[0].text == expected("Ah")
             assert time.monotonic() - started < 2
-    assert server.becomes_idle()
+        assert server.becomes_idle(30)  # the engine does not wait for the reader
+        assert server.server.server_state.tasks  # but the rest of the answer does
+    assert server_works(server)
 
 
 def test_too_many_open_requests_are_refused_at_once(local_server):
@@ -555,6 +567,29 @@ def test_the_blocks_of_a_request_can_be_watched(server):
     assert becomes(lambda: server.http.get("/debug/blocks", params={"id": first.id}).json()["tables"] == [])
 
 
+def test_the_experts_of_the_last_tokens_can_be_watched(tmp_path, monkeypatch):
+    monkeypatch.setattr("deploy.serving.experts.SECONDS", 0.5)
+    torch.manual_seed(0)
+    make_run(tmp_path / "moe", "7", CHARACTERS, block_size=CONTEXT)
+    with running(tmp_path / "moe") as server:
+        routers = [m for m in server.engine.model.modules() if type(m).__name__ == "Router"]
+        stream = server.client.completions.create(model="moe", prompt="Ah", max_tokens=LONG, stream=True)
+        next(iter(stream))
+
+        def experts():
+            return server.http.get("/debug/blocks", params={"id": "x"}).json()["experts"]
+
+        assert becomes(lambda: experts()["tokens"] == 32)
+        layers, config = experts()["layers"], server.engine.model.config
+        assert [layer["layer"] for layer in layers] == [0, 1]  # not the MTP block's
+        for layer in layers:
+            assert len(layer["counts"]) == config.n_routed_experts
+            assert sum(layer["counts"]) == 32 * config.num_experts_per_tok
+        # Nobody watches any more: the routers run without hooks again.
+        assert becomes(lambda: not any(router._forward_hooks for router in routers), 5)
+        stream.close()
+
+
 def test_the_page_loads_nothing_from_elsewhere(server):
     answer = server.http.get("/")
     assert answer.headers["Content-Type"] == "text/html; charset=utf-8"
@@ -581,7 +616,7 @@ def start_process(run, *flags):
 
 
 def test_sigterm_under_load_ends_all_answers_and_the_process(run):
-    process, url = start_process(run, "--grace", "1")
+    process, url = start_process(run, "--grace", "2")
     try:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         errors, short = [], []
@@ -596,7 +631,7 @@ def test_sigterm_under_load_ends_all_answers_and_the_process(run):
                 errors.append(error)
 
         def short_request():
-            short.append(client.completions.create(model="tiny", prompt="Ah", max_tokens=50))
+            short.append(client.completions.create(model="tiny", prompt="Ah", max_tokens=20))
 
         threads = [threading.Thread(target=long_request) for _ in range(6)]
         threads.append(threading.Thread(target=short_request))

@@ -14,6 +14,7 @@ MOST_LOGPROBS = 20
 # which clients send for "not given", is always one of them.
 NOT_IMPLEMENTED = {
     "audio": [],
+    "beams": [1],
     "echo": [False],
     "function_call": ["none"],
     "functions": [[]],
@@ -33,6 +34,7 @@ NOT_IMPLEMENTED = {
     "suffix": [""],
     "tool_choice": ["none"],
     "tools": [[]],
+    "use_beam_search": [False],
     "user": [],
     "verbosity": [],
     "web_search_options": [],
@@ -60,7 +62,7 @@ class StreamOptions(Strict):
 
 
 class Common(Strict):
-    """The fields of both kinds of completions. The last seven are not OpenAI's; vLLM has most of them too."""
+    """The fields of both kinds of completions. The last five are not OpenAI's; vLLM has them too."""
 
     model: str
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
@@ -72,14 +74,13 @@ class Common(Strict):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    best_of: Annotated[int, Field(ge=1)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     top_k: Annotated[int, Field(ge=1)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
     stop_token_ids: Annotated[list[int], Field(max_length=MOST_STOPS)] | None = None
     ignore_eos: bool | None = None
-    best_of: Annotated[int, Field(ge=1)] | None = None
-    beams: Annotated[int, Field(ge=1)] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -103,13 +104,8 @@ class Common(Strict):
             raise Refused("stream_options is only for stream = true", "stream_options")
         if self.best_of is not None and self.best_of < (self.n or 1):
             raise Refused(f"best_of ({self.best_of}) is less than n ({self.n or 1})", "best_of")
-        if self.beams is not None and self.beams < (self.n or 1):
-            raise Refused(f"beams ({self.beams}) is less than n ({self.n or 1})", "beams")
-        if (self.beams or 1) > 1 and (self.best_of or 1) > 1:
-            raise Refused("give beams or best_of, not both", "beams")
-        for name in ("best_of", "beams"):
-            if self.stream and (getattr(self, name) or 1) > (self.n or 1):
-                raise Refused(f"with {name}, the answer is known only at the end: leave stream out", name)
+        if self.stream and (self.best_of or 1) > (self.n or 1):
+            raise Refused("with best_of, the texts are chosen at the end: leave stream out", "best_of")
         if "" in self.stops:
             raise Refused("a stop string is empty", "stop")
         return self
@@ -121,7 +117,7 @@ class Common(Strict):
     @property
     def texts(self) -> int:
         """How many texts are generated for each prompt, those that are not returned included."""
-        return max(self.n or 1, self.best_of or 1, self.beams or 1)
+        return max(self.n or 1, self.best_of or 1)
 
 
 Tokens = Annotated[list[int], Field(min_length=1)]

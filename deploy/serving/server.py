@@ -48,7 +48,7 @@ class Limits:
     max_requests: int = 64
     """Open requests; further ones get status 429."""
     max_texts: int = 16
-    """Texts of one request: prompts times n (or best_of, or beams)."""
+    """Texts of one request: prompts times n (or best_of)."""
     max_body: int = 2**20
     """Bytes of a request's body."""
 
@@ -60,13 +60,16 @@ class Served:
     name: str
     """The model's name in the API."""
     engine: Engine
-    tokenizer: object
     template: ChatTemplate | UserError
     """UserError: why there is none."""
     context: int
     """The most tokens of a prompt and its answer."""
     created: int = 0
     """When the model was made, in seconds since 1970."""
+
+    @property
+    def tokenizer(self):
+        return self.engine.tokenizer
 
 
 def make_app(
@@ -345,7 +348,7 @@ class Guard:
         return None
 
     async def read(self, receive, keep: bool) -> bytes | None:
-        """The body, or None if the client has gone. Raises TooLarge, once there is no more or far too much."""
+        """The body; None if the client has gone. Raises TooLarge once there is no more, or far too much."""
         parts, size, more = [], 0, True
         while more and size < MOST_TO_DISCARD:
             message = await receive()
@@ -541,7 +544,7 @@ class Answer:
         self.n = body.n or 1
         texts = len(prompts) * body.texts
         if texts > limits.max_texts:
-            which = next((name for name in ("beams", "best_of") if getattr(body, name)), "n")
+            which = "best_of" if body.best_of else "n"
             message = f"the request is for {texts} texts, and this server's limit is {limits.max_texts}"
             raise Refused(message, which if body.texts > 1 else "prompt")
         self.params = [self.sampling_params(len(prompt), served) for prompt in prompts]
@@ -580,7 +583,7 @@ class Answer:
             },
         }
         same = ("top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
-        for field in (*same, "seed", "ignore_eos", "n", "best_of", "beams"):
+        for field in (*same, "seed", "ignore_eos", "n", "best_of"):
             if getattr(body, field) is not None:
                 given[field] = getattr(body, field)
         return SamplingParams(**given)
