@@ -1,4 +1,4 @@
-"""Serves a model to many at once: paged attention, a prefix cache and continuous batching. See README.md here."""
+"""Serves a model to many at once: paged attention, a prefix cache, continuous batching. See its README.md."""
 
 from deploy.serving.engine import Engine, Output
 from deploy.serving.sampling import SamplingParams

@@ -121,7 +121,7 @@ class Blocks:
                 self.by_hash[digest], self.hashes[block] = block, digest
 
     def release(self, table: Table) -> None:
-        """Gives up all blocks of the table. The last ones become free first: a prefix is more often useful."""
+        """Gives up all blocks of the table. Prefixes are evicted last: they are the most useful."""
         for block in reversed(table.blocks):
             self.references[block] -= 1
             if self.references[block] == 0:

@@ -43,8 +43,7 @@ class Output:
     logprobs: list[Logprob] | None = None
     """One entry for each of token_ids, if the request asks for them."""
     finish_reason: str | None = None
-    """"stop": an end-of-text token or a stop string; "length": max_tokens, or the model has no more positions;
-    "abort"."""
+    """stop: an end-of-text token or a stop string; length: max_tokens, or the model has no more positions."""
 
 
 @dataclass
@@ -90,7 +89,7 @@ class Engine:
     def of_run(
         cls, folder, checkpoint: str = "best", device: str = "auto", dtype: str = "auto", **options
     ) -> "Engine":
-        """The engine of a run's model, with its tokenizer and end-of-text tokens; says how large its cache is."""
+        """The engine of a run, with its end-of-text tokens. Says on stderr how large its cache is."""
         folder, where = Path(folder), devices.choose(device)
         devices.prepare(where)
         config = runs.read_config(folder)
@@ -129,10 +128,10 @@ class Engine:
         longest = min(len(prompt) + params.max_tokens, self.longest)
         n_blocks = self.blocks.count(longest - 1)  # the last token is never computed
         if n_blocks > self.pool.n_blocks - 1:
+            room = (self.pool.n_blocks - 1) * self.pool.block_size
             raise UserError(
-                f"the request may have {longest:,} tokens, and the cache has room for "
-                f"{(self.pool.n_blocks - 1) * self.pool.block_size:,}\nlower its max_tokens, or give the cache "
-                "more memory"
+                f"the request may have {longest:,} tokens, and the cache has room for {room:,}\n"
+                "lower its max_tokens, or give the cache more memory"
             )
         self.n_added += 1
         first = self.new_sequence(request_id, 0, (self.n_added, 0), params, prompt)
@@ -205,7 +204,7 @@ class Engine:
         return logits[:, -1, : self.tokenizer.vocab_size]
 
     def fork(self, ready: list[Sequence], logits: torch.Tensor) -> tuple[list[Sequence], torch.Tensor]:
-        """Adds the other texts of requests whose prompts are now computed; they begin with the same logits."""
+        """Adds the other texts of requests whose prompts are now computed; they share the logits."""
         everything, rows = [], []
         for row, sequence in enumerate(ready):
             everything.append(sequence)

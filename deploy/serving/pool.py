@@ -1,8 +1,8 @@
 """The memory of all blocks, and the view of it that stands in for a model's cache.
 
-A model asks its cache for positions and a mask, and every layer passes its new keys and values to `update` and
-gets back those of all tokens. Batch answers the same questions for rows of different lengths whose tokens lie
-in blocks anywhere in the pool. So all stages can be served, and none of them knows of it.
+A model asks its cache for positions and a mask, and every layer passes its new keys and values to `update`
+and gets back those of all tokens. Batch answers the same questions for rows of different lengths, whose
+tokens lie in blocks anywhere in the pool. So all stages can be served, and none of them knows of it.
 """
 
 import torch
@@ -88,7 +88,7 @@ class Batch:
         return self._mask
 
     def update(self, layer_idx: int, *new: torch.Tensor) -> list[torch.Tensor]:
-        """Stores what is new (B, heads, n_new, width); returns the same of all tokens (B, heads, S, width)."""
+        """Stores what is new (B, heads, n_new, width); returns that of all tokens (B, heads, S, width)."""
         everything = []
         for tensor, x in zip(self.pool.tensors, new, strict=True):
             layer = tensor[layer_idx]  # (n_blocks, block_size, heads, width)

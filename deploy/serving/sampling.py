@@ -1,6 +1,7 @@
 """What a request asks for, and how its next token is drawn."""
 
 from dataclasses import dataclass, field
+from math import inf, isfinite
 
 import torch
 
@@ -37,8 +38,8 @@ class SamplingParams:
     stop_token_ids: list[int] = field(default_factory=list)
     """Tokens that do."""
     logprobs: int | None = None
-    """How many of the most likely tokens to list at every position with the model's log-probabilities, besides
-    the drawn token's (0: only that). None: none at all."""
+    """How many of the most likely tokens to list at every position, with the model's log-probabilities,
+    besides the drawn one (0: only that). None: no log-probabilities."""
     n: int = 1
     """How many texts to generate."""
     best_of: int | None = None
@@ -51,17 +52,22 @@ class SamplingParams:
     def __post_init__(self):
         if isinstance(self.stop, str):
             self.stop = [self.stop]
-        at_least_one = ("max_tokens", "n", "top_k", "best_of", "beams")
-        checks = {name: (getattr(self, name) or 1) >= 1 for name in at_least_one}
-        checks |= {name: getattr(self, name) != 0 for name in at_least_one if checks[name]}
-        checks["temperature"] = 0 <= self.temperature < float("inf")
-        checks["top_p"] = 0 < self.top_p <= 1
-        checks["min_p"] = 0 <= self.min_p <= 1
-        checks["repetition_penalty"] = 0 < self.repetition_penalty < float("inf")
-        checks["logprobs"] = self.logprobs is None or self.logprobs >= 0
-        checks["stop"] = "" not in self.stop
-        checks["best_of"] &= self.best_of is None or self.best_of >= self.n
-        checks["beams"] &= self.beams in (None, 1)
+        checks = {
+            "max_tokens": self.max_tokens >= 1,
+            "temperature": 0 <= self.temperature < inf,
+            "top_k": self.top_k is None or self.top_k >= 1,
+            "top_p": 0 < self.top_p <= 1,
+            "min_p": 0 <= self.min_p <= 1,
+            "repetition_penalty": 0 < self.repetition_penalty < inf,
+            "presence_penalty": isfinite(self.presence_penalty),
+            "frequency_penalty": isfinite(self.frequency_penalty),
+            "logit_bias": all(map(isfinite, self.logit_bias.values())),
+            "stop": "" not in self.stop,
+            "logprobs": self.logprobs is None or self.logprobs >= 0,
+            "n": self.n >= 1,
+            "best_of": self.best_of is None or self.best_of >= self.n,
+            "beams": self.beams in (None, 1),
+        }
         for name, is_good in checks.items():
             if not is_good:
                 raise UserError(f"{name} = {getattr(self, name)!r} is not possible: see SamplingParams")
@@ -79,7 +85,7 @@ class SamplingParams:
 
 @dataclass
 class Logprob:
-    """The model's log-probability of a drawn token, before penalties and temperature, and of the likeliest."""
+    """The log-probabilities by the model, before penalties and temperature, of a token and the likeliest."""
 
     logprob: float
     top: list[tuple[int, float]]
@@ -95,7 +101,7 @@ def draw(logits: torch.Tensor, sequences: list) -> list[int]:
     plain = [is_greedy(s.params.temperature) and not s.params.changes_logits for s in sequences]
     largest, tokens = (t.tolist() for t in logits.max(dim=-1))
     for i, sequence in enumerate(sequences):
-        if plain[i] and abs(largest[i]) < float("inf"):
+        if plain[i] and abs(largest[i]) < inf:
             continue
         probs = distribution(logits[i], sequence)  # raises UserError if the logits are not finite
         if is_greedy(sequence.params.temperature):

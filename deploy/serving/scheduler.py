@@ -57,7 +57,7 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def schedule(self) -> dict[Sequence, int]:
-        """The sequences of the next step, with how many tokens to compute for each; it makes room for them."""
+        """The sequences of the next step, each with how many tokens to compute; they have room."""
         plan: dict[Sequence, int] = {}
         decodes = [s for s in self.running if s.n_left == 1]
         prefills = [s for s in self.running if s.n_left > 1]
