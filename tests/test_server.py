@@ -540,8 +540,15 @@ def test_metrics_count_requests_and_tokens(run):
     assert values["serving_time_to_first_token_seconds_count"] == 1
     assert values["serving_time_between_tokens_seconds_count"] == 11
     assert values['serving_refused_total{status="400"}'] == 1
-    assert {"serving_running", "serving_waiting", "serving_cache_use"} <= values.keys()
     assert {"serving_prefix_hits_total", "serving_preemptions_total"} <= values.keys()
+
+
+def test_metrics_are_right_when_the_last_client_has_gone_away(server):
+    with closing(start_stream(server)):
+        assert becomes(lambda: metric(server.url, "serving_running") == 1)
+        assert metric(server.url, "serving_cache_use") > 0
+    gauges = ("serving_running", "serving_waiting", "serving_cache_use")
+    assert becomes(lambda: all(metric(server.url, gauge) == 0 for gauge in gauges))
 
 
 def test_tokenize_gives_the_tokens_of_texts_and_conversations(server, expected):

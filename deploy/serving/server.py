@@ -164,7 +164,12 @@ def make_app(
 
         def look():  # in the engine's thread
             held = [table for each in worker.open if each.startswith(f"{id}-") for table in tables(each)]
-            return {"tables": held, "stats": served.engine.stats(), "experts": experts and experts.counts()}
+            return {
+                "block_size": served.engine.pool.block_size,
+                "tables": held,
+                "stats": served.engine.stats(),
+                "experts": experts and experts.counts(),
+            }
 
         def tables(request_id):
             return [

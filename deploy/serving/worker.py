@@ -139,13 +139,14 @@ class Worker:
             if call is None:
                 return
             call()
+            self.metrics.stats = self.engine.stats()
 
     def _step(self) -> bool:  # the engine's thread
         """One step of the engine. Returns whether the engine can go on after an error."""
         try:
             outputs = self.engine.step()
-            stats = self.engine.stats()
-            self._loop.call_soon_threadsafe(self._deliver, outputs, stats)
+            self.metrics.stats = self.engine.stats()
+            self._loop.call_soon_threadsafe(self._deliver, outputs)
             return True
         except Exception as error:
             if isinstance(error, UserError):  # such as logits that are not numbers
@@ -177,8 +178,7 @@ class Worker:
             self.open[request_id].outputs.put_nowait(error)
             self.abort(request_id)
 
-    def _deliver(self, outputs: list[Output], stats: dict) -> None:
-        self.metrics.stats = stats
+    def _deliver(self, outputs: list[Output]) -> None:
         now = time.monotonic()
         for output in outputs:
             request = self.open.get(output.request_id)
