@@ -265,3 +265,19 @@ def test_the_oldest_decodes_in_every_step_while_a_long_prompt_is_prefilled():
     plans = [simulated.step() for _ in range(4)]
     assert [plan[old] for plan in plans] == [1, 1, 1, 1]
     assert [plan[long] for plan in plans] == [7, 7, 7, 7]  # what is left of the budget
+
+
+def test_forks_to_come_are_counted_when_others_are_admitted():
+    """Else the newcomers would lose their rows, and what was computed for them."""
+    simulated = Simulated(n_blocks=40, block_size=4, max_batch=4)
+    simulated.add([0, 1, 1], n=3)
+    simulated.add([1, 1, 1], n=2)
+    simulated.finish()
+    assert simulated.scheduler.n_preempted == 0
+
+
+def test_more_texts_than_rows_take_turns():
+    simulated = Simulated(n_blocks=40, block_size=4, max_batch=2)
+    simulated.add([0, 1, 1], n=5)
+    simulated.finish()
+    assert len(simulated.done) == 5

@@ -4,11 +4,12 @@ import random
 
 import pytest
 import torch
-from conftest import TINY_MODEL
+from conftest import TINY_MODEL, call
 from test_deploy import make_run
 
 from data.tokenizers import CharTokenizer
 from deploy.serving import Engine, SamplingParams
+from deploy.serving import __main__ as command
 from deploy.serving.pool import block_bytes
 from deploy.serving.sampling import Writer
 from lab import stages
@@ -38,8 +39,8 @@ def model():
 
 
 def make_engine(model, n_blocks=None, block_size=4, **options):
-    memory = None if n_blocks is None else n_blocks * block_bytes(model, block_size) / 1e6 * 1.001
-    return Engine(model, TOKENIZER, memory, block_size, **{"max_batch": 4} | options)
+    options = {"max_batch": 4, "cache_blocks": n_blocks} | options
+    return Engine(model, TOKENIZER, block_size=block_size, **options)
 
 
 @torch.inference_mode()
@@ -391,7 +392,7 @@ def test_a_model_that_diverged_is_an_error(model):
 def test_the_cache_is_as_large_as_told(model):
     size = block_bytes(model, 4)
     assert size == 2 * 2 * 4 * 16 * 4  # keys and values, layers, tokens, width, bytes
-    engine = make_engine(model, n_blocks=9)
+    engine = Engine(model, TOKENIZER, 9.5 * size / 1e6, 4)
     assert engine.stats()["blocks"] == 9 and engine.pool.nbytes == 10 * size
     assert engine.describe() == "cache: 9 blocks of 4 tokens, 0 MB"
     with pytest.raises(UserError, match=r"at least 0\.00102 MB, for one block of 4 tokens, and has 0\.001"):
@@ -418,3 +419,27 @@ def test_a_runs_engine_knows_its_end_tokens_and_says_how_large_its_cache_is(tmp_
     assert "blocks of 16 tokens, " in capsys.readouterr().err
     ((answer,),) = engine.generate(["TO BE"], SamplingParams(max_tokens=3, **GREEDY))
     assert len(answer.text) == 3
+
+
+def test_the_trace_shows_who_holds_each_block_at_each_step(tmp_path, monkeypatch, capsys):
+    make_run(tmp_path / "run", "4", CHARACTERS)
+    picture = tmp_path / "memory.png"
+    arguments = ["--run", tmp_path / "run", "--prompts", "ABCDEF", "GH", "--n", "2", "--max-tokens", "2"]
+    arguments += ["--seed", "3", "--trace", "--picture", picture]
+    assert call(monkeypatch, command, *arguments) == 0
+    printed = capsys.readouterr().out
+    _, first, second, texts = printed.split("\n\n")
+    assert first.splitlines()[0] == "step 1: 8 tokens computed, 3 of 16 blocks held"
+    assert "  a   [1 2] computes 6, writes " in first and "  a2  [1 2] forked, writes " in first
+    assert first.splitlines()[-1].startswith("  1:a+a2 2:a+a2 3:b+b2 4:. ")
+    assert second.count("ends (length)") == 4 and second.splitlines()[-1].startswith("  1:# 2:. ")
+    assert texts.count("ABCDEF") == 2 and "2 steps, 0 preemptions" in texts
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_picture_that_cannot_be_drawn_is_an_error(tmp_path, monkeypatch, capsys):
+    make_run(tmp_path / "run", "4", CHARACTERS)
+    arguments = ["--run", tmp_path / "run", "--prompts", "A", "--max-tokens", "1", "--picture"]
+    for picture in (tmp_path / "missing" / "memory.png", tmp_path / "memory.nothing"):
+        assert call(monkeypatch, command, *arguments, picture) == 2
+        assert "give --picture another file" in capsys.readouterr().err

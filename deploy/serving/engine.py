@@ -57,7 +57,9 @@ class Request:
 
 
 class Engine:
-    """A model, its cache and its requests. cache_memory: in MB; None: a quarter of what is free.
+    """A model, its cache and its requests.
+
+    cache_memory: in MB; None: a quarter of what is free. cache_blocks: how many blocks instead.
 
     token_budget: how many tokens a step computes at most. More make prompts faster, and the step longer for
     those who wait for their next token. end_tokens: tokens that end every text, except with ignore_eos.
@@ -73,11 +75,16 @@ class Engine:
         token_budget: int = 512,
         prefix_cache: bool = True,
         end_tokens: Collection[int] = (),
+        cache_blocks: int | None = None,
     ):
         self.model, self.tokenizer, self.end_tokens = model, tokenizer, frozenset(end_tokens)
         self.device = next(model.parameters()).device
         self.longest = model.config.block_size
-        n_blocks = count_blocks(model, cache_memory, block_size, max_batch, self.device)
+        if block_size < 1 or max_batch < 1:
+            raise UserError(f"block_size ({block_size}) and max_batch ({max_batch}) must be at least 1")
+        if cache_blocks is None:
+            cache_blocks = count_blocks(model, cache_memory, block_size, max_batch, self.device)
+        n_blocks = cache_blocks + 1  # and the null block
         self.pool = Pool(model, n_blocks, block_size)
         self.blocks = Blocks(n_blocks, block_size, self.pool.copy, prefix_cache)
         self.scheduler = Scheduler(self.blocks, max_batch, token_budget)
@@ -355,9 +362,7 @@ def extend(whole: Output, new: Output) -> None:
 
 
 def count_blocks(model, cache_memory: float | None, block_size: int, max_batch: int, device) -> int:
-    """How many blocks fit into the memory, the null block included, but no more than can ever be used."""
-    if block_size < 1 or max_batch < 1:
-        raise UserError(f"block_size ({block_size}) and max_batch ({max_batch}) must be at least 1")
+    """How many blocks fit into the memory, but no more than are ever useful."""
     wanted = cache_memory * MB if cache_memory is not None else free_memory(device) * SHARE_OF_FREE
     size = block_bytes(model, block_size)
     most = 2 * max_batch * -(-model.config.block_size // block_size)  # as many again for the prefix cache
@@ -367,7 +372,7 @@ def count_blocks(model, cache_memory: float | None, block_size: int, max_batch: 
             f"the cache needs at least {size / MB:.3g} MB, for one block of {block_size} tokens, and has "
             f"{wanted / MB:.3g}\ngive it more memory, or a smaller block size"
         )
-    return n_blocks + 1
+    return n_blocks
 
 
 def free_memory(device: torch.device) -> int:

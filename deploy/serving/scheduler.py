@@ -66,15 +66,20 @@ class Scheduler:
             was_preempted = sequence not in self.running  # by an older one, in this loop
             if n_new > 0 and not was_preempted and self.make_room(sequence, n_new, plan):
                 plan[sequence] = n_new
-        while self.waiting and len(self.running) < self.max_batch:
+        while self.waiting:
             n_new = self.token_budget - sum(plan.values())
-            if n_new <= 0 or not self.admit(self.waiting[0]):
+            if n_new <= 0 or not self.has_rows(self.waiting[0]) or not self.admit(self.waiting[0]):
                 break
             sequence = self.waiting.pop(0)
             self.running.append(sequence)
             plan[sequence] = min(sequence.n_left, n_new)
             self.blocks.grow(sequence.table, sequence.table.length + plan[sequence])
         return plan
+
+    def has_rows(self, sequence: Sequence) -> bool:
+        """Whether the batch has rows for a sequence, and for the forks to come of all that run."""
+        rows = sum(1 if s.is_forked else s.params.n_texts for s in (*self.running, sequence))
+        return rows <= self.max_batch or not self.running
 
     def admit(self, sequence: Sequence) -> bool:
         """Gives a waiting sequence the blocks that the prefix cache has, if the rest would fit now."""
