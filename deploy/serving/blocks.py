@@ -104,11 +104,15 @@ class Blocks:
 
     def take(self) -> int:
         block, _ = self.free.popitem(last=False)
-        digest, self.hashes[block] = self.hashes[block], None  # its content is about to change
-        if digest is not None:
-            del self.by_hash[digest]
+        self.forget(block)  # its content is about to change
         self.references[block] = 1
         return block
+
+    def forget(self, block: int) -> None:
+        """Takes a block out of the prefix cache."""
+        digest, self.hashes[block] = self.hashes[block], None
+        if digest is not None:
+            del self.by_hash[digest]
 
     def computed(self, table: Table, tokens: list[int], length: int) -> None:
         """Notes that the model has computed tokens up to length: blocks that became full can be shared."""

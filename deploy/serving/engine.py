@@ -315,6 +315,11 @@ class Engine:
                 self.abort(name)
         return [[texts[name, i] for i in range(p.n)] for name, p in zip(names, each, strict=True)]
 
+    def forget_prefixes(self) -> None:
+        """Empties the prefix cache of what nobody holds."""
+        for block in self.blocks.free:
+            self.blocks.forget(block)
+
     def blocks_of(self, request_id: str) -> list[list[tuple[int, int]]]:
         """For each text of a request: its blocks in order, each with how many texts hold it."""
         request = self.requests.get(request_id)

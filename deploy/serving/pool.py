@@ -6,21 +6,23 @@ tokens lie in blocks anywhere in the pool. So all stages can be served, and none
 """
 
 import torch
+import torch.nn.functional as F
 
 from deploy.serving.blocks import NULL
 
 
 class Pool:
-    """One tensor (n_layer, n_blocks, block_size, heads, width) for each thing that the model's cache stores.
+    """One tensor (n_layer, n_blocks, heads, block_size, width) for each thing that the model's cache stores.
 
-    These are keys and values, or in stage 7 rotated keys and latents.
+    These are keys and values, or in stage 7 rotated keys and latents. A head's part of a block is one piece
+    of memory. Copied piece by piece, the blocks of a row are its keys (heads, S, width) in their usual order.
     """
 
     def __init__(self, model: torch.nn.Module, n_blocks: int, block_size: int):
         self.block_size, self.n_blocks = block_size, n_blocks
         # Zeros, because a NaN in the null block would survive the mask.
         self.tensors = [
-            t.new_zeros(t.size(0), n_blocks, block_size, t.size(2), t.size(4)) for t in stored(model)
+            t.new_zeros(t.size(0), n_blocks, t.size(2), block_size, t.size(4)) for t in stored(model)
         ]
         # A stage whose own cache has no mask for a first prefill lets SDPA mask, which is faster.
         self.causal_by_default = model.new_cache(1, 2).mask(2) is None
@@ -62,9 +64,13 @@ class Batch:
         filled = [(table + [NULL] * n_blocks)[:n_blocks] for table in tables]
         table = torch.tensor(filled)  # (B, n_blocks)
         positions = torch.tensor(starts)[:, None] + torch.arange(n_new)  # (B, n_new)
-        slots = table.gather(1, positions // self.size) * self.size + positions % self.size
-        self.n_rows, self.n_new = len(starts), n_new
-        self.table, self.slots = table.flatten().to(device), slots.flatten().to(device)
+        written = table.gather(1, positions // self.size)  # (B, n_new): the blocks of the new tokens
+        self.pieces, self.slots = {}, {}  # by the number of heads
+        for heads in {tensor.size(2) for tensor in pool.tensors}:
+            head = torch.arange(heads)[:, None]
+            pieces = table[:, None] * heads + head  # (B, heads, n_blocks)
+            slots = (written[:, None] * heads + head) * self.size + positions[:, None] % self.size
+            self.pieces[heads], self.slots[heads] = pieces.to(device), slots.flatten().to(device)
         self._positions = positions.to(device)
         self._mask = self._make_mask(n_new if self.is_first else n_blocks * self.size)
 
@@ -91,14 +97,15 @@ class Batch:
         """Stores what is new (B, heads, n_new, width); returns that of all tokens (B, heads, S, width)."""
         everything = []
         for tensor, x in zip(self.pool.tensors, new, strict=True):
-            layer = tensor[layer_idx]  # (n_blocks, block_size, heads, width)
-            tokens = x.transpose(1, 2).flatten(0, 1)  # (B * n_new, heads, width)
-            layer.flatten(0, 1).index_copy_(0, self.slots, tokens.to(layer.dtype))
+            _, heads, _, width = tensor[layer_idx].shape
+            slots = tensor[layer_idx].view(-1, width)
+            slots.index_copy_(0, self.slots[heads], x.reshape(-1, width).to(slots.dtype))
             if self.is_first:
                 everything.append(x)
                 continue
-            gathered = layer.index_select(0, self.table)  # (B * blocks of the longest row, block_size, …)
-            everything.append(gathered.view(self.n_rows, -1, *layer.shape[2:]).transpose(1, 2))
+            pieces = slots.view(-1, self.size * width)
+            found = F.embedding(self.pieces[heads], pieces)  # the fastest way to copy rows, which it looks up
+            everything.append(found.view(x.size(0), heads, -1, width))
         return everything
 
     def advance(self, n_new: int) -> None:
