@@ -7,14 +7,17 @@ measured in the same rounds, by summing a tensor of as many bytes. Prints tables
 
 import gc
 import json
+import multiprocessing
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -29,6 +32,7 @@ from lab.storage import runs
 
 CPU = torch.device("cpu")
 SHORT = "The capital of France is"
+SPAWN = multiprocessing.get_context("spawn")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -171,9 +175,7 @@ def theirs_generates(model, n: int, prompt: list[int]) -> Measured:
 
 def llama_cpp(run: Path, folder: Path, settings: Settings) -> dict[str, Program]:
     """llama.cpp with the exported run in F16, and with the file in 4 bits. stderr says what is left out."""
-    try:
-        import xllamacpp
-    except ImportError:
+    if find_spec("xllamacpp") is None:
         print("left out: llama.cpp, because the package xllamacpp is not installed", file=sys.stderr)
         return {}
     paths = {"F16": folder / "f16.gguf"}
@@ -189,22 +191,37 @@ def llama_cpp(run: Path, folder: Path, settings: Settings) -> dict[str, Program]
         print(f"left out: llama.cpp in 4 bits, because there is no {shown(small)}", file=sys.stderr)
     programs = {}
     for name, path in paths.items():
-        parameters = xllamacpp.CommonParams()
-        parameters.model.path = str(path)
-        parameters.n_ctx, parameters.n_parallel = settings.long + settings.tokens + 8, 1
-        parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = settings.threads
-        parameters.verbosity = -1
-        server = xllamacpp.Server(parameters)
-        call = partial(llama_cpp_generates, server, settings.tokens)
+        # In a process of its own, because in ours it slows torch down by a quarter, even when it is idle.
+        connection, other_end = SPAWN.Pipe()
+        context = settings.long + settings.tokens + 8
+        serve = (other_end, str(path), context, settings.threads)
+        SPAWN.Process(target=serve_llama_cpp, args=serve, daemon=True).start()
+        call = partial(llama_cpp_generates, connection, settings.tokens)
         programs[f"llama.cpp {name}"] = Program(call, path.stat().st_size)
     return programs
 
 
-def llama_cpp_generates(server, n: int, prompt: list[int]) -> Measured:
+def serve_llama_cpp(connection, path: str, context: int, threads: int) -> None:
+    """Answers requests for completions until the other process ends."""
+    import xllamacpp
+
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path = path
+    parameters.n_ctx, parameters.n_parallel = context, 1
+    parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = threads
+    parameters.verbosity = -1
+    server = xllamacpp.Server(parameters)
+    with suppress(EOFError):
+        while True:
+            answer = server.handle_completions(connection.recv())
+            connection.send(json.loads(answer) if isinstance(answer, str | bytes) else answer)
+
+
+def llama_cpp_generates(connection, n: int, prompt: list[int]) -> Measured:
     """Generates n tokens; the times are llama.cpp's own."""
     options = {"max_tokens": n, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
-    answer = server.handle_completions({"prompt": prompt} | options)
-    timings = (json.loads(answer) if isinstance(answer, str | bytes) else answer)["timings"]
+    connection.send({"prompt": prompt} | options)
+    timings = connection.recv()["timings"]
     if timings["prompt_n"] < len(prompt) or timings["predicted_n"] < n:
         raise UserError(f"llama.cpp did not compute all tokens: {timings}")
     return Measured(timings["prompt_ms"] / 1000, timings["predicted_per_second"])
