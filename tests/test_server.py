@@ -325,6 +325,7 @@ REFUSED = {
     "a bias for a word": ("text", {"logit_bias": {"a": 1}}, "logit_bias", "'a'"),
     "an empty stop": ("text", {"stop": ["a", ""]}, "stop", "empty"),
     "stream options alone": ("text", {"stream_options": {}}, "stream_options", "stream = true"),
+    "a tiny penalty": ("text", {"repetition_penalty": 5e-324}, "repetition_penalty", "0.01"),
     "a large seed": ("text", {"seed": 2**63}, "seed", "seed"),
     "many logprobs": ("text", {"logprobs": 21}, "logprobs", "20"),
 }
@@ -345,6 +346,36 @@ def test_what_cannot_be_done_is_refused_by_name(server, kind, fields, param, mes
 
 
 JSON = {"Content-Type": "application/json"}
+
+
+EXTREMES = [
+    {"temperature": 5e-324},
+    {"temperature": 100},
+    {"top_p": 5e-324},
+    {"top_k": 1},
+    {"top_k": 10**30},
+    {"min_p": 1},
+    {"repetition_penalty": 0.01},
+    {"repetition_penalty": 100},
+    {"presence_penalty": -2, "frequency_penalty": -2},
+    {"presence_penalty": 2, "frequency_penalty": 2},
+    {"logit_bias": {str(token): -100 for token in range(59)}},
+    {"logit_bias": {"5": 100}, "temperature": 0},
+    {"seed": 2**63 - 1, "n": 16},
+    {"seed": -(2**63)},
+    {"n": 1, "best_of": 16},
+    {"logprobs": 20},
+    {"stop": ["a"] * 16, "stop_token_ids": [0] * 16},
+    {"max_tokens": CONTEXT - 2, "stop_token_ids": list(range(16))},
+]
+
+
+@pytest.mark.parametrize("fields", EXTREMES, ids=lambda fields: str(fields)[:40])
+def test_the_extremes_of_each_field_give_an_answer(server, fields):
+    """A request that broke a step of the engine would end all others too."""
+    answer = server.post(prompt="Ah", **{"max_tokens": 8} | fields)
+    assert answer.status_code == 200, answer.text
+    assert len(answer.json()["choices"]) == fields.get("n", 1)
 
 
 def test_fields_that_change_nothing_are_accepted(server, expected):

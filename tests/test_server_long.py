@@ -15,8 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 from test_deploy import make_run
-from test_server import CHARACTERS, TEMPLATE, becomes, held, httpx, run, running  # noqa: F401
+from test_server import CHARACTERS, ROOT, TEMPLATE, becomes, held, httpx, run, running  # noqa: F401
 
+from deploy.serving.engine import Engine
+from deploy.serving.sampling import SamplingParams
 from deploy.serving.server import Limits
 
 pytestmark = pytest.mark.skipif("SERVE_CHECK" not in os.environ, reason="long: make serve-check runs it")
@@ -109,11 +111,8 @@ def test_no_request_made_from_the_openapi_document_gets_a_500(run, tmp_path):
     pytest.importorskip("schemathesis", reason="needs pip install -e '.[serve-check]'")
     with running(run) as server:
         document = server.http.get("/openapi.json").json()
-        for kind in (
-            "CompletionRequest",
-            "ChatRequest",
-            "TokenizeRequest",
-        ):  # so that some get past the checks
+        # So that some requests get past the checks:
+        for kind in ("CompletionRequest", "ChatRequest", "TokenizeRequest"):
             fields = document["components"]["schemas"][kind]["properties"]
             fields["model"] = {"const": "tiny"}
             fields.get("max_tokens", {})["anyOf"] = [{"type": "integer", "minimum": 1, "maximum": 20}]
@@ -131,7 +130,7 @@ def test_no_request_made_from_the_openapi_document_gets_a_500(run, tmp_path):
                 "openapi.json",
                 f"--url={server.url}",
                 "--checks=not_a_server_error",
-                "--max-examples=25",
+                "--max-examples=10",
                 "--seed=1",
                 "--request-timeout=60",
                 "--no-color",
@@ -144,6 +143,36 @@ def test_no_request_made_from_the_openapi_document_gets_a_500(run, tmp_path):
         print(done.stdout[-1500:])
         assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
         assert server.becomes_idle(5)
+
+
+VLLM = """
+import json, sys
+from vllm import LLM, SamplingParams
+if __name__ == "__main__":
+    model = LLM(sys.argv[1], dtype="float32", enforce_eager=True, max_model_len=256, max_num_seqs=8)
+    prompts = [{"prompt_token_ids": prompt} for prompt in json.loads(sys.argv[2])]
+    answers = model.generate(prompts, SamplingParams(temperature=0, max_tokens=12))
+    print("IDS", json.dumps([list(answer.outputs[0].token_ids) for answer in answers]))
+"""
+
+
+@pytest.mark.skipif("VLLM_PYTHON" not in os.environ, reason="VLLM_PYTHON names a Python that has vLLM")
+def test_vllm_writes_what_our_engine_writes(tmp_path):
+    """From the run that deploy.export made for transformers, greedily."""
+    torch.manual_seed(0)
+    make_run(tmp_path / "tiny", "4", CHARACTERS, block_size=256, n_embd=128, n_head=2)
+    export = [sys.executable, "-m", "deploy.export", "--run", tmp_path / "tiny", "--to", "hf"]
+    subprocess.run([*export, "--out", tmp_path / "hf"], cwd=ROOT, check=True)
+    prompts = [[1, 2, 3], [30, 20, 10, 5, 40]]
+    (tmp_path / "ask.py").write_text(VLLM)
+    ask = [os.environ["VLLM_PYTHON"], tmp_path / "ask.py", tmp_path / "hf", json.dumps(prompts)]
+    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}
+    done = subprocess.run(ask, capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr[-5000:]
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("IDS "))
+    engine = Engine.of_run(tmp_path / "tiny", device="cpu", cache_memory=16)
+    ours = engine.generate(prompts, SamplingParams(temperature=0, max_tokens=12))
+    assert json.loads(line.removeprefix("IDS ")) == [text.token_ids for (text,) in ours]
 
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")

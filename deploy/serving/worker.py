@@ -153,7 +153,8 @@ class Worker:
                 print(f"error: {error}", file=sys.stderr)
             else:
                 traceback.print_exc()
-            reason = str(error) if isinstance(error, UserError) else "an error in the engine: see its log"
+            known = isinstance(error, UserError)
+            reason = "; ".join(str(error).splitlines()) if known else "an error in the engine: see its log"
             # Which request caused it is not known, so all of them end.
             try:
                 for request_id in list(self.open):
