@@ -7,7 +7,7 @@ pytest.importorskip("hypothesis", reason="these tests need pip install -e '.[dev
 from hypothesis import HealthCheck, settings, stateful
 from hypothesis import strategies as st
 
-from deploy.serving.blocks import NULL, Blocks, Table
+from deploy.serving.blocks import NULL, Blocks, Swap, Table
 from deploy.serving.sampling import SamplingParams
 from deploy.serving.scheduler import Scheduler, Sequence
 
@@ -15,16 +15,24 @@ from deploy.serving.scheduler import Scheduler, Sequence
 class Simulated:
     """A scheduler whose model computes, as "keys and values" of a token, the tokens up to it."""
 
-    def __init__(self, n_blocks, block_size, max_batch=4, token_budget=64, share_prefixes=True):
+    def __init__(self, n_blocks, block_size, max_batch=4, token_budget=64, share_prefixes=True, n_places=0):
         self.content = [[None] * block_size for _ in range(n_blocks)]
         self.blocks = Blocks(n_blocks, block_size, self.copy, share_prefixes)
-        self.scheduler = Scheduler(self.blocks, max_batch, token_budget)
+        self.saved = [None] * n_places
+        self.swap = Swap(n_places, self.save, self.load) if n_places else None
+        self.scheduler = Scheduler(self.blocks, max_batch, token_budget, self.swap)
         self.n_added = 0
         self.size = block_size
         self.done = []
 
     def copy(self, source, target):
         self.content[target] = list(self.content[source])
+
+    def save(self, block, place):
+        self.saved[place] = list(self.content[block])
+
+    def load(self, place, block):
+        self.content[block] = list(self.saved[place])
 
     def add(self, prompt, max_tokens=3, n=1):
         self.n_added += 1
@@ -99,6 +107,8 @@ class Simulated:
         assert orders == sorted(orders), "a newer sequence runs while an older one waits"
         assert len(scheduler.running) <= scheduler.max_batch
         assert not any(sequence.table.blocks for sequence in scheduler.waiting)
+        saved = [place for s in self.sequences() if s.saved for place in s.saved.places]
+        assert sorted(saved + (self.swap.free if self.swap else [])) == list(range(len(self.saved)))
 
 
 class AnyHistory(stateful.RuleBasedStateMachine):
@@ -108,6 +118,7 @@ class AnyHistory(stateful.RuleBasedStateMachine):
         max_batch=st.integers(1, 5),
         token_budget=st.integers(1, 12),
         share_prefixes=st.booleans(),
+        n_places=st.integers(0, 6),
     )
     def start(self, **options):
         self.simulated = Simulated(**options)
@@ -138,6 +149,7 @@ class AnyHistory(stateful.RuleBasedStateMachine):
         if hasattr(self, "simulated"):
             self.simulated.finish()
             assert len(self.simulated.blocks.free) == len(self.simulated.content) - 1
+            assert len(self.simulated.swap.free if self.simulated.swap else []) == len(self.simulated.saved)
 
 
 TestAnyHistory = AnyHistory.TestCase
@@ -281,3 +293,16 @@ def test_more_texts_than_rows_take_turns():
     simulated.add([0, 1, 1], n=5)
     simulated.finish()
     assert len(simulated.done) == 5
+
+
+def test_swapped_blocks_are_not_computed_again():
+    computed = []
+    for n_places in (0, 8):
+        simulated = Simulated(n_blocks=6, block_size=2, share_prefixes=False, n_places=n_places)
+        simulated.add([0, 0, 0], max_tokens=6)
+        simulated.add([1, 1, 1], max_tokens=6)
+        computed.append(0)
+        while simulated.sequences():
+            computed[-1] += sum(simulated.step().values())
+        assert simulated.scheduler.n_preempted > 0
+    assert computed[1] == 2 * (3 + 5) < computed[0]

@@ -133,6 +133,15 @@ def test_preempted_requests_write_the_same_text(model):
     assert engine.stats()["preemptions"] > 2
 
 
+def test_swapped_requests_write_the_same_text(make_model):
+    model = varied(make_model(block_size=CONTEXT))
+    prompts, params = mix(3, n=5)
+    for memory in (block_bytes(model, 4) * 4.5 / 1e6, 1.0):  # room for a few of the blocks, and for all
+        engine = make_engine(model, n_blocks=13, prefix_cache=False, swap_memory=memory)
+        check(model, prompts, params, engine.generate(prompts, params))
+        assert engine.stats()["swapped"] > 0
+
+
 def test_a_cached_prefix_is_not_computed_again(model):
     (prompt, *_), _ = mix(4)
     prompt = (prompt * 9)[:30]

@@ -133,3 +133,37 @@ class Blocks:
                 if self.hashes[block] is None:  # nothing to reuse, so it is the next to take
                     self.free.move_to_end(block, last=False)
         table.blocks, table.hashes, table.length = [], [], 0
+
+
+class Swap:
+    """Room for the blocks of preempted sequences in other memory, so that they need not be computed again."""
+
+    def __init__(self, n_places: int, save: Callable[[int, int], None], load: Callable[[int, int], None]):
+        self.free = list(range(n_places))
+        self.save, self.load = save, load  # save(block, place) and load(place, block) copy the content
+
+    def put(self, table: Table) -> "Saved | None":
+        """Saves the blocks of a table. None if there is no room."""
+        if len(self.free) < len(table.blocks) or not table.length:
+            return None
+        places = [self.free.pop() for _ in table.blocks]
+        for block, place in zip(table.blocks, places, strict=True):
+            self.save(block, place)
+        return Saved(places, table.length)
+
+    def get(self, saved: "Saved", table: Table, first: int) -> None:
+        """Loads the blocks from index `first` on into those of a table, and frees all their places."""
+        for block, place in list(zip(table.blocks, saved.places, strict=False))[first:]:
+            self.load(place, block)
+        self.drop(saved)
+
+    def drop(self, saved: "Saved") -> None:
+        self.free += saved.places
+
+
+@dataclass
+class Saved:
+    """Where a table's blocks are in the meantime, and how many tokens they hold."""
+
+    places: list[int]
+    length: int

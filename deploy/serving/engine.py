@@ -16,8 +16,8 @@ import torch
 
 from data.tokenizers import end_tokens
 from deploy.serving import sampling
-from deploy.serving.blocks import Blocks
-from deploy.serving.pool import Batch, Pool, block_bytes
+from deploy.serving.blocks import Blocks, Swap
+from deploy.serving.pool import Batch, HostMemory, Pool, block_bytes
 from deploy.serving.sampling import Logprob, SamplingParams, Writer
 from deploy.serving.scheduler import Scheduler, Sequence
 from lab import device as devices
@@ -60,6 +60,7 @@ class Engine:
     """A model, its cache and its requests.
 
     cache_memory: in MB; None: a quarter of what is free. cache_blocks: how many blocks instead.
+    swap_memory: in MB, of the CPU's memory, for the blocks of preempted requests; 0: they are computed again.
 
     token_budget: how many tokens a step computes at most. More make prompts faster, and the step longer for
     those who wait for their next token. end_tokens: tokens that end every text, except with ignore_eos.
@@ -76,6 +77,7 @@ class Engine:
         prefix_cache: bool = True,
         end_tokens: Collection[int] = (),
         cache_blocks: int | None = None,
+        swap_memory: float = 0,
     ):
         self.model, self.tokenizer, self.end_tokens = model, tokenizer, frozenset(end_tokens)
         self.device = next(model.parameters()).device
@@ -87,7 +89,10 @@ class Engine:
         n_blocks = cache_blocks + 1  # and the null block
         self.pool = Pool(model, n_blocks, block_size)
         self.blocks = Blocks(n_blocks, block_size, self.pool.copy, prefix_cache)
-        self.scheduler = Scheduler(self.blocks, max_batch, token_budget)
+        n_places = int(swap_memory * MB / block_bytes(model, block_size))
+        host = HostMemory(self.pool, n_places)
+        swap = Swap(n_places, host.save, host.load) if n_places else None
+        self.scheduler = Scheduler(self.blocks, max_batch, token_budget, swap)
         self.requests: dict[str, Request] = {}
         self.n_added = self.n_steps = 0
         self.plan: dict[Sequence, int] = {}  # of the last step, for those who watch
@@ -340,6 +345,7 @@ class Engine:
             "cache_waste": n_empty / (n_used * self.pool.block_size) if n_used else 0.0,
             "prefix_hits": self.scheduler.n_hits,
             "preemptions": self.scheduler.n_preempted,
+            "swapped": self.scheduler.n_swapped,
             "blocks": n_blocks,
             "steps": self.n_steps,
         }

@@ -38,6 +38,27 @@ class Pool:
             t[:, target] = t[:, source]
 
 
+class HostMemory:
+    """Copies of blocks in the memory of the CPU."""
+
+    def __init__(self, pool: Pool, n_places: int):
+        self.pool = pool
+        pinned = pool.tensors[0].is_cuda
+        shapes = [(t.size(0), n_places, *t.shape[2:]) for t in pool.tensors]
+        self.tensors = [
+            torch.zeros(shape, dtype=t.dtype, pin_memory=pinned)
+            for shape, t in zip(shapes, pool.tensors, strict=True)
+        ]
+
+    def save(self, block: int, place: int) -> None:
+        for here, there in zip(self.tensors, self.pool.tensors, strict=True):
+            here[:, place].copy_(there[:, block])
+
+    def load(self, place: int, block: int) -> None:
+        for here, there in zip(self.tensors, self.pool.tensors, strict=True):
+            there[:, block].copy_(here[:, place])
+
+
 def stored(model: torch.nn.Module) -> list[torch.Tensor]:
     """What the model's cache stores of a token: tensors (n_layer, 1, heads, 1, width)."""
     return [value for value in vars(model.new_cache(1, 1)).values() if isinstance(value, torch.Tensor)]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from deploy.serving.blocks import Blocks, Table
+from deploy.serving.blocks import Blocks, Saved, Swap, Table
 from deploy.serving.sampling import SamplingParams, Writer
 
 
@@ -27,6 +27,7 @@ class Sequence:
     generator: torch.Generator | None
     generated: list[int] = field(default_factory=list)
     table: Table = field(default_factory=Table)
+    saved: Saved | None = None  # if it is preempted and its blocks are in other memory
     is_forked: bool = False  # whether the request's other texts have been made from this one
     logprob: float = 0.0  # total, of the generated tokens
 
@@ -45,12 +46,13 @@ class Sequence:
 
 
 class Scheduler:
-    def __init__(self, blocks: Blocks, max_batch: int, token_budget: int):
+    def __init__(self, blocks: Blocks, max_batch: int, token_budget: int, swap: Swap | None = None):
+        self.swap = swap
         self.blocks, self.max_batch = blocks, max_batch
         self.token_budget = max(token_budget, max_batch)  # so that all that run can get a token
         self.running: list[Sequence] = []  # both lists in order of arrival
         self.waiting: list[Sequence] = []
-        self.n_preempted = 0
+        self.n_preempted = self.n_swapped = 0
         self.n_hits = 0  # tokens that the prefix cache had
 
     def add(self, sequence: Sequence) -> None:
@@ -82,12 +84,19 @@ class Scheduler:
         return rows <= self.max_batch or not self.running
 
     def admit(self, sequence: Sequence) -> bool:
-        """Gives a waiting sequence the blocks that the prefix cache has, if the rest would fit now."""
+        """Gives a waiting sequence the blocks that are computed already, if the others would fit now too."""
         found = self.blocks.match(sequence.tokens)
         if self.blocks.needed_for(found, sequence.n_tokens) > len(self.blocks.free):
             return False
         sequence.table = self.blocks.fork(found)
         self.n_hits += found.length
+        saved, sequence.saved = sequence.saved, None
+        if saved and saved.length > found.length:
+            self.blocks.grow(sequence.table, saved.length)
+            self.swap.get(saved, sequence.table, len(found.blocks))
+            self.blocks.computed(sequence.table, sequence.tokens, saved.length)
+        elif saved:
+            self.swap.drop(saved)
         return True
 
     def make_room(self, sequence: Sequence, n_new: int, plan: dict[Sequence, int]) -> bool:
@@ -103,7 +112,13 @@ class Scheduler:
         return True
 
     def preempt(self, sequence: Sequence) -> None:
-        """Takes the blocks of the newest running sequence. Its text stays, so it goes on where it was."""
+        """Takes the blocks of the newest running sequence. Its text stays, so it goes on where it was.
+
+        Their content goes into other memory if there is room, else it is computed again later.
+        """
+        if self.swap:
+            sequence.saved = self.swap.put(sequence.table)
+            self.n_swapped += sequence.saved is not None
         self.running.remove(sequence)
         self.waiting.insert(0, sequence)
         self.blocks.release(sequence.table)
@@ -126,3 +141,5 @@ class Scheduler:
         """Forgets a sequence, whatever state it is in."""
         (self.running if sequence in self.running else self.waiting).remove(sequence)
         self.blocks.release(sequence.table)
+        if sequence.saved:
+            self.swap.drop(sequence.saved)
