@@ -1,6 +1,7 @@
 # make train STAGE=0    installs everything, trains that stage and samples from it
 # make compare          trains all stages and compares them
 # make smollm2          installs everything and gets a pretrained model to talk to
+# make serve            installs everything and serves that model: a chat page, and OpenAI's API
 # make test             installs everything, lints and runs the tests
 # make gpu-check        runs the GPU tests and measures the GPU, in nine minutes
 #
@@ -13,17 +14,19 @@ RUN = $(USE_PYTHON)
 BASE =
 COMPARE =
 DEPLOY =
+SERVE =
 DEV =
 else
 RUN = .venv/bin/python
 BASE = .venv/installed
 COMPARE = .venv/installed-compare
 DEPLOY = .venv/installed-deploy
+SERVE = .venv/installed-serve
 DEV = .venv/installed-dev
 endif
 PIP_INSTALL = .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: train compare sample smollm2 test test-gpu gpu-check lint format clean
+.PHONY: train compare sample smollm2 serve serve-check test test-gpu gpu-check lint format clean
 
 train: $(BASE)
 	$(RUN) train.py --stage $(STAGE) $(ARGS)
@@ -36,6 +39,19 @@ sample: $(BASE)
 
 smollm2: $(DEPLOY)
 	$(RUN) -m deploy.pretrained smollm2 $(ARGS)
+
+# Serves SmolLM2 or, where that cannot be had, the newest run.
+serve: $(SERVE)
+	if $(RUN) -m deploy.pretrained smollm2; then run="--run $${RUNS_DIR:-runs}/smollm2"; fi; \
+	exec $(RUN) -m deploy.serve $$run $(ARGS)
+
+# Runs the server's long tests: 2,000 requests, of which many are cut off; requests made up from its OpenAPI
+# document; the chat page in Chromium (CHROMIUM names it, if it is not /usr/bin/chromium).
+serve-check: $(DEV)
+ifndef USE_PYTHON
+	$(PIP_INSTALL) -e '.[serve-check]'
+endif
+	SERVE_CHECK=1 $(RUN) -m pytest -q -s tests/test_server_long.py $(ARGS)
 
 # Runs two test files at a time with one thread each: over a quarter faster than one file with two threads.
 test: lint
@@ -67,6 +83,10 @@ format: $(DEV)
 
 .venv/installed-deploy: .venv/installed
 	$(PIP_INSTALL) -e '.[deploy]'
+	touch $@
+
+.venv/installed-serve: .venv/installed
+	$(PIP_INSTALL) -e '.[serve]'
 	touch $@
 
 .venv/installed-dev: .venv/installed
