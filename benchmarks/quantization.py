@@ -28,6 +28,10 @@ from lab.storage import runs
 from lab.training import run_plots
 
 CPU = torch.device("cpu")
+ALT = {
+    "quantization.png": "The change of the loss by bits and method",
+    "outliers.png": "A few input channels are much larger than the others",
+}
 LESSON = stages.ROOT / "deploy" / "quantization" / "README.md"
 VARIANTS = {  # name in the table: flags of deploy.quantize
     "RTN": {"method": "rtn"},
@@ -59,7 +63,7 @@ class Settings:
     calibration_tokens: int = 16_384
     """Tokens to calibrate on."""
     out: str = str(stages.ROOT / "results")
-    """Folder for quantization.json, quantization.md and quantization.png."""
+    """Folder for quantization.json, quantization.md, quantization.png and outliers.png."""
 
 
 def main():
@@ -76,10 +80,13 @@ def main():
     text = tables(results["rows"])
     atomic.write(out / "quantization.json", (json.dumps(results, indent=2) + "\n").encode())
     atomic.write(out / "quantization.md", text.encode())
-    if out == stages.ROOT / "results":
-        fill_lesson(text)
     if settings.runs:
         plot([row for row in results["rows"] if not row["imported"]], out / "quantization.png")
+    named = settings.smollm2 or settings.runs[-1]
+    plot_outliers(Path(named), settings, out / "outliers.png")
+    if out == stages.ROOT / "results":
+        pictures = [name for name in ("quantization.png", "outliers.png") if (out / name).exists()]
+        fill_lesson(text + "".join(f"\n![{ALT[name]}](../../results/{name})\n" for name in pictures))
     print(text)
 
 
@@ -176,6 +183,33 @@ def change(rows: list[dict]) -> str:
     # Each run's standard error is that of its windows; their mean has this one.
     error = math.sqrt(sum((row["standard_error"] or 0) ** 2 for row in rows)) / len(rows)
     return f"{mean:+.4f} ± {error:.4f}"
+
+
+@torch.no_grad()
+def plot_outliers(run: Path, settings: Settings, path: Path) -> None:
+    """Plots mean |x| of the channels that q, k and v read, sorted, in a few layers of a run, as a PNG."""
+    model, config = runs.load(run, "best", CPU, torch.float32)
+    given = quantize.Settings(run=str(run), out="", data=settings.data, calibration_tokens=2048)
+    idx = quantize.calibration_windows(given, run, config, model)[:, :-1]
+    layers = model.model.layers[: model.config.n_layer]
+    chosen = sorted({0, len(layers) // 2, len(layers) - 1})
+    figure, axes = run_plots.new_figure(6, 4)
+    for color, number in zip(run_plots.RUN_COLORS, chosen, strict=False):
+        norm, seen = layers[number].input_layernorm, []
+        handle = norm.register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(output))
+        for window in idx:
+            model(window[None])
+        handle.remove()
+        size = torch.cat(seen).abs().mean((0, 1)).sort(descending=True).values
+        axes.plot(range(1, len(size) + 1), size, color=color, label=f"layer {number}")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("input channel of q, k and v, largest first")
+    axes.set_ylabel("mean |x|")
+    axes.set_title(run.name)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path)
 
 
 def fill_lesson(text: str) -> None:

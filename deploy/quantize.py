@@ -386,10 +386,11 @@ def plot_errors(records: list[dict], title: str, path: Path) -> None:
         )
     axes.set_yscale("log")
     axes.set_xlabel("layer")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylabel("squared error of the outputs, relative")
     axes.set_title(title)
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", fontsize=8, ncols=4)
+    figure.legend(loc="outside lower center", fontsize=7, ncols=3)
     figure.savefig(path)
 
 
