@@ -452,6 +452,27 @@ def test_the_cache_is_as_large_as_told(model):
 # --- Looking at it ---
 
 
+def test_waste_is_the_share_of_empty_places_in_held_blocks(model):
+    engine = make_engine(model, block_size=4)
+    engine.add("a", [1] * 5, SamplingParams(max_tokens=9, n=2, seed=0))
+    engine.step()
+    assert engine.stats()["cache_waste"] == 3 / 8  # both texts share two blocks, which hold 5 tokens
+    engine.step()
+    assert engine.stats()["cache_waste"] == 4 / 12  # and now one block; each has 2 tokens in a second one
+    assert engine.stats()["cache_use"] == 3 / engine.stats()["blocks"]
+
+
+def test_forgotten_prefixes_are_computed_again(model):
+    engine = make_engine(model)
+    for _ in range(2):
+        engine.generate([[1] * 9], SamplingParams(max_tokens=1))
+        engine.forget_prefixes()
+    assert engine.stats()["prefix_hits"] == 0
+    engine.generate([[1] * 9, [2] * 9], SamplingParams(max_tokens=1))
+    engine.generate([[1] * 9], SamplingParams(max_tokens=1))
+    assert engine.stats()["prefix_hits"] == 8
+
+
 def test_the_blocks_of_a_request_are_listed(model):
     engine = make_engine(model)
     engine.add("a", [1, 2, 3, 4, 5], SamplingParams(max_tokens=3, n=2, seed=0))
