@@ -102,8 +102,8 @@ class Scheduler:
     def make_room(self, sequence: Sequence, n_new: int) -> bool:
         """Blocks for n_new tokens, taken from newer sequences if need be. False: it is itself the newest.
 
-        The newer ones are not in the step's plan yet: decodes come oldest first, and a prompt that is computed
-        in part uses up the budget, so nobody is admitted behind it.
+        The newer ones are not in the step's plan yet: decodes come oldest first, and a prompt computed in
+        part uses up the budget, so nobody is admitted behind it.
         """
         length = sequence.table.length + n_new
         while self.blocks.needed(sequence.table, length) > len(self.blocks.free):
