@@ -66,7 +66,7 @@ class Scheduler:
         for sequence in decodes + prefills:
             n_new = min(sequence.n_left, self.token_budget - sum(plan.values()))
             was_preempted = sequence not in self.running  # by an older one, in this loop
-            if n_new > 0 and not was_preempted and self.make_room(sequence, n_new, plan):
+            if n_new > 0 and not was_preempted and self.make_room(sequence, n_new):
                 plan[sequence] = n_new
         while self.waiting:
             n_new = self.token_budget - sum(plan.values())
@@ -99,13 +99,16 @@ class Scheduler:
             self.swap.drop(saved)
         return True
 
-    def make_room(self, sequence: Sequence, n_new: int, plan: dict[Sequence, int]) -> bool:
-        """Blocks for n_new tokens, taken from newer sequences if need be. False: it is itself the newest."""
+    def make_room(self, sequence: Sequence, n_new: int) -> bool:
+        """Blocks for n_new tokens, taken from newer sequences if need be. False: it is itself the newest.
+
+        The newer ones are not in the step's plan yet: decodes come oldest first, and a prompt computed in
+        part uses up the budget, so nobody is admitted behind it.
+        """
         length = sequence.table.length + n_new
         while self.blocks.needed(sequence.table, length) > len(self.blocks.free):
             newest = self.running[-1]
             self.preempt(newest)
-            plan.pop(newest, None)
             if newest is sequence:
                 return False
         self.blocks.grow(sequence.table, length)
