@@ -61,6 +61,7 @@ class Engine:
 
     cache_memory: in MB; None: a quarter of what is free. cache_blocks: how many blocks instead.
     swap_memory: in MB, of the CPU's memory, for the blocks of preempted requests; 0: they are computed again.
+    int8_cache: stores keys and values in 8 bits, so that about twice as many tokens fit as in 16 bits.
 
     token_budget: how many tokens a step computes at most. More make prompts faster, and the step longer for
     those who wait for their next token. end_tokens: tokens that end every text, except with ignore_eos.
@@ -78,6 +79,7 @@ class Engine:
         end_tokens: Collection[int] = (),
         cache_blocks: int | None = None,
         swap_memory: float = 0,
+        int8_cache: bool = False,
     ):
         self.model, self.tokenizer, self.end_tokens = model, tokenizer, frozenset(end_tokens)
         self.device = next(model.parameters()).device
@@ -85,11 +87,11 @@ class Engine:
         if block_size < 1 or max_batch < 1:
             raise UserError(f"block_size ({block_size}) and max_batch ({max_batch}) must be at least 1")
         if cache_blocks is None:
-            cache_blocks = count_blocks(model, cache_memory, block_size, max_batch, self.device)
+            cache_blocks = count_blocks(model, cache_memory, block_size, max_batch, self.device, int8_cache)
         n_blocks = cache_blocks + 1  # and the null block
-        self.pool = Pool(model, n_blocks, block_size)
+        self.pool = Pool(model, n_blocks, block_size, int8_cache)
         self.blocks = Blocks(n_blocks, block_size, self.pool.copy, prefix_cache)
-        n_places = int(swap_memory * MB / block_bytes(model, block_size))
+        n_places = int(swap_memory * MB / block_bytes(model, block_size, int8_cache))
         host = HostMemory(self.pool, n_places)
         swap = Swap(n_places, host.save, host.load) if n_places else None
         self.scheduler = Scheduler(self.blocks, max_batch, token_budget, swap)
@@ -372,10 +374,12 @@ def extend(whole: Output, new: Output) -> None:
     whole.finish_reason = new.finish_reason
 
 
-def count_blocks(model, cache_memory: float | None, block_size: int, max_batch: int, device) -> int:
+def count_blocks(
+    model, cache_memory: float | None, block_size: int, max_batch: int, device, int8: bool
+) -> int:
     """How many blocks fit into the memory, but no more than are ever useful."""
     wanted = cache_memory * MB if cache_memory is not None else free_memory(device) * SHARE_OF_FREE
-    size = block_bytes(model, block_size)
+    size = block_bytes(model, block_size, int8)
     most = 2 * max_batch * -(-model.config.block_size // block_size)  # as many again for the prefix cache
     n_blocks = min(int(wanted / size), most)
     if n_blocks < 1:

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 
 from deploy.serving.blocks import NULL
 
+TINY = 1e-6  # instead of 0, which has no scale
+
 
 class Pool:
     """One tensor (n_layer, n_blocks, heads, block_size, width) for each thing that the model's cache stores.
@@ -18,23 +20,30 @@ class Pool:
     of memory. Copied piece by piece, the blocks of a row are its keys (heads, S, width) in their usual order.
     """
 
-    def __init__(self, model: torch.nn.Module, n_blocks: int, block_size: int):
+    def __init__(self, model: torch.nn.Module, n_blocks: int, block_size: int, int8: bool = False):
         self.block_size, self.n_blocks = block_size, n_blocks
         # Zeros, because a NaN in the null block would survive the mask.
-        self.tensors = [
-            t.new_zeros(t.size(0), n_blocks, t.size(2), block_size, t.size(4)) for t in stored(model)
-        ]
+        self.tensors, self.scales = [], []
+        for t in stored(model):
+            shape = (t.size(0), n_blocks, t.size(2), block_size)
+            self.tensors.append(t.new_zeros(*shape, t.size(4), dtype=torch.int8 if int8 else None))
+            self.scales.append(t.new_zeros(*shape, 1) if int8 else None)
+            self.dtype = t.dtype
         # A stage whose own cache has no mask for a first prefill lets SDPA mask, which is faster.
         self.causal_by_default = model.new_cache(1, 2).mask(2) is None
         self.window = getattr(model.config, "sliding_window", None)  # Mistral's
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in self.tensors)
+        return sum(t.nbytes for t in self.everything())
+
+    def everything(self) -> list[torch.Tensor]:
+        """All that a block stores."""
+        return self.tensors + [scale for scale in self.scales if scale is not None]
 
     def copy(self, source: int, target: int) -> None:
         """Copies the content of a block."""
-        for t in self.tensors:
+        for t in self.everything():
             t[:, target] = t[:, source]
 
 
@@ -44,18 +53,18 @@ class HostMemory:
     def __init__(self, pool: Pool, n_places: int):
         self.pool = pool
         pinned = pool.tensors[0].is_cuda
-        shapes = [(t.size(0), n_places, *t.shape[2:]) for t in pool.tensors]
+        shapes = [(t.size(0), n_places, *t.shape[2:]) for t in pool.everything()]
         self.tensors = [
             torch.zeros(shape, dtype=t.dtype, pin_memory=pinned)
-            for shape, t in zip(shapes, pool.tensors, strict=True)
+            for shape, t in zip(shapes, pool.everything(), strict=True)
         ]
 
     def save(self, block: int, place: int) -> None:
-        for here, there in zip(self.tensors, self.pool.tensors, strict=True):
+        for here, there in zip(self.tensors, self.pool.everything(), strict=True):
             here[:, place].copy_(there[:, block])
 
     def load(self, place: int, block: int) -> None:
-        for here, there in zip(self.tensors, self.pool.tensors, strict=True):
+        for here, there in zip(self.tensors, self.pool.everything(), strict=True):
             there[:, block].copy_(here[:, place])
 
 
@@ -64,8 +73,10 @@ def stored(model: torch.nn.Module) -> list[torch.Tensor]:
     return [value for value in vars(model.new_cache(1, 1)).values() if isinstance(value, torch.Tensor)]
 
 
-def block_bytes(model: torch.nn.Module, block_size: int) -> int:
+def block_bytes(model: torch.nn.Module, block_size: int, int8: bool = False) -> int:
     """The size of a block."""
+    if int8:  # and a scale for each token and head
+        return sum(t.numel() + t[..., 0].nbytes for t in stored(model)) * block_size
     return sum(t.nbytes for t in stored(model)) * block_size
 
 
@@ -104,7 +115,7 @@ class Batch:
         hidden = keys > positions
         if window:
             hidden |= keys <= positions - window
-        mask = torch.zeros(hidden.shape, dtype=self.pool.tensors[0].dtype, device=positions.device)
+        mask = torch.zeros(hidden.shape, dtype=self.pool.dtype, device=positions.device)
         return mask.masked_fill_(hidden, -torch.inf)
 
     def positions(self, n_new: int) -> torch.Tensor:
@@ -117,17 +128,26 @@ class Batch:
     def update(self, layer_idx: int, *new: torch.Tensor) -> list[torch.Tensor]:
         """Stores what is new (B, heads, n_new, width); returns that of all tokens (B, heads, S, width)."""
         everything = []
-        for tensor, x in zip(self.pool.tensors, new, strict=True):
-            _, heads, _, width = tensor[layer_idx].shape
-            slots = tensor[layer_idx].view(-1, width)
-            slots.index_copy_(0, self.slots[heads], x.reshape(-1, width).to(slots.dtype))
-            if self.is_first:
-                everything.append(x)
+        for tensor, scales, x in zip(self.pool.tensors, self.pool.scales, new, strict=True):
+            if scales is None:
+                everything.append(self._store(tensor[layer_idx], x))
                 continue
-            pieces = slots.view(-1, self.size * width)
-            found = F.embedding(self.pieces[heads], pieces)  # the fastest way to copy rows, which it looks up
-            everything.append(found.view(x.size(0), heads, -1, width))
+            # The largest number of each token and head becomes 127.
+            scale = x.abs().amax(-1, keepdim=True).clamp_min(TINY) / 127
+            codes = self._store(tensor[layer_idx], (x / scale).round().to(torch.int8))
+            everything.append(codes * self._store(scales[layer_idx], scale))
         return everything
+
+    def _store(self, layer: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Stores x (B, heads, n_new, width) in a layer's blocks; returns all tokens (B, heads, S, width)."""
+        _, heads, _, width = layer.shape
+        slots = layer.view(-1, width)
+        slots.index_copy_(0, self.slots[heads], x.reshape(-1, width).to(slots.dtype))
+        if self.is_first:
+            return x
+        pieces = slots.view(-1, self.size * width)
+        found = F.embedding(self.pieces[heads], pieces)  # the fastest way to copy rows, which it looks up
+        return found.view(x.size(0), heads, -1, width)
 
     def advance(self, n_new: int) -> None:
         """Nothing: the tables count the tokens."""

@@ -1,12 +1,14 @@
 """What a request asks for, and how its next token is drawn."""
 
 from dataclasses import dataclass, field
-from math import inf, isfinite
+from math import inf
 
 import torch
 
 from lab.errors import UserError
 from lab.sampling.generation import is_greedy, next_token_probs
+
+LARGEST = 1e6  # of what is added to a logit
 
 
 @dataclass
@@ -58,10 +60,10 @@ class SamplingParams:
             "top_k": self.top_k is None or self.top_k >= 1,
             "top_p": 0 < self.top_p <= 1,
             "min_p": 0 <= self.min_p <= 1,
-            "repetition_penalty": 0 < self.repetition_penalty < inf,
-            "presence_penalty": isfinite(self.presence_penalty),
-            "frequency_penalty": isfinite(self.frequency_penalty),
-            "logit_bias": all(map(isfinite, self.logit_bias.values())),
+            "repetition_penalty": 0.01 <= self.repetition_penalty <= 100,  # logits stay finite
+            "presence_penalty": abs(self.presence_penalty) <= LARGEST,
+            "frequency_penalty": abs(self.frequency_penalty) <= LARGEST,
+            "logit_bias": all(abs(bias) <= LARGEST for bias in self.logit_bias.values()),
             "stop": "" not in self.stop,
             "logprobs": self.logprobs is None or self.logprobs >= 0,
             "n": self.n >= 1,
