@@ -30,7 +30,7 @@ from data.tokenizers import end_tokens
 from lab import cli
 from lab import device as devices
 from lab.errors import UserError, shown
-from lab.sampling import chat, generation, packed
+from lab.sampling import chat, generation, int8_cache, packed
 from lab.sampling.compiled import CompiledStep
 from lab.storage import runs
 
@@ -70,7 +70,8 @@ class Settings:
     draft_tokens: int = 2
     """Tokens to draft at a time."""
     compile: bool = False
-    """Compile the decoding step: takes about 20 s, then tokens come faster. Not with --draft."""
+    """Compile the decoding step: takes about 20 s, then tokens come faster. Not with --draft, nor
+    for a quantized run."""
     ignore_eos: bool = False
     """Go on after an end-of-text token, and print it."""
     chat: bool = False
@@ -79,6 +80,8 @@ class Settings:
     """System message of the chat."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the weights; auto: as the run stores them, if the device is fast with it."""
+    cache_dtype: Literal["auto", "int8"] = "auto"
+    """Number format of the cache; int8 takes half of the memory of bfloat16. auto: that of the weights."""
     seed: int = 1337
     """Seed of the random choices: the same seed gives the same text."""
     device: str = "auto"
@@ -96,6 +99,8 @@ class Settings:
             raise ValueError(f"seed must be from 0 to below 2**63, not {self.seed}")
         if self.compile and self.draft:
             raise ValueError("--compile and --draft do not go together; leave one of them out")
+        if self.compile and self.cache_dtype == "int8":
+            raise ValueError("--compile and --cache-dtype int8 do not go together; leave one of them out")
         for name in ("draft", "prompt", "prompt_file"):
             if self.chat and getattr(self, name) not in (None, False):
                 raise ValueError(
@@ -122,6 +127,8 @@ def main():
     runs.check_stage(folder, settings.stage)
     runs.warn_of_edits(folder, runs.read_config(folder))  # before an error, if the weights no longer fit
     config, meta = runs.read_config(folder), runs.read_meta(folder)
+    if settings.compile and "quantization" in config:
+        raise UserError(f"{shown(folder)} is quantized, and --compile cannot compile that: leave it out")
     tokenizer = runs.tokenizer(folder)
     template = chat_template.ChatTemplate(folder) if settings.chat else None
     stored = runs.weights_dtype(folder, config)
@@ -129,6 +136,8 @@ def main():
     model, config = runs.load(folder, settings.checkpoint, device, dtype)
     if not settings.compile:
         packed.pack(model)
+    if settings.cache_dtype == "int8":
+        int8_cache.use(model)
     if settings.draft and not getattr(model.config, "num_nextn_predict_layers", 0):
         raise UserError(
             f"--draft needs a block of multi-token prediction; {shown(folder)} ({config['stage']}) has none\n"

@@ -15,6 +15,10 @@ the architecture gpt2; stages 3 to 5, llama3 and mistral become llama; stage 6 b
 with the sigmoid router or shared experts, glm4moe; deepseek_v3 with a latent for the queries becomes
 deepseek2; and the other models of family/ become their namesakes. See deploy/gguf_write.py.
 
+A quantized run keeps its codes, scales and zeros in both: --to hf writes the format compressed-tensors
+(pack-quantized; transformers needs pip install compressed-tensors), and --to gguf blocks of Q4_1, Q4_0
+or Q8_0. See deploy/quantization/export.py for what these cannot hold.
+
 --to llama2c: model.bin and tokenizer.bin for the C program `run` of karpathy/llama2.c. That program puts a
 newline and a space before every prompt; see deploy/llama2c.py.
 """
@@ -49,6 +53,7 @@ from deploy import (
     tokenizer_json,
 )
 from deploy.output import new_file, new_folder
+from deploy.quantization import export as quantized
 from lab import cli, device
 from lab.errors import UserError, shown
 from lab.storage import checkpoint, runs, tensors
@@ -116,13 +121,19 @@ def main():
     if settings.to == "gguf":
         write_gguf(settings, run, out, stage, config, meta)
         return
+    if settings.to == "llama2c":
+        runs.refuse_quantized(run, config, "exported to llama2.c, which has float32 only")
+    if settings.to == "hf" and "quantization" in config and COUNTERPARTS[stage] is gpt2:
+        runs.refuse_quantized(run, config, "exported to transformers: its GPT-2 has no linear layers to pack")
     with new_folder(out, run) as folder:
         stored = runs.weights_dtype(run, config)
         dtype = stored if settings.dtype == "auto" else getattr(torch, settings.dtype)
         model, _ = runs.load(run, settings.checkpoint, torch.device("cpu"), dtype)
-        weights, sizes = checkpoint.weights(model), asdict(model.config)
+        grids = config["quantization"]["grids"] if "quantization" in config else None
+        weights = quantized.words(model, "compressed-tensors") if grids else checkpoint.weights(model)
+        sizes = asdict(model.config)
         if settings.to == "hf":
-            write_hf(folder, COUNTERPARTS[stage], weights, sizes, meta, run, dtype)
+            write_hf(folder, COUNTERPARTS[stage], weights, sizes, meta, run, dtype, grids)
             use = f'transformers.pipeline("text-generation", "{shown(out)}")'
         else:
             llama2c.write(folder, stage, weights, sizes, meta)
@@ -148,21 +159,37 @@ def write_gguf(settings: Settings, run: Path, out: Path, stage: str, config: dic
         raise UserError(
             f"{shown(out)} does not end in .gguf\nname the file to create: --out {shown(out)}.gguf"
         )
+    if "quantization" in config and settings.outtype != "auto":
+        raise UserError(
+            f"{shown(run)} is quantized, and is exported with its own codes: leave --outtype out\n"
+            "or export the run that it was made from"
+        )
     with new_file(out, run) as path:
         model, _ = runs.load(run, settings.checkpoint, torch.device("cpu"))
-        tensors, sizes = checkpoint.weights(model), asdict(model.config)
+        is_quantized, sizes = "quantization" in config, asdict(model.config)
+        tensors = quantized.words(model, "GGUF") if is_quantized else checkpoint.weights(model)
         kind = settings.outtype
         if kind == "auto":
             kind = gguf_write.OUTTYPES[config.get("weights_dtype", "float32")]
-        gguf_write.write(path, COUNTERPARTS[stage], tensors, sizes, meta, run, kind)
+        kind = gguf_write.write(path, COUNTERPARTS[stage], tensors, sizes, meta, run, kind)
     print(f"exported {stage} from {shown(run)} to {shown(out)} as {kind}")
     print(f"to use it: llama-cli -m {shown(out)}")
 
 
 def write_hf(
-    folder: Path, counterpart, weights: dict, sizes: dict, meta: dict, run: Path, dtype: torch.dtype
+    folder: Path,
+    counterpart,
+    weights: dict,
+    sizes: dict,
+    meta: dict,
+    run: Path,
+    dtype: torch.dtype,
+    grids: list[dict] | None = None,
 ) -> None:
-    """Writes a folder for transformers. counterpart is a module such as llama; dtype is the weights'."""
+    """Writes a folder for transformers. counterpart is a module such as llama; dtype is the weights'.
+
+    grids: those of a quantized run, whose weights are words (see deploy/quantization/export.py).
+    """
     tokenizer = runs.tokenizer(run)
     imported = read_object(run / HF_CONFIG)  # empty if the run was not imported
     config = counterpart.to_config(sizes) | {"dtype": str(dtype).removeprefix("torch.")}
@@ -170,7 +197,10 @@ def write_hf(
         for key in TOKEN_IDS:
             config.pop(key, None)  # a missing field means the default of the model's class
         config |= {key: imported[key] for key in TOKEN_IDS if key in imported}
-    tensors.write(folder / "model.safetensors", counterpart.to_tensors(weights, sizes), {"format": "pt"})
+    theirs = counterpart.to_tensors(weights, sizes)
+    if grids:
+        theirs, config["quantization_config"] = quantized.compress(theirs, grids, dtype)
+    tensors.write(folder / "model.safetensors", theirs, {"format": "pt"})
     tokenizer_json.write(meta, run, folder, sizes["block_size"])
     if imported and imported["model_type"] != config["model_type"]:
         tokenizer_json.unbind(folder)

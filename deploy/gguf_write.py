@@ -3,15 +3,18 @@
 Matrices get the requested type. Norms, biases, the router and learned positions stay float32, as in
 llama.cpp's own converter. Q8_0 and Q4_0 store blocks of 32 numbers: matrices whose rows are not divisible by
 32 become F16. With q4_0, the embedding and the head become Q8_0. Rows of the embedding that only pad the
-vocabulary, and blocks of multi-token prediction, are left out.
+vocabulary, and blocks of multi-token prediction, are left out. A quantized run's matrices keep their own
+codes and scales, as Q4_1, or as Q4_0 or Q8_0 where all zeros are in the middle.
 """
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from deploy import deepseek, gguf_file, gguf_names, gguf_tokenizer, llama, mixtral
+from deploy.quantization import export as quantized
 from lab.errors import UserError
 
 OUTTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
@@ -25,8 +28,13 @@ NO_COUNTERPART = {
 
 def write(
     path: Path, counterpart, tensors: dict[str, torch.Tensor], sizes: dict, meta: dict, run: Path, kind: str
-) -> None:
-    """Writes the file; `counterpart` is a module such as llama. UserError for what llama.cpp cannot run."""
+) -> str:
+    """Writes the file; `counterpart` is a module such as llama. UserError for what llama.cpp cannot run.
+
+    Returns the type of most matrices.
+
+    Tensors of a quantized run are words (see deploy/quantization/export.py), and keep their own grid.
+    """
     gguf = gguf_file.package()
     config, theirs = converted(counterpart, tensors, sizes)
     tokenizer = gguf_tokenizer.to_metadata(run, meta)
@@ -35,6 +43,18 @@ def write(
         raise UserError(f"the tokenizer has {n_tokens:,} tokens, but the model has {config['vocab_size']:,}")
     made = gguf_names.tensors_out(theirs, config, n_tokens)
     metadata = gguf_names.to_metadata(config | {"vocab_size": n_tokens}) | tokenizer
+    types, dense = {}, []
+    for name, (parts, make) in made.items():
+        shape = make([part.to("meta") for part in parts]).shape
+        types[name] = type_of(name, shape, kind)
+        if quantized.is_words(parts[0]):
+            own = quantized.block_type(make(parts))
+            dense += [] if own else [name]
+            types[name] = own or types[name]
+    quantized.say_what_is_dense(dense, "no blocks of 32 with one scale each can hold them", kind)
+    own = Counter(types[name] for name, (parts, _) in made.items() if quantized.is_words(parts[0]))
+    if own:
+        kind = own.most_common(1)[0][0].lower()
     metadata |= {
         "general.type": "model",
         "general.name": run.resolve().name,
@@ -45,10 +65,9 @@ def write(
     for key, value in metadata.items():
         if key != "general.architecture":  # the writer has written it
             add(writer, gguf, key, value)
-    types = {}
     for name, (parts, make) in made.items():
         shape = make([part.to("meta") for part in parts]).shape
-        types[name] = gguf.GGMLQuantizationType[type_of(name, shape, kind)]
+        types[name] = gguf.GGMLQuantizationType[types[name]]
         block, n_bytes = gguf.GGML_QUANT_SIZES[types[name]]
         size = shape.numel() // block * n_bytes
         writer.add_tensor_info(name, shape, np.dtype(np.float32), size, raw_dtype=types[name])
@@ -56,11 +75,15 @@ def write(
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for name, (parts, make) in made.items():
-        array = make(parts).float().contiguous().numpy()
+        if quantized.is_words(parts[0]) and name not in dense:
+            writer.write_tensor_data(quantized.blocks(make(parts), types[name].name))
+            continue
+        array = quantized.dense(make(parts), torch.float32).float().contiguous().numpy()
         if types[name].name == "F16" and np.abs(array).max() > np.finfo(np.float16).max:
             raise UserError(f"{name} has values too large for float16\nexport with --outtype bf16 or f32")
         writer.write_tensor_data(gguf.quants.quantize(array, types[name]))
     writer.close()
+    return kind
 
 
 def converted(counterpart, tensors: dict[str, torch.Tensor], sizes: dict) -> tuple[dict, dict]:

@@ -77,7 +77,11 @@ def row(folder: Path) -> list[str]:
     config = runs.read_config(folder)
     metrics = log.read_metrics(folder / "metrics.jsonl")
     best = min(losses(metrics), default=None)
-    if "imported_from" in config:
+    if "quantization" in config:
+        about = config["quantization"]
+        bits = " and ".join(str(grid["bits"]) for grid in about["grids"])
+        changed, step = f"{about.get('method', 'quantized')}, {bits} bits", "–"
+    elif "imported_from" in config:
         changed, step = f"imported from {Path(config['imported_from']).name}", "–"
     else:
         exists = config["stage"] in stages.names()

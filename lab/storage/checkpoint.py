@@ -85,7 +85,7 @@ def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The model's tensors by name, without a tied head."""
     found = dict(model.state_dict())
     if model.config.tie_word_embeddings:
-        del found["lm_head.weight"]
+        found.pop("lm_head.weight", None)  # a quantized head has codes instead
     return {name: tensor.contiguous() for name, tensor in found.items()}
 
 
@@ -172,7 +172,7 @@ def load_weights(run: Path, name: str, model: torch.nn.Module) -> dict[str, str]
     # A tied head is missing; the rest is checked above.
     if any(parameter.is_meta for parameter in model.parameters()):
         model.load_state_dict(found, strict=False, assign=True)
-        if model.config.tie_word_embeddings:
+        if model.config.tie_word_embeddings and isinstance(model.lm_head, torch.nn.Linear):
             model.lm_head.weight = model.model.embed_tokens.weight
         return saved
     found = {name: parallel.my_part(tensor, expected[name]) for name, tensor in found.items()}

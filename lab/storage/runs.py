@@ -216,6 +216,12 @@ def load(
         model = stage.GPT(sizes)
     if any(buffer.is_meta for buffer in model.buffers()):  # a variant's own, made with torch.empty
         model = stage.GPT(sizes)
+    if "quantization" in config:
+        # Imported here: only these runs need it, and it is otherwise rooms that import lab/storage.
+        from deploy.quantization import linear, storage
+
+        storage.make_room(run, config, model)
+        dtype = dtype or weights_dtype(run, config)  # their scales are stored in bfloat16
     checkpoint.load_weights(run, name, model)
     for key, parameter in model.named_parameters():  # one by one: few are in memory twice
         before = parameter.data
@@ -226,7 +232,10 @@ def load(
                 f"{shown(run)}: {key} has numbers up to {largest:.4g}, which float16 cannot hold\n"
                 "use --dtype bfloat16 or float32"
             )
-    return model.to(device).eval(), config
+    model = model.to(device).eval()
+    if "quantization" in config:
+        linear.prepare(model)
+    return model, config
 
 
 def weights_dtype(run: Path, config: dict) -> torch.dtype:
@@ -237,6 +246,16 @@ def weights_dtype(run: Path, config: dict) -> torch.dtype:
             f"{shown(run / 'config.json')} has weights_dtype {name!r}: not one that this version knows"
         )
     return getattr(torch, name)
+
+
+def refuse_quantized(run: Path, config: dict, what: str) -> None:
+    """Raises UserError if the run is quantized; `what` it cannot be, such as "trained"."""
+    if "quantization" in config:
+        source = config["quantization"].get("source")
+        raise UserError(
+            f"{shown(run)} is quantized: it cannot be {what}\n"
+            f"use the run that it was made from{f': {source}' if source else ''}"
+        )
 
 
 def model_config(run: Path, config: dict):

@@ -221,6 +221,7 @@ def fine_tuning_settings(choice: Choice) -> Settings:
     """Default settings of a run that starts from another run's weights: a preset's, with that run's sizes."""
     run = Path(choice.init_from)
     config, tokenizer = runs.read_config(run), runs.read_meta(run)["tokenizer"]
+    runs.refuse_quantized(run, config, "trained")
     settings = preset_settings(choice, stages.find(choice.stage or config["stage"]))
     settings.model = presets.model_defaults(stages.load(settings.stage).GPTConfig, config["model"])
     settings.tokenizer = tokenizer
@@ -233,6 +234,7 @@ def resumed_settings(choice: Choice) -> Settings:
         Path(choice.out) if choice.out else runs.newest_unfinished(choice.stage, choice.data, choice.seed)
     )
     config = runs.check_stage(folder, choice.stage)
+    runs.refuse_quantized(folder, config, "trained")
     if "imported_from" in config:
         raise UserError(
             f"{shown(folder)} was imported, not trained: there is nothing to resume\n"
