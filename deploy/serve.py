@@ -56,6 +56,9 @@ class Settings:
     cache_memory: float | None = None
     """Memory for the cache of keys and values, in MB. None: a quarter of what is free, or less if that is
     enough."""
+    swap_memory: float = 0
+    """Memory of the CPU for the blocks of requests that wait because the cache is full, in MB. 0: none, these
+    requests are computed again."""
     block_size: int = 16
     """Tokens in a block of the cache."""
     max_batch: int = 16
@@ -82,6 +85,8 @@ class Settings:
             raise ValueError(f"grace must be 0 or more seconds, not {self.grace}")
         if self.context is not None and self.context < 2:
             raise ValueError(f"context must be at least 2, not {self.context}")
+        if not 0 <= self.swap_memory < 1e9:
+            raise ValueError(f"swap_memory must be 0 MB or more, not {self.swap_memory}")
         if self.cache_memory is not None and not 0 < self.cache_memory < 1e9:
             raise ValueError(f"cache_memory must be above 0 MB, not {self.cache_memory}")
         if self.api_key is None:
@@ -163,6 +168,7 @@ def load(settings: Settings):
         max_batch=settings.max_batch,
         token_budget=settings.token_budget,
         prefix_cache=settings.prefix_cache,
+        swap_memory=settings.swap_memory,
     )
     context = settings.context or longest
     room = (engine.pool.n_blocks - 1) * engine.pool.block_size + 1  # the last token is never in the cache

@@ -653,8 +653,8 @@ def start_process(run, *flags):
     raise AssertionError("the server did not start")
 
 
-def test_sigterm_under_load_ends_all_answers_and_the_process(run):
-    process, url = start_process(run, "--grace", "2")
+def test_sigterm_under_load_lets_answers_finish_and_a_second_one_ends_them(run):
+    process, url = start_process(run, "--grace", "100")
     try:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         errors, short = [], []
@@ -669,26 +669,38 @@ def test_sigterm_under_load_ends_all_answers_and_the_process(run):
                 errors.append(error)
 
         def short_request():
-            short.append(client.completions.create(model="tiny", prompt="Ah", max_tokens=20))
+            short.append(client.completions.create(model="tiny", prompt="Ah", max_tokens=100))
 
         threads = [threading.Thread(target=long_request) for _ in range(6)]
-        threads.append(threading.Thread(target=short_request))
         for thread in threads:
             thread.start()
-        assert becomes(lambda: metric(url, "serving_running") >= 7, 20)
+        assert becomes(lambda: metric(url, "serving_running") == 12, 30)
+        threads.append(threading.Thread(target=short_request))
+        threads[-1].start()
+        assert becomes(lambda: metric(url, "serving_running") == 13, 30)
         process.send_signal(signal.SIGTERM)
-        started = time.monotonic()
-        assert process.wait(15) == 0
-        assert time.monotonic() - started < 8
-        for thread in threads:
-            thread.join(5)
+        threads[-1].join(30)
         assert len(short) == 1 and short[0].choices[0].finish_reason == "length"  # it had time to finish
+        assert process.poll() is None and not errors
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+        for thread in threads:
+            thread.join(30)
         assert len(errors) == 6 and all("the server is stopping" in str(error) for error in errors)
         assert "Traceback" not in process.stderr.read()
     finally:
         process.kill()
         process.wait()
         process.stderr.close()
+
+
+def test_answers_that_last_longer_than_the_grace_end_with_an_error(run):
+    with running(run) as server:  # its grace is 0 seconds
+        stream = server.client.completions.create(model="tiny", prompt="Ah", max_tokens=LONG, stream=True)
+        next(iter(stream))
+        server.server.should_exit = True
+        with pytest.raises(openai.APIError, match="the server is stopping"):
+            list(stream)
 
 
 def metric(url: str, name: str) -> float:
@@ -721,9 +733,12 @@ def test_bad_flags_are_explained(run, server, monkeypatch, capsys):
         ("--run", run, "--port", 70000): "port must be from 0 to 65535, not 70000",
         ("--run", run, "--api-key", ""): "API key",
         ("--run", run, "--context", CONTEXT + 1): "has 4096 positions",
+        ("--run", run, "--swap-memory", -1): "swap_memory must be 0 MB or more",
+        ("--run", run, "--cache-memory", 0.001): "the cache needs at least",
         ("--run", run, "--max-requests", 0): "max_requests must be at least 1, not 0",
     }.items():
         flags = flags if "--port" in flags else (*flags, "--port", 0)
         assert call_serve(monkeypatch, *flags) == 2
         error = capsys.readouterr().err
+        error = error[error.index("error: ") :]  # before it stands what is being loaded
         assert message in error and len(error.splitlines()) <= 2, error
