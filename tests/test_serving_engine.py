@@ -175,7 +175,7 @@ def test_on_a_gpu_a_mix_writes_what_each_request_writes_alone(model):
 def test_an_int8_cache_gives_nearly_the_same_logprobs_in_less_than_half_the_memory(stage):
     torch.manual_seed(0)
     stage = stages.load(stage)
-    model = stage.GPT(stage.GPTConfig(**TINY_MODEL | {"block_size": CONTEXT})).eval()
+    model = varied(stage.GPT(stage.GPTConfig(**TINY_MODEL | {"block_size": CONTEXT})).eval())
     prompts, params = mix(14)
     exact = make_engine(model, n_blocks=40)
     given = {"n_blocks": 40, "int8_cache": True}
@@ -186,7 +186,7 @@ def test_an_int8_cache_gives_nearly_the_same_logprobs_in_less_than_half_the_memo
             rows = model(torch.tensor([prompt + answer.token_ids[:-1]]))[0][0, len(prompt) - 1 :]
         expected = rows.log_softmax(-1).gather(1, torch.tensor(answer.token_ids)[:, None])[:, 0]
         found = torch.tensor([entry.logprob for entry in answer.logprobs])
-        torch.testing.assert_close(found, expected, atol=0.02, rtol=0)
+        torch.testing.assert_close(found, expected, atol=0.003, rtol=0)  # 4 bits: 0.007
     assert small.pool.nbytes < 0.45 * exact.pool.nbytes
     assert small.pool.nbytes == 41 * block_bytes(model, 4, int8=True)
     # Neither chunks nor preemptions change what is stored.
