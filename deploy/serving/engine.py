@@ -17,6 +17,7 @@ import torch
 from data.tokenizers import end_tokens
 from deploy.serving import sampling
 from deploy.serving.blocks import Blocks, Swap
+from deploy.serving.graphs import Graphs
 from deploy.serving.pool import Batch, HostMemory, Pool, block_bytes
 from deploy.serving.sampling import Logprob, SamplingParams, Writer
 from deploy.serving.scheduler import Scheduler, Sequence
@@ -95,6 +96,7 @@ class Engine:
         host = HostMemory(self.pool, n_places)
         swap = Swap(n_places, host.save, host.load) if n_places else None
         self.scheduler = Scheduler(self.blocks, max_batch, token_budget, swap)
+        self.graphs = Graphs(model, self.pool) if self.device.type == "cuda" else None
         self.requests: dict[str, Request] = {}
         self.n_added = self.n_steps = 0
         self.plan: dict[Sequence, int] = {}  # of the last step, for those who watch
@@ -204,6 +206,10 @@ class Engine:
         """Logits (B, vocab_size) after n_new more tokens of each sequence."""
         starts = [s.table.length for s in sequences]
         new = [next_tokens(s, n_new) for s in sequences]
+        if self.graphs and n_new == 1:
+            tables = [s.table.blocks for s in sequences]
+            logits = self.graphs.decode([token for (token,) in new], tables, starts)
+            return logits[:, -1, : self.tokenizer.vocab_size]
         batch = Batch(self.pool, [s.table.blocks for s in sequences], starts, n_new)
 
         # Only the last token's logits are wanted; in a prefill, the others would cost more than a layer.
