@@ -11,7 +11,10 @@ import uuid
 from pathlib import Path
 
 import pytest
+import torch
+from conftest import call
 
+import benchmarks.gpu_check
 import lab
 from lab import stages
 
@@ -201,16 +204,18 @@ def test_the_time_is_kept_and_what_was_not_reached_is_listed(tmp_path):
     ],
     ids=str,
 )
-def test_what_cannot_be_is_refused_in_two_lines_at_most(flags, said, tmp_path):
-    done = gpu_check("--out", tmp_path / "out", *flags)
-    assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) <= 2
+def test_what_cannot_be_is_refused_in_two_lines_at_most(flags, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert call(monkeypatch, benchmarks.gpu_check, "--out", tmp_path / "out", *flags) == 2
+    err = capsys.readouterr().err
+    assert said in err and len(err.splitlines()) <= 2
     assert not (tmp_path / "out").exists()
 
 
-def test_the_figures_of_an_earlier_check_are_kept(tmp_path):
+def test_the_figures_of_an_earlier_check_are_kept(tmp_path, monkeypatch, capsys):
     (tmp_path / "gpu.json").write_text("{}")
-    done = gpu_check("--smoke", "--out", tmp_path)
-    assert done.returncode == 2 and "has the gpu.json of an earlier check" in done.stderr
+    assert call(monkeypatch, benchmarks.gpu_check, "--smoke", "--out", tmp_path) == 2
+    assert "has the gpu.json of an earlier check" in capsys.readouterr().err
     assert (tmp_path / "gpu.json").read_text() == "{}"
 
 

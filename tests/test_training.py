@@ -198,7 +198,8 @@ def test_accumulated_gradients_and_losses_are_those_of_the_whole_batch(make_mode
 
 
 def test_a_run_leaves_all_that_is_promised(run_train, workshop, capsys):
-    assert run_train("--stage", "0", "--steps", "20", "--eval-every", "10", "--log-every", "5") == 0
+    flags = ("--stage", "0", "--steps", "20", "--eval-every", "10", "--log-every", "5")
+    assert run_train(*flags, report=True) == 0
     folder = workshop / "runs" / "stage0_gpt-words-seed0"
     out = capsys.readouterr().out
     assert (folder / "sample.txt").read_text() in out
