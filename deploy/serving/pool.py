@@ -18,17 +18,27 @@ class Pool:
 
     These are keys and values, or in stage 7 rotated keys and latents. A head's part of a block is one piece
     of memory. Copied piece by piece, the blocks of a row are its keys (heads, S, width) in their usual order.
+
+    drafting: with one more layer, the MTP block's, and a hidden state for each block (see drafting.py).
     """
 
-    def __init__(self, model: torch.nn.Module, n_blocks: int, block_size: int, int8: bool = False):
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        n_blocks: int,
+        block_size: int,
+        int8: bool = False,
+        drafting: bool = False,
+    ):
         self.block_size, self.n_blocks = block_size, n_blocks
         # Zeros, because a NaN in the null block would survive the mask.
         self.tensors, self.scales = [], []
-        for t in stored(model):
+        for t in stored(model, drafting):
             shape = (t.size(0), n_blocks, t.size(2), block_size)
             self.tensors.append(t.new_zeros(*shape, t.size(4), dtype=torch.int8 if int8 else None))
             self.scales.append(t.new_zeros(*shape, 1) if int8 else None)
             self.dtype = t.dtype
+        self.hidden = t.new_zeros(1, n_blocks, model.config.n_embd) if drafting else None
         # A stage whose own cache has no mask for a first prefill lets SDPA mask, which is faster.
         self.causal_by_default = model.new_cache(1, 2).mask(2) is None
         self.window = getattr(model.config, "sliding_window", None)  # Mistral's
@@ -43,7 +53,7 @@ class Pool:
 
     def everything(self) -> list[torch.Tensor]:
         """All that a block stores."""
-        return self.tensors + [scale for scale in self.scales if scale is not None]
+        return [t for t in (*self.tensors, *self.scales, self.hidden) if t is not None]
 
     def copy(self, source: int, target: int) -> None:
         """Copies the content of a block."""
@@ -72,16 +82,23 @@ class HostMemory:
             there[:, block].copy_(here[:, place])
 
 
-def stored(model: torch.nn.Module) -> list[torch.Tensor]:
-    """What the model's cache stores of a token: tensors (n_layer, 1, heads, 1, width)."""
-    return [value for value in vars(model.new_cache(1, 1)).values() if isinstance(value, torch.Tensor)]
+def stored(model: torch.nn.Module, drafting: bool = False) -> list[torch.Tensor]:
+    """What the model's cache stores of a token: tensors (n_layer, 1, heads, 1, width).
+
+    drafting: n_layer is one more, for the MTP block.
+    """
+    caches = [model.new_cache(1, 1)] + ([model.new_cache(1, 1, drafting=True)] if drafting else [])
+    each = [[value for value in vars(cache).values() if isinstance(value, torch.Tensor)] for cache in caches]
+    return [torch.cat(tensors) for tensors in zip(*each, strict=True)]
 
 
-def block_bytes(model: torch.nn.Module, block_size: int, int8: bool = False) -> int:
+def block_bytes(model: torch.nn.Module, block_size: int, int8: bool = False, drafting: bool = False) -> int:
     """The size of a block."""
+    tensors = stored(model, drafting)
+    hidden = model.config.n_embd * tensors[0].element_size() if drafting else 0
     if int8:  # and a scale for each token and head
-        return sum(t.numel() + t[..., 0].nbytes for t in stored(model)) * block_size
-    return sum(t.nbytes for t in stored(model)) * block_size
+        return sum(t.numel() + t[..., 0].nbytes for t in tensors) * block_size + hidden
+    return sum(t.nbytes for t in tensors) * block_size + hidden
 
 
 class Batch:
