@@ -25,7 +25,8 @@ from deploy import serve  # noqa: E402  after the packages it needs
 from deploy.serving.sampling import SamplingParams  # noqa: E402
 from deploy.serving.server import Limits, make_app  # noqa: E402
 from deploy.serving.stopping import Server  # noqa: E402
-from lab.sampling import generation  # noqa: E402
+from lab import cli  # noqa: E402
+from lab.sampling import generation, int8_cache  # noqa: E402
 from lab.storage import runs  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -213,6 +214,27 @@ def test_a_chat_without_max_tokens_may_fill_the_context(run):
         answer.json()["usage"]["total_tokens"] == 64
         and answer.json()["choices"][0]["finish_reason"] == "length"
     )
+
+
+@pytest.mark.parametrize("cache_dtype", ["auto", "int8"])
+def test_the_cache_dtype_gives_the_text_of_sample_py_with_the_same_flag(run, cache_dtype):
+    settings = cli.parse_flags(serve.Settings, ["--run", str(run), "--cache-dtype", cache_dtype])
+    settings.cache_memory, settings.device = 1.0, "cpu"
+    engine = serve.load(settings).engine
+    prompt = engine.tokenizer.encode("To be, or").tolist()
+    params = SamplingParams(max_tokens=40, temperature=0, logprobs=0)
+    ((answer,),) = engine.generate([prompt], params)
+    model, _ = runs.load(run, "best", torch.device("cpu"))
+    if cache_dtype == "int8":
+        int8_cache.use(model)
+    assert answer.token_ids == list(generation.generate(model, prompt, 40, len(CHARACTERS), temperature=0))
+    with torch.inference_mode():
+        cache = model.new_cache(1, 60)
+        logits = [model(torch.tensor([prompt]), cache=cache)[0][0, -1]]
+        logits += [model(torch.tensor([[token]]), cache=cache)[0][0, -1] for token in answer.token_ids[:-1]]
+    logprobs = torch.stack(logits).log_softmax(-1).gather(1, torch.tensor(answer.token_ids)[:, None])[:, 0]
+    found = torch.tensor([entry.logprob for entry in answer.logprobs])
+    torch.testing.assert_close(found, logprobs, atol=2e-5, rtol=0)
 
 
 def test_without_a_chat_template_the_error_says_so(run, server, tmp_path):

@@ -69,7 +69,7 @@ def assert_same(answers, expected):
 def searches(model, n, seed=0):
     """Prompts and what to search for. Many of the texts end at tokens that are likely there."""
     draw = random.Random(seed)
-    engine, prompts, params = make_engine(model, max_batch=6), [], []
+    engine, prompts, params = checked(make_engine(model, max_batch=6)), [], []
     for _ in range(n):
         prompt, beams = draw.choices(range(V), k=draw.randint(1, 25)), draw.randint(2, 6)
         given = {"beams": beams, "n": draw.randint(1, beams), "max_tokens": draw.randint(1, 12)}
