@@ -422,7 +422,7 @@ def test_bad_requests_are_errors_that_say_why(model, prompt, options, message):
         ("stop", [""]),
         ("n", 0),
         ("best_of", 0),
-        ("beams", 2),
+        ("beams", 0),
     ],
 )
 def test_values_that_make_no_sense_are_refused(name, value):

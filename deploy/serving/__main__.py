@@ -47,6 +47,8 @@ class Settings:
     """Seed of the first text; the others count up from it."""
     n: int = 1
     """Texts for each prompt; they share its blocks."""
+    beams: int = 1
+    """More than 1: beam search, with that many beams for each prompt. --temperature must be 0 then."""
     blocks: int = 16
     """Blocks in the cache."""
     block_size: int = 4
@@ -61,7 +63,7 @@ class Settings:
     """Draws the use of memory over time into this file, such as memory.png, beside a cache without pages."""
 
     def __post_init__(self):
-        for name in ("blocks", "block_size", "max_batch", "token_budget", "max_tokens", "n"):
+        for name in ("blocks", "block_size", "max_batch", "token_budget", "max_tokens", "n", "beams"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if not 1 <= len(self.prompts) <= 26:
@@ -82,7 +84,11 @@ def main():
     texts: dict[tuple[str, int], str] = {}
     for number, (name, prompt) in enumerate(names.items()):
         params = SamplingParams(
-            settings.max_tokens, settings.temperature, seed=settings.seed + number * settings.n, n=settings.n
+            settings.max_tokens,
+            settings.temperature,
+            seed=settings.seed + number * settings.n,
+            n=settings.n,
+            beams=settings.beams,
         )
         engine.add(name, engine.tokenizer.encode(prompt), params)
         texts |= {(name, index): prompt for index in range(settings.n)}
@@ -136,6 +142,8 @@ def trace(engine: Engine, outputs: list, before: dict) -> list[str]:
         if output is not None:
             what += f", writes {output.text!r}" if output.text else ", writes nothing yet"
             what += f" and ends ({output.finish_reason})" if output.finish_reason else ""
+        elif sequence.params.beams > 1 and sequence.generated and sequence.table.blocks:
+            what += f", is {engine.tokenizer.decode(sequence.generated)!r} ({sequence.logprob:.1f})"
         table = " ".join(map(str, sequence.table.blocks))
         lines.append(f"  {label(sequence.request_id, sequence.index):3} [{table}] {what}")
     cells = []
