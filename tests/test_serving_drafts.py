@@ -188,6 +188,29 @@ def test_a_text_alone_has_the_drafts_of_sample_py(model):
         assert 0 < stats["accepted"] < stats["drafted"]
 
 
+def test_the_block_drafts_from_the_whole_text_whatever_steps_computed_it(model, monkeypatch):
+    seen = []
+    real = type(model).draft
+    monkeypatch.setattr(type(model), "draft", lambda self, *a: seen.append(real(self, *a)) or seen[-1])
+    engine = make_engine(model, draft=True, draft_tokens=2, token_budget=7)
+    engine.add("a", [40, *TEXT[:9]], SamplingParams(max_tokens=30, seed=0))
+    (sequence,) = engine.requests["a"].sequences
+    n_checked = 0
+    while engine.has_work():
+        tokens = torch.tensor([sequence.tokens])
+        seen.clear()
+        engine.step()
+        if engine.drafts:
+            first, _ = seen[0]
+            with torch.inference_mode():
+                _, hidden = model(tokens[:, :-1], return_hidden=True)
+                cache = model.new_cache(1, tokens.size(1), drafting=True)
+                expected, _ = real(model, hidden, tokens[:, 1:], cache)
+            torch.testing.assert_close(first[0, -1], expected[0, -1], atol=1e-3, rtol=0)
+            n_checked += 1
+    assert n_checked > 5
+
+
 def test_similar_distributions_are_sampled_with_the_same_random_numbers(model):
     """With others, drafts would be accepted with the probability that two drawn tokens are the same."""
     engine = make_engine(model, draft=True)

@@ -112,6 +112,7 @@ class Engine:
         self.requests: dict[str, Request] = {}
         self.n_added = self.n_steps = 0
         self.plan: dict[Sequence, int] = {}  # of the last step, for those who watch
+        self.drafts: dict[Sequence, list[int]] = {}  # likewise
 
     @classmethod
     def of_run(
@@ -191,7 +192,7 @@ class Engine:
         """Computes the next tokens of all that run. Returns what is new, one output for each text."""
         self.plan = self.scheduler.schedule()
         self.n_steps += 1
-        drafts = self.drafter.draft(self.plan) if self.drafter else {}
+        self.drafts = drafts = self.drafter.draft(self.plan) if self.drafter else {}
         groups: dict[tuple[int, bool, int], list[Sequence]] = {}  # those that the model computes together
         for sequence, n_new in self.plan.items():
             is_first = n_new > 1 and sequence.table.length == 0
