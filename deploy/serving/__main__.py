@@ -106,8 +106,9 @@ def main():
     print(
         f"--- {stats['steps']} steps, {stats['preemptions']} preemptions, "
         f"{stats['prefix_hits']} tokens of prompts were in the cache already"
-        + (f", {stats['accepted']} of {stats['drafted']} drafts accepted" if settings.draft else "")
     )
+    if settings.draft:
+        print(f"--- {stats['accepted_tokens']} of {stats['drafted_tokens']} drafted tokens were accepted")
     if settings.picture:
         draw(history, settings)
 

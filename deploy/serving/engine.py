@@ -84,7 +84,7 @@ class Engine:
         swap_memory: float = 0,
         int8_cache: bool = False,
         draft: bool = False,
-        draft_tokens: int = 1,
+        draft_tokens: int = 2,
     ):
         self.model, self.tokenizer, self.end_tokens = model, tokenizer, frozenset(end_tokens)
         self.device = next(model.parameters()).device
@@ -390,8 +390,8 @@ class Engine:
             "prefix_hits": self.scheduler.n_hits,
             "preemptions": self.scheduler.n_preempted,
             "swapped": self.scheduler.n_swapped,
-            "drafted": self.drafter.n_drafted if self.drafter else 0,
-            "accepted": self.drafter.n_accepted if self.drafter else 0,
+            "drafted_tokens": self.drafter.n_drafted if self.drafter else 0,
+            "accepted_tokens": self.drafter.n_accepted if self.drafter else 0,
             "blocks": n_blocks,
             "steps": self.n_steps,
         }
