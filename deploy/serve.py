@@ -73,7 +73,7 @@ class Settings:
     """Keep blocks of finished requests for those that begin with the same tokens."""
     draft: bool = False
     """Let the MTP block draft tokens that the model then verifies (stage 7). The texts stay the same."""
-    draft_tokens: int = 1
+    draft_tokens: int = 2
     """Tokens to draft at a time."""
     grace: float = 10
     """When stopped, seconds that open requests have to finish."""
@@ -87,7 +87,7 @@ class Settings:
         for name in (*counts, "draft_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.draft_tokens != 1 and not self.draft:
+        if self.draft_tokens != Settings.draft_tokens and not self.draft:
             raise ValueError("--draft-tokens is for --draft; leave it out, or add --draft")
         if not 0 <= self.port < 2**16:
             raise ValueError(f"port must be from 0 to 65535, not {self.port}")

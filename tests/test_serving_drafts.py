@@ -10,6 +10,7 @@ from test_serving_engine import CHARACTERS, TOKENIZER
 
 from deploy import serve
 from deploy.serving import Engine, SamplingParams
+from deploy.serving import __main__ as command
 from deploy.serving.blocks import NULL, Blocks, Table
 from deploy.serving.metrics import Metrics
 from deploy.serving.pool import block_bytes
@@ -156,7 +157,7 @@ def test_any_mix_writes_with_drafts_what_it_writes_without(model, seed):
     for _ in range(2):  # the second time with what the prefix cache has
         same(run(drafting, prompts, params, random.Random(seed)), expected)
     stats = drafting.stats()
-    assert 0.2 * stats["drafted"] < stats["accepted"] < stats["drafted"]
+    assert 0.2 * stats["drafted_tokens"] < stats["accepted_tokens"] < stats["drafted_tokens"]
     assert stats["steps"] < 2 * plain.stats()["steps"]
     assert bool(stats["prefix_hits"]) == options["prefix_cache"]
     assert stats["preemptions"] > 0 or not seed % 2
@@ -184,8 +185,31 @@ def test_a_text_alone_has_the_drafts_of_sample_py(model):
         drafted = generation.generate_with_drafts(model, prompt, 40, 65, n, temperature=0, counts=counts)
         assert answer.token_ids == list(drafted)
         stats = engine.stats()
-        assert abs(stats["accepted"] - counts.accepted) <= n  # sample.py may draft beyond the text's end
-        assert 0 < stats["accepted"] < stats["drafted"]
+        assert abs(stats["accepted_tokens"] - counts.accepted) <= n  # at the end, sample.py drafts too many
+        assert 0 < stats["accepted_tokens"] < stats["drafted_tokens"]
+
+
+def test_the_block_drafts_from_the_whole_text_whatever_steps_computed_it(model, monkeypatch):
+    seen = []
+    real = type(model).draft
+    monkeypatch.setattr(type(model), "draft", lambda self, *a: seen.append(real(self, *a)) or seen[-1])
+    engine = make_engine(model, draft=True, draft_tokens=2, token_budget=7)
+    engine.add("a", [40, *TEXT[:9]], SamplingParams(max_tokens=30, seed=0))
+    (sequence,) = engine.requests["a"].sequences
+    n_checked = 0
+    while engine.has_work():
+        tokens = torch.tensor([sequence.tokens])
+        seen.clear()
+        engine.step()
+        if engine.drafts:
+            first, _ = seen[0]
+            with torch.inference_mode():
+                _, hidden = model(tokens[:, :-1], return_hidden=True)
+                cache = model.new_cache(1, tokens.size(1), drafting=True)
+                expected, _ = real(model, hidden, tokens[:, 1:], cache)
+            torch.testing.assert_close(first[0, -1], expected[0, -1], atol=1e-3, rtol=0)
+            n_checked += 1
+    assert n_checked > 5
 
 
 def test_similar_distributions_are_sampled_with_the_same_random_numbers(model):
@@ -193,7 +217,7 @@ def test_similar_distributions_are_sampled_with_the_same_random_numbers(model):
     engine = make_engine(model, draft=True)
     params = SamplingParams(max_tokens=40, seed=1, temperature=2)
     engine.generate([TEXT[i : i + 9] for i in range(8)], params)
-    assert engine.stats()["accepted"] > 0.5 * engine.stats()["drafted"]  # with others 0.08
+    assert engine.stats()["accepted_tokens"] > 0.5 * engine.stats()["drafted_tokens"]  # with others 0.08
 
 
 def test_rejected_drafts_leave_nothing_behind(model, monkeypatch):
@@ -217,7 +241,7 @@ def test_rejected_drafts_leave_nothing_behind(model, monkeypatch):
             texts[int(output.request_id)] += output.token_ids
         check_blocks(engine)
     assert texts == expected
-    assert engine.stats()["drafted"] > 40 and engine.stats()["accepted"] == 0
+    assert engine.stats()["drafted_tokens"] > 40 and engine.stats()["accepted_tokens"] == 0
     hashes = set()
     for prompt, text in zip(prompts, texts, strict=True):
         table, tokens = Table(), prompt + text
@@ -233,7 +257,7 @@ def test_a_cache_in_8_bits_drafts_too(model):
     plain, drafting = make_engine(model, **options), make_engine(model, draft=True, **options)
     expected = plain.generate(prompts, params)
     assert drafting.generate(prompts, params) == expected
-    assert drafting.stats()["accepted"] > 20
+    assert drafting.stats()["accepted_tokens"] > 20
 
 
 # --- What drafts cost ---
@@ -283,10 +307,20 @@ def test_stats_and_metrics_count_drafts(model):
     engine = make_engine(model, draft=True)
     engine.generate([TEXT[:9]], SamplingParams(max_tokens=30, temperature=0))
     stats = engine.stats()
-    assert stats["steps"] == 30 - stats["accepted"] and stats["accepted"] > 0
+    assert stats["steps"] == 30 - stats["accepted_tokens"] and stats["accepted_tokens"] > 0
     text = Metrics(stats).text().decode()
-    assert f"serving_drafted_total {stats['drafted']:.1f}" in text
-    assert f"serving_accepted_total {stats['accepted']:.1f}" in text
+    assert f"serving_drafted_tokens_total {stats['drafted_tokens']:.1f}" in text
+    assert f"serving_accepted_tokens_total {stats['accepted_tokens']:.1f}" in text
+
+
+def test_the_trace_shows_what_was_drafted(tmp_path, monkeypatch, capsys):
+    make_run(tmp_path / "run", "7", CHARACTERS)
+    arguments = ["--run", tmp_path / "run", "--prompts", "ABCDEF", "--max-tokens", "4", "--trace", "--draft"]
+    assert call(monkeypatch, command, *arguments, "--temperature", "0") == 0
+    printed = capsys.readouterr().out
+    _, first, second, *_ = printed.split("\n\n")
+    assert "drafts" not in first and "computes 3 with the drafts '" in second
+    assert printed.splitlines()[-1].endswith("drafted tokens were accepted")
 
 
 # --- What cannot draft ---
@@ -301,7 +335,7 @@ def test_only_a_model_with_an_mtp_block_drafts(model, tmp_path, monkeypatch, cap
     make_run(tmp_path / "run", "4", CHARACTERS)
     assert call(monkeypatch, serve, "--run", tmp_path / "run", "--port", "0", "--draft") == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: --draft needs a block of multi-token")
-    assert call(monkeypatch, serve, "--draft-tokens", "2") == 2
+    assert call(monkeypatch, serve, "--draft-tokens", "3") == 2
     assert "--draft-tokens is for --draft" in capsys.readouterr().err
 
 

@@ -57,6 +57,8 @@ class Settings:
     """Texts generated at the same time."""
     token_budget: int = 16
     """The most tokens that a step computes."""
+    draft: bool = False
+    """Let the MTP block draft tokens that the model then verifies (stage 7)."""
     trace: bool = False
     """Shows each step."""
     picture: str | None = None
@@ -79,6 +81,7 @@ def main():
         max_batch=settings.max_batch,
         token_budget=settings.token_budget,
         cache_blocks=settings.blocks,
+        draft=settings.draft,
     )
     names = dict(zip(string.ascii_lowercase, settings.prompts, strict=False))
     texts: dict[tuple[str, int], str] = {}
@@ -110,6 +113,8 @@ def main():
         f"--- {stats['steps']} steps, {stats['preemptions']} preemptions, "
         f"{stats['prefix_hits']} tokens of prompts were in the cache already"
     )
+    if settings.draft:
+        print(f"--- {stats['accepted_tokens']} of {stats['drafted_tokens']} drafted tokens were accepted")
     if settings.picture:
         draw(history, settings)
 
@@ -139,6 +144,8 @@ def trace(engine: Engine, outputs: list, before: dict) -> list[str]:
         output = new.get((sequence.request_id, sequence.index))
         n_new = engine.plan.get(sequence, 0)
         what = f"computes {n_new}" if n_new else "forked" if sequence.table.blocks else "waits"
+        if sequence in engine.drafts:
+            what += f" with the drafts {engine.tokenizer.decode(engine.drafts[sequence])!r}"
         if output is not None:
             what += f", writes {output.text!r}" if output.text else ", writes nothing yet"
             what += f" and ends ({output.finish_reason})" if output.finish_reason else ""

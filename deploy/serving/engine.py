@@ -89,7 +89,7 @@ class Engine:
         swap_memory: float = 0,
         int8_cache: bool = False,
         draft: bool = False,
-        draft_tokens: int = 1,
+        draft_tokens: int = 2,
     ):
         self.model, self.tokenizer, self.end_tokens = model, tokenizer, frozenset(end_tokens)
         self.device = next(model.parameters()).device
@@ -118,6 +118,7 @@ class Engine:
         self.requests: dict[str, Request] = {}
         self.n_added = self.n_steps = 0
         self.plan: dict[Sequence, int] = {}  # of the last step, for those who watch
+        self.drafts: dict[Sequence, list[int]] = {}  # likewise
 
     @classmethod
     def of_run(
@@ -201,7 +202,7 @@ class Engine:
         """Computes the next tokens of all that run. Returns what is new, one output for each text."""
         self.plan = self.scheduler.schedule()
         self.n_steps += 1
-        drafts = self.drafter.draft(self.plan) if self.drafter else {}
+        self.drafts = drafts = self.drafter.draft(self.plan) if self.drafter else {}
         groups: dict[tuple[int, bool, int], list[Sequence]] = {}  # those that the model computes together
         for sequence, n_new in self.plan.items():
             is_first = n_new > 1 and sequence.table.length == 0
@@ -427,8 +428,8 @@ class Engine:
             "prefix_hits": self.scheduler.n_hits,
             "preemptions": self.scheduler.n_preempted,
             "swapped": self.scheduler.n_swapped,
-            "drafted": self.drafter.n_drafted if self.drafter else 0,
-            "accepted": self.drafter.n_accepted if self.drafter else 0,
+            "drafted_tokens": self.drafter.n_drafted if self.drafter else 0,
+            "accepted_tokens": self.drafter.n_accepted if self.drafter else 0,
             "blocks": n_blocks,
             "steps": self.n_steps,
         }

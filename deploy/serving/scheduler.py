@@ -46,7 +46,7 @@ class Sequence:
 
 
 class Scheduler:
-    """n_drafts: how many drafts would be of use to a sequence that is being decoded; None: there are none."""
+    """n_drafts: how many drafts a sequence that is being decoded could use. None: there are no drafts."""
 
     def __init__(
         self,
