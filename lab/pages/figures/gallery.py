@@ -5,13 +5,22 @@ from html import escape
 from pathlib import Path
 
 from lab import stages
-from lab.pages.figures import basics, block
+from lab.pages.figures import basics, block, deployed, heads, tokens
 from lab.pages.figures.svg import Drawing
 
 # By folder and name of the file: what draws it.
 IDEAS = {
     ("stage0_gpt", "mask"): basics.mask,
     ("stage1_rmsnorm", "norms"): basics.norms,
+    ("stage2_rope", "rope"): basics.rope,
+    ("stage3_swiglu", "gate"): basics.gate,
+    ("stage4_gqa", "wiring"): heads.wiring,
+    ("stage5_flash", "tiles"): heads.tiles,
+    ("stage6_moe", "routing"): tokens.routing,
+    ("stage7_mla_mtp", "latent"): heads.latent,
+    ("stage7_mla_mtp", "prediction"): tokens.prediction,
+    ("deploy/serving", "pages"): deployed.pages,
+    ("deploy/quantization", "group"): deployed.group,
 }
 
 
