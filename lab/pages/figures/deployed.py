@@ -70,7 +70,7 @@ def group() -> Drawing:
     )
     for top, heading, row in (
         (14, "seven weights of like size", weights),
-        (204, "the same, with one large weight", [*weights[:-1], 1.6]),
+        (190, "the same, with one large weight", [*weights[:-1], 1.6]),
     ):
         w = torch.tensor([row])
         scale, zero = grid.find_grid(w, bits, None)
@@ -84,7 +84,7 @@ def group() -> Drawing:
 
         drawing.text(14, top + 4, heading, 13, bold=True)
         mean = errors[0, :-1].abs().mean()
-        drawing.text(14, top + 24, f"step {decimal(scale, 3)}; mean error of the first six: ", 11, "muted")
+        drawing.text(14, top + 24, f"step {decimal(scale, 3)}; mean |error| of the first six:", 11, "muted")
         drawing.text(346, top + 24, decimal(mean, 3), 12, "orange", "end", mono=True, bold=True)
         y = top + 62
         for code in range(2**bits):
@@ -103,5 +103,5 @@ def group() -> Drawing:
             drawing.text(14, row_y, label, 11, color, bold=True)
             for j, number in enumerate(numbers[0]):
                 drawing.text(98 + 41 * j, row_y, decimal(number, digits), 11, color, "end", mono=True)
-    drawing.height = 366
+    drawing.height = 352
     return drawing

@@ -1,5 +1,6 @@
 """All figures: where their files are, and how the lessons show them."""
 
+import functools
 import re
 from html import escape
 from pathlib import Path
@@ -24,6 +25,7 @@ IDEAS = {
 }
 
 
+@functools.cache
 def drawings() -> dict[tuple[Path, str], Drawing]:
     """Every figure, by the folder of its lesson and its name."""
     found = {}

@@ -179,7 +179,7 @@ def latent() -> Drawing:
     cached(264)
     drawing.text(14, 310, f"{rank} · {nope} multiplications, however many tokens there are", 11, "muted")
     heads = config.n_head * (nope + rope + config.v_head_dim)
-    drawing.text(14, 330, f"Cached per token: {rank} numbers c and {rope} of the rotated key r.", 11)
-    drawing.text(14, 345, f"Keys and values of {config.n_head} heads would be {heads} numbers.", 11)
+    drawing.text(14, 330, f"Cached per token: c, {rank} numbers, and r, {rope} numbers.", 11)
+    drawing.text(14, 345, f"Keys and values of {config.n_head} heads would be {heads}.", 11)
     drawing.height = 360
     return drawing

@@ -85,8 +85,8 @@ def prediction() -> Drawing:
     rows = (
         ("model reads", read[0], "blue", 40),
         ("and predicts", predicted[0], "blue", 86),
-        ("block reads", read[1], "purple", 150),
-        ("and predicts", predicted[1], "purple", 196),
+        ("block reads", read[1], "purple", 153),
+        ("and predicts", predicted[1], "purple", 199),
     )
     drawing = Drawing(
         "What the model and the block of multi-token prediction see and predict",
@@ -108,11 +108,11 @@ def prediction() -> Drawing:
             drawing.text(x + 23, y + 12, words[number], 12, color, "middle", bold=i == 1)
             if is_predicted:
                 drawing.line((x + 23, y - 22), (x + 23, y - 1), color=color, arrow=True)
-    drawing.line((101, 132), (356, 132), width=1, dashed=True)
-    drawing.text(10, 132, "hidden states", 11, "muted")
+    drawing.text(10, 132, "hidden states", 11, "blue", bold=True)
     for i in range(n):
-        drawing.line((124 + 52 * i, 133), (124 + 52 * i, 149), color="blue", arrow=True)
-    drawing.text(10, 240, "Dashed boxes are targets; a last position without one", 11, "muted")
-    drawing.text(10, 255, "is left out of the loss.", 11, "muted")
-    drawing.height = 268
+        drawing.text(124 + 52 * i, 130, f"h{'₀₁₂₃₄'[i]}", 12, "blue", "middle", mono=True)
+        drawing.line((124 + 52 * i, 138), (124 + 52 * i, 152), color="blue", arrow=True)
+    drawing.text(10, 243, "Dashed boxes are targets; a last position without one", 11, "muted")
+    drawing.text(10, 258, "is left out of the loss.", 11, "muted")
+    drawing.height = 272
     return drawing
