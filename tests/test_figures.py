@@ -14,6 +14,7 @@ from matplotlib import font_manager, ft2font
 from lab import stages
 from lab.comparison import diffs
 from lab.pages.figures import block, changes, gallery, heads, svg
+from stage5_flash.tiled import tiled_attention
 
 FILES = sorted([*stages.ROOT.glob("stage*/figures/*.svg"), *stages.ROOT.glob("deploy/*/figures/*.svg")])
 NAMES = [str(path.relative_to(stages.ROOT)) for path in FILES]
@@ -119,9 +120,9 @@ def texts(folder, figure):
 
 
 def test_the_running_numbers_of_the_tiles_end_at_the_output_of_tiled_attention():
-    tiled, q, k, v, size = heads.tiles_example()
-    *_, (_, _, _, total, out) = heads.running(tiled, q, k, v, slice(4, 6), size)
-    torch.testing.assert_close(out / total, tiled.tiled_attention(q, k, v, size, size)[0, 0, -1, 0])
+    q, k, v, size = heads.tiles_example()
+    *_, (_, _, _, total, out) = heads.running(q, k, v, slice(4, 6), size)
+    torch.testing.assert_close(out / total, tiled_attention(q, k, v, size, size)[0, 0, -1, 0])
     assert f"{out / total:.3f}" in "".join(texts("stage5_flash", "tiles"))
 
 

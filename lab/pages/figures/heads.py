@@ -1,11 +1,10 @@
 """The ideas of attention in stages 4, 5 and 7a: shared heads, tiles, and the latent."""
 
-import importlib.util
-
 import torch
 
 from lab import stages
 from lab.pages.figures.svg import Drawing, decimal
+from stage5_flash import tiled
 
 
 def wiring() -> Drawing:
@@ -45,7 +44,7 @@ def wiring() -> Drawing:
     return drawing
 
 
-def running(tiled, q, k, v, rows, block: int):
+def running(q, k, v, rows, block: int):
     """The running maximum m, sum l and output o of the last of these rows, after each block of keys.
 
     It repeats the loop of tiled.py, which keeps its last numbers only; a test compares the two.
@@ -60,18 +59,15 @@ def running(tiled, q, k, v, rows, block: int):
 
 
 def tiles_example():
-    """The module tiled.py, q, k and v (1, 1, 6, 1), and the size of a block."""
-    spec = importlib.util.spec_from_file_location("tiled", stages.ROOT / "stage5_flash" / "tiled.py")
-    tiled = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tiled)
+    """q, k and v (1, 1, 6, 1), and the size of a block."""
     # With head_dim 1 and queries of 1, the scores are the keys.
     k, v = torch.tensor([1.0, 0, 2, 1, 3, 0]), torch.tensor([1.0, 2, 3, 4, 5, 6])
-    return tiled, torch.ones(1, 1, 6, 1), k.view(1, 1, 6, 1), v.view(1, 1, 6, 1), 2
+    return torch.ones(1, 1, 6, 1), k.view(1, 1, 6, 1), v.view(1, 1, 6, 1), 2
 
 
 def tiles() -> Drawing:
     """The tiles of the score matrix in their order, and what the last query keeps between them."""
-    tiled, q, k, v, block = tiles_example()
+    q, k, v, block = tiles_example()
     n, cell = q.size(2), 24
     drawing = Drawing(
         "Attention by tiles, with a running maximum, sum and output",
@@ -102,7 +98,7 @@ def tiles() -> Drawing:
     for y, name in zip((224, 242, 268, 286, 304), ("scores", "values", "m", "l", "o"), strict=True):
         drawing.text(14, y, name, 12, mono=True, bold=name in "mlo")
     rows = slice(n - block, n)
-    for i, (columns, s, m, total, out) in enumerate(running(tiled, q, k, v, rows, block)):
+    for i, (columns, s, m, total, out) in enumerate(running(q, k, v, rows, block)):
         x = 74 + 94 * i
         drawing.box(x, 213, 88, 40, "blue-fill", "blue")
         for j in range(block):
