@@ -2,8 +2,8 @@
 
 import functools
 import re
-from html import escape
 from pathlib import Path
+from xml.sax.saxutils import quoteattr
 
 from lab import stages
 from lab.pages.figures import basics, block, deployed, heads, tokens
@@ -68,6 +68,6 @@ def markup(figure: str, drawing: Drawing) -> str:
     return f"""<!-- figure {figure} -->
 <picture>
   <source media="(prefers-color-scheme: dark)" srcset="figures/{figure}-dark.svg">
-  <img alt="{escape(drawing.description)}" src="figures/{figure}.svg">
+  <img alt={quoteattr(drawing.description)} src="figures/{figure}.svg">
 </picture>
 <!-- end -->"""
