@@ -8,13 +8,16 @@ from itertools import combinations
 from xml.etree import ElementTree
 
 import pytest
+import torch
 from matplotlib import font_manager, ft2font
 
 from lab import stages
 from lab.comparison import diffs
-from lab.pages.figures import block, changes, gallery, svg
+from lab.pages.figures import block, changes, gallery, heads, svg
+from stage5_flash.tiled import tiled_attention
 
-FILES, PAGES = gallery.files(), gallery.pages()
+FILES = sorted([*stages.ROOT.glob("stage*/figures/*.svg"), *stages.ROOT.glob("deploy/*/figures/*.svg")])
+NAMES = [str(path.relative_to(stages.ROOT)) for path in FILES]
 CHANGING = [name for name in stages.course() if diffs.origin(name)]
 
 
@@ -30,19 +33,15 @@ def elements(text):
 
 def test_figures_and_the_lessons_that_show_them_are_those_of_the_code():
     """If this fails: python -m lab.pages.figures."""
-    drawn = {**FILES, **PAGES}
-    stale = [
-        str(path.relative_to(stages.ROOT))
-        for path, text in drawn.items()
-        if path.read_text(encoding="utf-8") != text
-    ]
-    assert stale == []
+    drawn = gallery.files()
+    everything = {**drawn, **gallery.pages()}
+    stale = [path for path, text in everything.items() if path.read_text(encoding="utf-8") != text]
+    assert [str(path.relative_to(stages.ROOT)) for path in stale] == []
+    assert set(FILES) == set(drawn)  # and no file is left from a figure that is no longer drawn
 
 
-def test_every_svg_file_is_drawn_by_the_code_and_all_together_are_small():
-    found = {path for path in stages.ROOT.rglob("figures/*.svg") if ".venv" not in path.parts}
-    assert found == set(FILES)
-    assert sum(path.stat().st_size for path in found) <= 300 * 1024
+def test_all_figures_together_are_small():
+    assert sum(path.stat().st_size for path in FILES) <= 300 * 1024
 
 
 # --- What is highlighted ---
@@ -93,7 +92,7 @@ def test_a_stage_compared_with_itself_has_no_highlights(name):
 def test_comments_and_docstrings_are_no_changes_but_one_operator_is():
     source = stages.path("stage3_swiglu").read_text()
     before = ast.parse(source)
-    commented = source.replace("SwiGLU: down(", "A gate: down(").replace("# (B, T, n_embd)", "# as x")
+    commented = source.replace('"""idx (B, T) int64', '"""The tokens').replace("# (B, T, n_embd)", "# as x")
     edited = source.replace("F.silu(self.gate_proj(x)) *", "F.silu(self.gate_proj(x)) +")
     assert commented != source != edited
     assert not any(changes.changed(before, ast.parse(commented), unit) for unit in changes.units(before))
@@ -108,6 +107,45 @@ def test_every_part_that_a_box_names_is_in_the_source_of_some_stage(name):
     for sources, _ in parts(name):
         for part in sources:
             assert any(changes.find(tree, part) for tree in everywhere), part
+
+
+# --- What the pictures claim ---
+
+
+def texts(folder, figure):
+    """All text in a figure."""
+    return [
+        node.text for tag, node in elements(gallery.IDEAS[folder, figure]().render("light")) if tag == "text"
+    ]
+
+
+def test_the_running_numbers_of_the_tiles_end_at_the_output_of_tiled_attention():
+    q, k, v, size = heads.tiles_example()
+    *_, (_, _, _, total, out) = heads.running(q, k, v, slice(4, 6), size)
+    torch.testing.assert_close(out / total, tiled_attention(q, k, v, size, size)[0, 0, -1, 0])
+    assert f"{out / total:.3f}" in "".join(texts("stage5_flash", "tiles"))
+
+
+def test_rope_shows_the_same_score_for_the_same_distance_and_another_one_for_another():
+    _, first, second, further = (text for text in texts("stage2_rope", "rope") if text.startswith("q · k"))
+    assert first == second != further
+
+
+def test_the_wiring_is_that_of_neighbours_on_the_left_and_wrong_on_the_right():
+    heads_read = [text for text in texts("stage4_gqa", "wiring") if re.fullmatch(r"k\d", text)]
+    assert heads_read == ["k0", "k0", "k1", "k1", "k0", "k1", "k0", "k1"]
+
+
+def test_the_extra_block_predicts_one_token_further_and_nothing_at_the_end():
+    words = texts("stage7_mla_mtp", "prediction")
+    rows = [words[i + 1 : i + 6] for i, word in enumerate(words) if word in ("block reads", "and predicts")]
+    assert rows[0] == rows[1] == ["be", "or", "not", "to", "be"]
+    assert rows[2] == ["or", "not", "to", "be", "–"]
+
+
+def test_two_texts_hold_the_blocks_of_their_common_start_and_no_others():
+    held = [text for text in texts("deploy/serving", "pages") if text.startswith("×")]
+    assert held == ["×2", "×2", "×2", "×1", "×1", "×1"]
 
 
 # --- How it looks ---
@@ -156,9 +194,9 @@ def contrast(one, other):
     return (lighter + 0.05) / (darker + 0.05)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(stages.ROOT)))
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
 def test_every_text_is_legible_in_its_box_apart_from_others_and_in_contrast(path):
-    drawn = elements(FILES[path])
+    drawn = elements(path.read_text(encoding="utf-8"))
     texts = {}
     for i, (tag, node) in enumerate(drawn):
         if tag != "text":
@@ -181,7 +219,9 @@ def test_lines_stand_out_from_the_page(theme):
             assert contrast(color, colors["page"]) >= 3, name
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(stages.ROOT)))
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
 def test_every_figure_has_a_title_and_a_description(path):
-    texts = {tag: node.text for tag, node in elements(FILES[path]) if tag in ("title", "desc")}
+    texts = {
+        tag: node.text for tag, node in elements(path.read_text(encoding="utf-8")) if tag in ("title", "desc")
+    }
     assert len(texts["title"]) > 10 and len(texts["desc"]) > 40

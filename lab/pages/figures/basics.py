@@ -51,13 +51,14 @@ def norms() -> Drawing:
     layer_norm, rms_norm = (block.input_layernorm for block in blocks)
     drawing = Drawing(
         "One vector through LayerNorm and RMSNorm",
-        "Bars of x = (1, 2, 4, 5), of 3 x and of x + 10, and of what LayerNorm and RMSNorm make of them. "
-        "Both norms give the same for x and 3 x. For x + 10 LayerNorm gives the same again, not so RMSNorm.",
+        "Bars of x = (1, 2, 4, 5), of 3 x and of x + 10, and of what LayerNorm and RMSNorm make of "
+        "them. Both norms give the same for x and 3 x. For x + 10 LayerNorm gives the same again, not "
+        "so RMSNorm.",
     )
     columns = (
-        ("x", None, 15.0, 14),
-        ("LayerNorm(x)", layer_norm, 1.5, 122),
-        ("RMSNorm(x)", rms_norm, 1.5, 242),
+        ("input", None, 15.0, 14),
+        ("LayerNorm", layer_norm, 1.5, 122),
+        ("RMSNorm", rms_norm, 1.5, 242),
     )
     for heading, _, _, left in columns:
         drawing.text(left, 18, heading, 12, mono=True, bold=True)
@@ -87,4 +88,91 @@ def norms() -> Drawing:
     drawing.text(14, y - 6, "green: as for x", 11, "green")
     drawing.text(122, y - 6, "orange: not as for x", 11, "orange")
     drawing.height = y + 8
+    return drawing
+
+
+def rope() -> Drawing:
+    """One pair of q and of k, rotated by their positions."""
+    stage = stages.load("stage2_rope")
+    q, k = torch.tensor([0.9, 0.3]), torch.tensor([0.5, 0.85])
+    drawing = Drawing(
+        "RoPE: two numbers of a query and of a key, rotated by their positions",
+        "Four circles with an arrow for q and one for k: not rotated; q at position 2 and k at 1; q at "
+        "5 and k at 4; q at 5 and k at 1. In the second and the third the angle between the arrows is "
+        "the same, and so is the score. In the fourth both are different.",
+    )
+    panels = []
+    for positions in ((0, 0), (2, 1), (5, 4), (5, 1)):
+        rotated = []
+        for vector, position in zip((q, k), positions, strict=True):
+            turn = stage.rotation(torch.tensor([position]), 2, 10000.0)  # a pair alone: one radian a token
+            rotated.append(stage.rotate(vector.view(1, 1, 1, 2), turn).flatten())
+        panels.append((positions, rotated, decimal(rotated[0] @ rotated[1])))
+    scores = [score for _, _, score in panels]
+    for i, (positions, rotated, score) in enumerate(panels):
+        x, y = 92 + 176 * (i % 2), 100 + 200 * (i // 2)
+        heading = "not rotated" if i == 0 else f"q at {positions[0]}, k at {positions[1]}"
+        drawing.text(x, y - 82, heading, 12, "ink", "middle", bold=True)
+        drawing.circle(x, y, 58, fill="page", stroke="faint-fill")
+        for vector, letter, color in zip(rotated, "qk", ("blue", "orange"), strict=True):
+            end_x, end_y = (vector * 54).tolist()
+            drawing.line((x, y), (x + end_x, y - end_y), color=color, width=2.5, arrow=True)
+            far = vector / vector.norm() * 66
+            drawing.text(x + far[0].item(), y - far[1].item(), letter, 12, color, "middle", bold=True)
+        color = "green" if scores.count(score) > 1 else "ink"
+        drawing.text(x, y + 86, f"q · k = {score}", 12, color, "middle", mono=True, bold=True)
+    drawing.text(14, 410, "This pair turns by 1 radian, about 57°, per position.", 11, "muted")
+    drawing.height = 426
+    return drawing
+
+
+def gate() -> Drawing:
+    """What a gate makes of a value, beside GELU, which has no gate."""
+    gated, plain = stages.load("stage3_swiglu"), stages.load("stage0_gpt")
+    drawing = Drawing(
+        "silu(g) · u for five gates and five values",
+        "A table of silu(g) · u with a row for each gate g from −4 to 4 and a column for each value u "
+        "from −2 to 2. With a negative gate all results are near 0; with a positive one the value "
+        "passes, enlarged. Below, gelu(u): one result for each u.",
+    )
+    with torch.no_grad():
+        mlp = gated.MLP(gated.GPTConfig(vocab_size=1, n_head=1, n_embd=2, intermediate_size=1))
+        for matrix, weight in (
+            (mlp.gate_proj, [[1, 0]]),
+            (mlp.up_proj, [[0, 1]]),
+            (mlp.down_proj, [[1], [0]]),
+        ):
+            matrix.weight.copy_(torch.tensor(weight))
+        without = plain.MLP(plain.GPTConfig(vocab_size=1, n_head=1, n_embd=1, bias=False))
+        for matrix in (without.up_proj, without.down_proj):  # one of the four hidden numbers counts
+            matrix.weight.zero_()
+            matrix.weight[0, 0] = 1
+
+        gates, values = [-4.0, -2.0, 0.0, 2.0, 4.0], [-2.0, -1.0, 0.0, 1.0, 2.0]
+        inputs = torch.cartesian_prod(torch.tensor(gates), torch.tensor(values))
+        table = mlp(inputs)[:, 0].view(5, 5)
+        silu = mlp(torch.tensor([[g, 1.0] for g in gates]))[:, 0]
+        gelu = without(torch.tensor(values)[:, None])[:, 0]
+
+    def cells(y, results):
+        for j, result in enumerate(results):
+            small = abs(result) < 0.5
+            fill, color = ("blue-fill", "blue") if result > 0 else ("orange-fill", "orange")
+            x = 116 + 47 * j
+            drawing.box(x, y, 45, 24, "faint-fill" if small else fill, None, radius=2)
+            drawing.text(x + 40, y + 12, decimal(result), 11, "muted" if small else color, "end", mono=True)
+
+    drawing.text(14, 18, "silu(g) · u", 13, mono=True, bold=True)
+    for j, value in enumerate(values):
+        drawing.text(156 + 47 * j, 40, f"u={decimal(value, 0)}", 11, "ink", "end", mono=True)
+    drawing.text(46, 40, "g", 11, "ink", "end", mono=True)
+    drawing.text(106, 40, "silu(g)", 11, "ink", "end", mono=True)
+    for i, (g, results) in enumerate(zip(gates, table, strict=True)):
+        y = 52 + 26 * i
+        drawing.text(46, y + 12, decimal(g, 0), 11, "ink", "end", mono=True)
+        drawing.text(106, y + 12, decimal(silu[i]), 11, "muted", "end", mono=True)
+        cells(y, results)
+    drawing.text(14, 206, "gelu(u), without a gate", 13, mono=True, bold=True)
+    cells(220, gelu)
+    drawing.height = 256
     return drawing

@@ -6,6 +6,7 @@ it stands for.
 """
 
 import ast
+import functools
 from contextlib import ExitStack
 from unittest.mock import patch
 
@@ -33,8 +34,7 @@ class Block:
 
     def __init__(self, name: str, before: ast.Module | None, after: ast.Module):
         self.before, self.after = before, after
-        self.stage = stages.load(name)
-        self.model, self.shapes = run(self.stage)
+        self.model, self.shapes = run(stages.load(name))
         self.name = name
         self.labels: list[str] = []
         self.highlighted: list[str] = []  # also labels
@@ -64,8 +64,7 @@ class Block:
         y = self.y if y is None else y
         drawing = self.drawing
         drawing.box(x, y, width, height, **style)
-        narrow = width < 150
-        if narrow:
+        if width < 150:  # one line below the other
             lines = [line for line in (label, shape, note) if line]
             top = y + height / 2 - 7.5 * (len(lines) - 1)
             for i, line in enumerate(lines):
@@ -79,10 +78,10 @@ class Block:
         if note:
             drawing.text(x + 9, top + 16, note, 11, "muted")
 
-    def arrows(self, *xs, passing=None) -> None:
-        """Arrows down from here to the next row, and at `passing` a line that goes on beside its box."""
+    def arrows(self, *xs, passing=()) -> None:
+        """Arrows down from here to the next row, and at `passing` lines that go on beside its boxes."""
         for x in xs:
-            self.drawing.line((x, self.y), (x, self.y + GAP), arrow=x != passing)
+            self.drawing.line((x, self.y), (x, self.y + GAP), arrow=x not in passing)
         self.y += GAP
 
     def past(self, x, height) -> None:
@@ -147,6 +146,11 @@ class Block:
         written = [kind] if self.has(kind) else []
         self.row(kind, source, *written, shape=module.rpartition(".")[2])
 
+    def linear(self, module: str, source: str) -> None:
+        """A linear layer as a row."""
+        label = module.rpartition(".")[2] + self.biased(module)
+        self.row(label, source, shape=self.shape(module))
+
     def dense_attention(self) -> None:
         """q, k and v of whole heads; rotated and repeated in the stages that do."""
         first, (x_q, x_k, x_v) = "layers.0.self_attn.", (x + w / 2 for x, w in THIRDS)
@@ -154,27 +158,20 @@ class Block:
         height = 56 if self.biased(f"{first}q_proj") else 40
         for (x, width), part in zip(THIRDS, ("q_proj", "k_proj", "v_proj"), strict=True):
             note = self.biased(first + part).strip()
-            self.box(
-                x,
-                width,
-                height,
-                part,
-                f"Attention.__init__/{part}",
-                shape=self.shape(first + part),
-                note=note,
-            )
+            source, shape = f"Attention.__init__/{part}", self.shape(first + part)
+            self.box(x, width, height, part, source, shape=shape, note=note)
         self.y += height
-        self.arrows(x_q, x_k, x_v, passing=x_v if self.has("rotate") else x_q)
+        self.arrows(x_q, x_k, x_v, passing=(x_v,) if self.has("rotate") else (x_q,))
         if self.has("rotate"):
             self.box(LEFT, 189, 26, "rotate", "rotate", "Attention.forward/rotate", shape="q and k")
             self.past(x_v, 26)
             self.y += 26
-            self.arrows(x_q, x_k, x_v, passing=x_q)
+            self.arrows(x_q, x_k, x_v, passing=(x_q,))
         self.box(155, 189, 26, "KVCache", "KVCache.__init__", "KVCache.update", shape=self.shape("keys"))
         self.past(x_q, 26)
         self.y += 26
         repeats = self.has("attention/repeat_interleave")
-        self.arrows(x_q, x_k, x_v, passing=x_q if repeats else None)
+        self.arrows(x_q, x_k, x_v, passing=(x_q,) if repeats else ())
         if repeats:
             source = "attention/repeat_interleave"
             self.box(155, 189, 42, "repeat_interleave", source, note=f"k0 k0 k1 k1: {self.shape('repeated')}")
@@ -182,34 +179,21 @@ class Block:
             self.y += 42
             self.arrows(x_q, x_k, x_v)
 
-    def attention(self, *sources) -> None:
+    def attention(self) -> None:
         """The function attention, and its mask."""
         note = f"softmax(q kᵀ / √{self.shapes['head_dim']} + mask) v"
         if self.has("explicit_attention"):
-            note = "the scores are never stored"
+            note = "the fastest implementation at hand"
         if self.has("Attention.absorbed_attention"):
             note = "on k and v, or absorbed: on latents"
-        self.box(
-            LEFT,
-            218,
-            42,
-            "attention",
-            "attention",
-            "explicit_attention",
-            *sources,
-            shape=self.shape("attention"),
-            note=note,
-        )
+        sources = ["attention", "explicit_attention"]
+        self.box(LEFT, 218, 42, "attention", *sources, shape=self.shape("attention"), note=note)
         sources = ["KVCache.mask", "GPT.forward/causal_mask", "causal_mask"]
         self.box(287, 57, 42, "mask", *sources, shape=self.shape("mask"))
         self.drawing.line((287, self.y + 21), (274, self.y + 21), arrow=True)
         self.y += 42
         self.arrows(LEFT + 109)
-        self.row(
-            "o_proj" + self.biased("layers.0.self_attn.o_proj"),
-            "Attention.__init__/o_proj",
-            shape=self.shape("layers.0.self_attn.o_proj"),
-        )
+        self.linear("layers.0.self_attn.o_proj", "Attention.__init__/o_proj")
         self.join()
 
     def dense_mlp(self) -> None:
@@ -224,19 +208,11 @@ class Block:
             self.row("silu(gate) · up", "MLP.forward", shape=self.shape(first + "up_proj"))
         else:
             self.arrows(middle)
-            self.row(
-                "up_proj" + self.biased(first + "up_proj"),
-                "MLP.__init__/up_proj",
-                shape=self.shape(first + "up_proj"),
-            )
+            self.linear(first + "up_proj", "MLP.__init__/up_proj")
             self.arrows(middle)
             self.row("gelu", "MLP.forward", shape=self.shape(first + "up_proj"))
         self.arrows(middle)
-        self.row(
-            "down_proj" + self.biased(first + "down_proj"),
-            "MLP.__init__/down_proj",
-            shape=self.shape(first + "down_proj"),
-        )
+        self.linear(first + "down_proj", "MLP.__init__/down_proj")
 
     def latent_attention(self) -> None:
         """Keys and values from a latent, and a rotated key for all heads."""
@@ -255,13 +231,13 @@ class Block:
         self.box(155, 90, 40, "RMSNorm", "Attention.__init__/kv_a_layernorm", shape="latent")
         self.box(254, 90, 40, "rotate", "rotate", "Attention.forward/k_rope", shape="k_rope")
         self.y += 40
-        self.arrows(x_q, x_c, x_r, passing=x_q)
+        self.arrows(x_q, x_c, x_r, passing=(x_q,))
         sources = ["KVCache.__init__", "KVCache.update", "KVCache.nbytes"]
         note = f"{self.shape('latents')} {self.shape('keys')}"
         self.box(155, 189, 42, "KVCache", *sources, note=note)
         self.past(x_q, 42)
         self.y += 42
-        self.arrows(x_q, x_c, x_r, passing=x_q)
+        self.arrows(x_q, x_c, x_r, passing=(x_q, x_r))
         sources = ["Attention.__init__/kv_b_proj", "Attention.absorbed_attention"]
         sources += ["Attention.absorbing_is_cheaper"]
         shape = self.shape(f"{first}kv_b_proj")
@@ -286,12 +262,11 @@ class Block:
         shape = f"{n} × {config.moe_intermediate_size} wide"
         self.box(LEFT, 180, 56, "Experts", *sources, shape=shape, label_y=15)
         for i in range(n):
-            chosen = i in (1, 4)
-            fill, stroke = ("blue-fill", "blue") if chosen else ("page", "edge")
-            self.drawing.box(LEFT + 9 + 20.4 * i, self.y + 27, 17, 20, fill, stroke, 2 if chosen else 1)
-        source, width = "MoE.__init__/shared_experts", config.n_shared_experts * config.moe_intermediate_size
-        note = "each token"
-        self.box(248, 96, self.y + 56 - top, "shared", source, shape=f"{width} wide", note=note, y=top)
+            chosen = i % (n // k) == 1  # k of them, for example
+            fill, stroke, line = ("blue-fill", "blue", 2) if chosen else ("page", "edge", 1)
+            self.drawing.box(LEFT + 9 + 20.4 * i, self.y + 27, 17, 20, fill, stroke, line)
+        source, shape = "MoE.__init__/shared_experts", self.shape("layers.0.mlp.shared_experts.up_proj")
+        self.box(248, 96, self.y + 56 - top, "shared", source, shape=shape, note="all tokens", y=top)
         self.y += 56
         self.arrows(140, 295)
         self.row("Σ weight · expert + shared", "MoE.forward", "Block.__init__/mlp", "MoE.__init__/experts")
@@ -314,7 +289,7 @@ class Block:
         """A block beside its stream, in a frame."""
         self.y += 12
         top = self.y
-        stream = len(self.drawing.elements)
+        start = len(self.drawing.elements)
         self.drawing.text(346, top + 11, f"one of {self.model.config.n_layer} blocks", 11, "muted", "end")
         self.y += 20
         self.branch()
@@ -333,12 +308,11 @@ class Block:
             self.dense_mlp()
         self.join()
         self.y += 10
-        after = self.drawing.elements[stream:]  # the frame and the stream lie below all this
-        del self.drawing.elements[stream:]
+        end = len(self.drawing.elements)
         self.drawing.box(8, top, 346, self.y - top, fill=None, dashed=True)
         self.y += 18
         self.drawing.line((STREAM, self.stream_top), (STREAM, self.y), color="blue", width=4)
-        self.drawing.elements += after
+        self.drawing.move_back(start, end)  # the frame and the stream lie below the boxes
 
     def prediction_further(self) -> None:
         """The model's own prediction beside the block that predicts one token further."""
@@ -355,7 +329,6 @@ class Block:
         top = self.y + 14
         self.drawing.line((64, self.y), (64, top + 20), arrow=True)
         self.box(16, 96, 40, "lm_head", "GPT.__init__/lm_head", shape=self.shape("lm_head"), y=top + 20)
-        frame = len(self.drawing.elements)
         self.drawing.text(132, top + 11, "MTPBlock", 11, "muted", mono=True)
         self.drawing.line((292, self.y), (292, top + 73), arrow=True)
         self.y = top + 20
@@ -375,10 +348,7 @@ class Block:
             self.y += 26
             if label != "RMSNorm":
                 self.arrows(237)
-        inner = self.drawing.elements[frame:]
-        del self.drawing.elements[frame:]
         self.drawing.box(122, top, 230, self.y + 8 - top, fill=None, dashed=True)
-        self.drawing.elements += inner
         self.y += 8
         self.arrows(237)
         self.box(132, 210, 26, "lm_head", "GPT.mtp_loss/lm_head", shape="the same one")
@@ -393,6 +363,7 @@ class Block:
         self.y += 42
 
 
+@functools.cache
 def run(stage):
     """Runs a stage in the laptop preset; returns the model, and shapes and other labels by name."""
     sizes = {"vocab_size": 65} | PRESETS["laptop"]["model"]

@@ -10,10 +10,12 @@ Comments, docstrings and line breaks do not count.
 """
 
 import ast
+import functools
 
 from lab import stages
 
 
+@functools.cache
 def parsed(name: str) -> ast.Module:
     """A stage's source."""
     return ast.parse(stages.path(name).read_text(encoding="utf-8"))

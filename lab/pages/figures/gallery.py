@@ -1,20 +1,31 @@
 """All figures: where their files are, and how the lessons show them."""
 
+import functools
 import re
-from html import escape
 from pathlib import Path
+from xml.sax.saxutils import quoteattr
 
 from lab import stages
-from lab.pages.figures import basics, block
+from lab.pages.figures import basics, block, deployed, heads, tokens
 from lab.pages.figures.svg import Drawing
 
 # By folder and name of the file: what draws it.
 IDEAS = {
     ("stage0_gpt", "mask"): basics.mask,
     ("stage1_rmsnorm", "norms"): basics.norms,
+    ("stage2_rope", "rope"): basics.rope,
+    ("stage3_swiglu", "gate"): basics.gate,
+    ("stage4_gqa", "wiring"): heads.wiring,
+    ("stage5_flash", "tiles"): heads.tiles,
+    ("stage6_moe", "routing"): tokens.routing,
+    ("stage7_mla_mtp", "latent"): heads.latent,
+    ("stage7_mla_mtp", "prediction"): tokens.prediction,
+    ("deploy/serving", "pages"): deployed.pages,
+    ("deploy/quantization", "group"): deployed.group,
 }
 
 
+@functools.cache
 def drawings() -> dict[tuple[Path, str], Drawing]:
     """Every figure, by the folder of its lesson and its name."""
     found = {}
@@ -57,6 +68,6 @@ def markup(figure: str, drawing: Drawing) -> str:
     return f"""<!-- figure {figure} -->
 <picture>
   <source media="(prefers-color-scheme: dark)" srcset="figures/{figure}-dark.svg">
-  <img alt="{escape(drawing.description)}" src="figures/{figure}.svg">
+  <img alt={quoteattr(drawing.description)} src="figures/{figure}.svg">
 </picture>
 <!-- end -->"""

@@ -72,6 +72,10 @@ class Drawing:
         """An SVG element. A colour is a role in THEMES; an underscore in a name becomes a hyphen."""
         self.elements.append((tag, attributes, content))
 
+    def move_back(self, start: int, end: int) -> None:
+        """Moves the elements from number `end` on behind those from number `start` on."""
+        self.elements[start:] = self.elements[end:] + self.elements[start:end]
+
     def box(
         self, x, y, width, height, fill="box-fill", stroke="edge", line=1.0, dashed=False, radius=4, **more
     ) -> None:
