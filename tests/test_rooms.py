@@ -19,6 +19,7 @@ ALLOWED = {
     "lab/pages": {"lab", "data", "lab/storage", "lab/training", "lab/sampling", "lab/comparison"},
     "deploy": set(ROOMS),
     "benchmarks": {*ROOMS, "deploy"},
+    "exercises": {*ROOMS, "deploy"},
 }
 
 
