@@ -2,6 +2,7 @@
 
 import ast
 import difflib
+import functools
 import random
 from types import ModuleType
 
@@ -15,7 +16,7 @@ from lab.errors import UserError, shown
 from lab.training import cost
 
 TEXT = "To be, or not to be, that is the question: whether 'tis nobler in the mind to suffer the slings "
-STEPS, EVERY, LENGTH = 90, 15, 24
+STEPS, EVERY, LENGTH = 75, 15, 24
 VISIBLE = 0.01
 """The smallest difference of the last loss that counts as a clue."""
 
@@ -26,23 +27,23 @@ def hunt(chapter: Chapter, seed: int | None, answer: str | None, give_up: bool) 
         raise UserError(
             f"{chapter.title} has no model to train, so there is nothing to hunt: try {model_chapters()}"
         )
-    known, path = progress.of(key(chapter)), progress.MY / f"hunt{chapter.number}.py"
+    known, path = progress.of(key(chapter)), stages.MY / f"hunt{chapter.number}.py"
     going_on = known.get("seed") is not None and not known.get("found") and path.exists()
     if answer is not None or give_up:
         if not going_on:
             raise UserError(f"no hunt is open: {cli.program()} hunt {chapter.number}")
-        mistake, source = hidden(chapter, known["seed"])
+        mistake, source, _ = hidden(chapter, known["seed"])
         judge(chapter, mistake, source, answer, known)
         return
     if seed is None:
         seed = known["seed"] if going_on else random.randrange(1000)
-    _, source = hidden(chapter, seed)
+    _, source, module = hidden(chapter, seed)
     if not going_on or seed != known["seed"]:
         progress.keep(path)
         atomic.write(path, source.encode())
         progress.note(key(chapter), seed=seed, found=False, tries=0)
     print(f"{shown(path)} is {chapter.source} with one mistake (seed {seed}).\n")
-    show_clues(chapter, probe.load(source))
+    show_clues(chapter, module)
     print(
         f"\nRead the file, change it, train it: python train.py --stage {shown(path)}\n"
         f"When you know where it is, name the function or the line:\n"
@@ -65,35 +66,36 @@ def model_chapters() -> str:
     return ", ".join(chapter.number for chapter in CHAPTERS if is_model(chapter))
 
 
-def hidden(chapter: Chapter, seed: int) -> tuple[Mistake, str]:
-    """The mistake of a seed, and the stage's file with it. The loss or a fact tells it from the stage."""
+def hidden(chapter: Chapter, seed: int) -> tuple[Mistake, str, ModuleType]:
+    """The mistake of a seed, the stage's file with it, and its module. The loss or a fact gives it away."""
     source = (stages.ROOT / chapter.source).read_text(encoding="utf-8")
     tree = ast.parse(source)
     parts = [*chapter.exercises_of(chapter.source), *([chapter.whole] if chapter.whole else [])]
     parts = [e for e in parts if all(cut.find(tree, name) for name in e.functions)]
     candidates = [(exercise, mistake) for exercise in parts for mistake in exercise.mistakes]
     random.Random(seed).shuffle(candidates)
-    right = probe.load(source)
+    right = stages.load(stages.find(chapter.source))
     for exercise, mistake in candidates:
         wrong = cut.patched(source, exercise.functions, mistake.patches)
         try:
             module = probe.load(wrong)
-            last, expected = losses(module, STEPS)[-1], losses(right, STEPS)[-1]
+            last, expected = losses(module)[-1], losses(right)[-1]
         except Exception:
             continue  # a mistake that raises an exception needs no hunt
         if abs(last - expected) > VISIBLE or facts(chapter, module) != facts(chapter, right):
-            return mistake, wrong
+            return mistake, wrong, module
     raise UserError(f"no mistake of {chapter.title} can be hunted")
 
 
-def losses(module: ModuleType, steps: int) -> list[float]:
+@functools.cache
+def losses(module: ModuleType) -> list[float]:
     """The training loss of a tiny model at each step, on one sentence."""
     letters = sorted(set(TEXT))
     text = torch.tensor([letters.index(letter) for letter in TEXT * 3])
     model = tiny(module, len(letters)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     draw, found = torch.Generator().manual_seed(1), []
-    for _ in range(steps):
+    for _ in range(STEPS):
         starts = torch.randint(len(text) - LENGTH - 1, (8,), generator=draw).tolist()
         batch = torch.stack([text[i : i + LENGTH + 1] for i in starts])
         _, parts = model(batch[:, :-1], batch[:, 1:])
@@ -138,7 +140,7 @@ def facts(chapter: Chapter, module: ModuleType) -> dict[str, str]:
 def show_clues(chapter: Chapter, module: ModuleType) -> None:
     """The loss while training, and what can be measured, beside the stage's own."""
     stage = stages.load(stages.find(chapter.source))
-    right, wrong = losses(stage, STEPS), losses(module, STEPS)
+    right, wrong = losses(stage), losses(module)
     steps = [0, *range(EVERY - 1, STEPS, EVERY)]
     print("training loss at step " + "".join(f"{step + 1:>8}" for step in steps))
     print("    the stage         " + "".join(f"{right[step]:8.3f}" for step in steps))

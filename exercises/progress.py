@@ -10,13 +10,12 @@ from exercises.units import BEYOND, Chapter, Exercise
 from lab import atomic, stages
 from lab.errors import UserError, shown
 
-MY = stages.ROOT / "my"
 FORMAT = 1
 
 
 def read() -> dict:
     """By exercise: its state, the number of checks, the hints seen, and whether the solution was shown."""
-    path = MY / "progress.json"
+    path = stages.MY / "progress.json"
     if not path.exists():
         return {}
     try:
@@ -41,7 +40,7 @@ def note(number: str, **values) -> None:
     exercises = read()
     exercises[number] = exercises.get(number, {}) | values
     content = json.dumps({"format": FORMAT, "exercises": exercises}, indent=1, sort_keys=True) + "\n"
-    atomic.write(MY / "progress.json", content.encode())
+    atomic.write(stages.MY / "progress.json", content.encode())
 
 
 def note_check(number: str, state: str) -> None:
@@ -53,7 +52,7 @@ def note_check(number: str, state: str) -> None:
 
 def file(chapter: Chapter, exercise: Exercise | None = None) -> Path:
     """The learner's file for an exercise, or a chapter's first."""
-    return MY / chapter.file(chapter.source_of(exercise) if exercise else chapter.source)
+    return stages.MY / chapter.file(chapter.source_of(exercise) if exercise else chapter.source)
 
 
 def next_exercise(chapter: Chapter) -> Exercise | None:
@@ -87,7 +86,9 @@ def start(chapter: Chapter, whole: bool, again: bool) -> list[Path]:
     if whole and not chapter.before:
         raise UserError(f"{chapter.title} has no stage before it: leave out --whole")
     sources = chapter.sources[:1] if whole else chapter.sources
-    texts = {MY / chapter.file(source): text_to_start_with(chapter, source, whole) for source in sources}
+    texts = {
+        stages.MY / chapter.file(source): text_to_start_with(chapter, source, whole) for source in sources
+    }
     existing = [path for path in texts if path.exists()]
     if len(existing) == len(texts) and not again:
         raise UserError(
@@ -105,7 +106,7 @@ def keep(path: Path) -> Path | None:
     """Copies a file to my/backups under a new name, if it exists; returns the copy."""
     if not path.exists():
         return None
-    numbers = (MY / "backups" / f"{path.stem}-{i}.py" for i in itertools.count(1))
+    numbers = (stages.MY / "backups" / f"{path.stem}-{i}.py" for i in itertools.count(1))
     backup = next(copy for copy in numbers if not copy.exists())
     atomic.write(backup, path.read_bytes())
     return backup
