@@ -3,7 +3,6 @@
 import ast
 import io
 import json
-import re
 import sys
 
 import pytest
@@ -11,7 +10,7 @@ from conftest import call
 
 import compare
 import exercise
-from exercises import chapters, cut, diagnose, hunting, predictions, probe, progress
+from exercises import chapters, cut, hunting, predictions, probe, progress
 from lab import stages
 
 
@@ -181,6 +180,12 @@ def test_two_mistakes_at_once_are_both_named(answer):
     assert "order k0, k1, k2, k0" in said and "not divided by the root" in said
 
 
+def test_the_feedback_quoted_in_the_readme_is_what_a_learner_gets(answer):
+    body = cut_body("4", "attention").replace("repeat_interleave(repeats, dim=1)", "repeat(1, repeats, 1, 1)")
+    _, said = answer("4.1", body)
+    assert said in (stages.ROOT / "exercises/README.md").read_text()
+
+
 def test_an_unknown_mistake_is_described_by_the_first_wrong_number_and_by_what_holds(answer):
     body = cut_body("4", "attention").replace("return ", "return 3 * ")
     status, said = answer("4.1", body)
@@ -191,17 +196,6 @@ def test_an_unknown_mistake_is_described_by_the_first_wrong_number_and_by_what_h
 def test_a_function_without_return_is_named(answer):
     status, said = answer("4.1", "q + 1")
     assert status == 1 and "attention returned nothing (None)" in said
-
-
-def test_feedback_shows_no_code_and_blames_nobody():
-    for chapter in chapters.CHAPTERS:
-        for exercise_ in exercise.parts(chapter):
-            for mistake in exercise_.mistakes:
-                text = " ".join(diagnose.diagnosis((mistake,)))
-                assert not re.search(r"\byou\b|\bself\.\w|torch\.\w", text.lower())
-                assert all(
-                    part.rstrip(")").endswith(".") for part in (mistake.observed, mistake.why, mistake.look)
-                )
 
 
 def test_hints_come_one_after_the_other_and_the_solution_only_after_passing(run, my):
