@@ -129,6 +129,19 @@ def test_a_mistake_inside_a_helper_of_the_learner_is_found_at_its_line(my, run, 
     assert status == 1 and f"line {line}, in helper: NameError" in said
 
 
+def test_helpers_constants_and_trials_in_the_learner_s_file_are_no_obstacle(my, run, answer):
+    answer("4.1", "return Mine.attend(q, k * ONE, v, mask, dropout) + extra(v)")
+    text = (my / "stage4.py").read_text().replace("import math\n", "import math\nimport itertools\n")
+    text += "\nONE = 1.0\nmodel = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=8, vocab_size=9))\n"
+    text += "print(model)\n\ndef extra(v, scale=ONE):\n    return 0 * next(itertools.count())\n"
+    body = "\n        ".join(cut_body("4", "attention").splitlines())
+    text += "\nclass Mine(RMSNorm):\n    @staticmethod\n"
+    text += f"    def attend(q, k, v, mask, dropout):\n        {body}\n"
+    (my / "stage4.py").write_text(text)
+    status, said = run("check", "4.1")
+    assert status == 0 and ": passed" in said, said
+
+
 @pytest.mark.parametrize(
     "change,expected",
     [
