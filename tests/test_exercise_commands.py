@@ -206,6 +206,20 @@ def test_an_unknown_mistake_is_described_by_the_first_wrong_number_and_by_what_h
     assert "This holds: no position sees a later key" in said and "This does not" in said
 
 
+def test_an_exception_that_a_known_mistake_also_raises_is_not_taken_for_it_with_other_shapes(answer):
+    body = cut_body("4", "attention").replace(
+        "repeat_interleave(repeats, dim=1)", "repeat_interleave(1, dim=1)"
+    )
+    status, said = answer("4.1", body)
+    assert (
+        status == 1
+        and "RuntimeError: The size of tensor a (6)" in said
+        and "Positions are repeated" not in said
+    )
+    body = cut_body("4", "attention").replace("dim=1)", "dim=2)")
+    assert "Positions are repeated" in answer("4.1", body)[1]
+
+
 def test_a_function_without_return_is_named(answer):
     status, said = answer("4.1", "q + 1")
     assert status == 1 and "attention returned nothing (None)" in said
