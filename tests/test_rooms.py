@@ -20,6 +20,7 @@ ALLOWED = {
     "lab/pages/figures": {*ROOMS, "deploy"},
     "deploy": set(ROOMS),
     "benchmarks": {*ROOMS, "deploy"},
+    "exercises": {*ROOMS, "deploy"},
 }
 
 
