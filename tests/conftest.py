@@ -66,13 +66,14 @@ def call(monkeypatch, driver, *arguments, report=False) -> int:
 
     Training ends without its report (pictures and a sample, which take longer than a tiny run) unless asked.
     """
-    monkeypatch.setattr(sys, "argv", [f"{driver.__name__}.py", *map(str, arguments)])
-    if not report:
-        monkeypatch.setattr(train, "report", lambda *arguments: None)
-    try:
-        driver.cli.run(driver.main)
-    except SystemExit as stop:
-        return stop.code or 0
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{driver.__name__}.py", *map(str, arguments)])
+        if not report:
+            patch.setattr(train, "report", lambda *arguments: None)
+        try:
+            driver.cli.run(driver.main)
+        except SystemExit as stop:
+            return stop.code or 0
     return 0
 
 

@@ -12,7 +12,6 @@ from test_quantized_storage import near, quantized, rounded, with_dense_weights
 from test_training import metrics, stop_at
 from torch.nn.parallel import DistributedDataParallel
 
-import train
 from deploy.quantization import linear
 from deploy.quantization.grid import dequantize
 from lab import attention, device, stages
@@ -29,12 +28,6 @@ CUDA = ["--device", "cuda", "--steps", "14", "--eval-every", "5", "--log-every",
 CUDA += ["--model.dropout", "0"]
 SIZES = {"vocab_size": 65, "block_size": 64, "n_layer": 2, "n_head": 4, "n_embd": 128}
 STAGES = stages.course()
-
-
-@pytest.fixture
-def no_sample(monkeypatch):
-    """A run ends without its picture and 500 characters of sample, which take longer than the run."""
-    monkeypatch.setattr(train, "report", lambda *_: None)
 
 
 @pytest.fixture
@@ -199,7 +192,7 @@ def test_ddp_over_nccl_has_the_gradients_of_one_process(name):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_both_optimizers_have_the_losses_of_the_cpu(optimizer, run_train, workshop, no_sample):
+def test_both_optimizers_have_the_losses_of_the_cpu(optimizer, run_train, workshop):
     flags = ("--stage", "7", *CUDA, "--preset", "baby", "--optimizer", optimizer, "--dtype", "float32")
     for where in ("cuda", "cpu"):
         assert run_train(*flags, "--device", where, "--lr", "0.01", "--out", where) == 0
@@ -208,7 +201,7 @@ def test_both_optimizers_have_the_losses_of_the_cpu(optimizer, run_train, worksh
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_a_resumed_run_equals_one_never_stopped_on_cuda(name, run_train, workshop, no_sample, monkeypatch):
+def test_a_resumed_run_equals_one_never_stopped_on_cuda(name, run_train, workshop, monkeypatch):
     flags = ("--stage", name, *CUDA, "--model.dropout", "0.1")
     assert run_train(*flags, "--out", "whole") == 0
     with monkeypatch.context() as patch:
@@ -219,7 +212,7 @@ def test_a_resumed_run_equals_one_never_stopped_on_cuda(name, run_train, worksho
 
 
 def test_a_seed_gives_the_same_text_on_cuda_and_cpu(run_train, run_sample, workshop, capsys):
-    assert run_train("--stage", "0", *CUDA, "--out", "run") == 0
+    assert run_train("--stage", "0", *CUDA, "--out", "run", report=True) == 0
     texts = []
     for where in ("cuda", "cpu"):
         capsys.readouterr()
@@ -233,7 +226,7 @@ def test_a_seed_gives_the_same_text_on_cuda_and_cpu(run_train, run_sample, works
 
 
 @pytest.mark.parametrize("name, passes", [*((name, 1) for name in STAGES), ("stage4_gqa", 2)])
-def test_compiled_training_on_cuda_agrees_with_eager(name, passes, run_train, workshop, no_sample):
+def test_compiled_training_on_cuda_agrees_with_eager(name, passes, run_train, workshop):
     """One pass a step is replayed by CUDA graphs; the gradients of two are added up without them."""
     flags = ("--stage", name, *CUDA, "--micro-batch-size", str(4 // passes))
     assert run_train(*flags, "--out", "eager") == 0
@@ -259,9 +252,7 @@ def test_a_compiled_step_on_cuda_has_the_logits_of_a_plain_one(name):
 
 
 @pytest.mark.parametrize("name", ["stage0_gpt", "stage7_mla_mtp"])
-def test_compiled_sampling_on_cuda_prints_the_same_text(
-    name, run_train, run_sample, workshop, no_sample, capsys
-):
+def test_compiled_sampling_on_cuda_prints_the_same_text(name, run_train, run_sample, workshop, capsys):
     assert run_train("--stage", name, *CUDA, "--out", "run") == 0
     texts = []
     for more in ([], ["--compile"]):
