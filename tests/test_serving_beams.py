@@ -2,16 +2,19 @@
 
 import copy
 import random
+import re
 from dataclasses import asdict, replace
 
 import pytest
 import torch
-from conftest import TINY_MODEL
-from test_serving_engine import CONTEXT, all_free, check, make_engine, mix, varied
+from conftest import TINY_MODEL, call
+from test_deploy import make_run
+from test_serving_engine import CHARACTERS, CONTEXT, all_free, check, make_engine, mix, varied
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from deploy import llama
 from deploy.serving import SamplingParams
+from deploy.serving import __main__ as command
 from lab import stages
 from lab.errors import UserError
 
@@ -76,7 +79,7 @@ def searches(model, n, seed=0):
         given["length_penalty"] = draw.choice([-1, 0, 0.5, 1, 1, 2])
         (answers,) = engine.generate([prompt], SamplingParams(**given))
         likely = sorted({token for answer in answers for token in answer.token_ids})
-        given["stop_token_ids"] = draw.sample(likely, min(len(likely), draw.randint(0, 3)))
+        given["stop_token_ids"] = draw.sample(likely, min(len(likely), draw.randint(0, 8)))
         prompts.append(prompt)
         params.append(SamplingParams(**given))
     return prompts, params
@@ -112,6 +115,15 @@ def test_end_of_text_tokens_end_beams_unless_they_are_ignored(model, theirs):
     assert_same(answers, by_transformers(theirs, prompt, params, ends))
     assert "stop" in [answer.finish_reason for answer in answers]
     (answers,) = engine.generate([prompt], replace(params, ignore_eos=True))
+    assert_same(answers, by_transformers(theirs, prompt, params))
+
+
+def test_all_beams_go_on_even_if_most_of_the_likely_tokens_end_a_text(model, theirs):
+    prompt = [5, 6, 7]
+    with torch.inference_mode():
+        likely = model(torch.tensor([prompt]))[0][0, -1].argsort(descending=True).tolist()
+    params = SamplingParams(max_tokens=6, beams=3, n=3, stop_token_ids=likely[1:7], length_penalty=2)
+    (answers,) = checked(make_engine(model)).generate([prompt], params)
     assert_same(answers, by_transformers(theirs, prompt, params))
 
 
@@ -210,6 +222,7 @@ def test_beams_and_others_in_a_mix_have_the_texts_that_they_have_alone(model, kn
 def test_beams_that_are_aborted_at_any_step_leave_nothing_and_the_others_alone(model):
     prompts, params = mix(4, n=2)
     searched = SamplingParams(max_tokens=5, beams=4, n=2)
+    texts = [answer.token_ids for (answer,) in make_engine(model).generate(prompts, params)]
     for n_steps in range(12):
         engine = checked(make_engine(model, max_batch=5, token_budget=6))
         disturbed(engine)
@@ -223,7 +236,7 @@ def test_beams_that_are_aborted_at_any_step_leave_nothing_and_the_others_alone(m
             return step()
 
         engine.step = abort_and_step
-        check(model, prompts, params, engine.generate(prompts, params))
+        assert [answer.token_ids for (answer,) in engine.generate(prompts, params)] == texts
         while engine.has_work():
             engine.step()
         assert all_free(engine)
@@ -246,6 +259,32 @@ def test_beams_share_their_past_and_dropped_beams_free_their_blocks_at_once(mode
         n_held.append(len({block for table in tables for block in table}))
         assert n_held[-1] == engine.stats()["blocks"] - len(engine.blocks.free)
     assert max(n_held) < 0.7 * sum(map(len, tables)) and all_free(engine)
+
+
+def test_the_trace_shows_the_text_and_the_blocks_of_each_beam(tmp_path, monkeypatch, capsys):
+    make_run(tmp_path / "run", "4", CHARACTERS)
+    arguments = [
+        "--run",
+        tmp_path / "run",
+        "--prompts",
+        "ABCDE",
+        "--max-tokens",
+        "3",
+        "--beams",
+        "3",
+        "--trace",
+    ]
+    assert call(monkeypatch, command, *arguments) == 2
+    assert "--beams 3 draws nothing: add --temperature 0" in capsys.readouterr().err
+    assert call(monkeypatch, command, *arguments, "--temperature", "0") == 0
+    _, first, second, third, best = capsys.readouterr().out.split("\n\n")
+    assert (
+        re.findall(r"  a\d? +\[1 2\] (computes 5|forked), is '.' \(-\d+\.\d\)", first)
+        == ["computes 5"] + ["forked"] * 2
+    )
+    assert first.endswith("1:a+a2+a3 2:a+a2+a3 " + " ".join(f"{i}:." for i in range(3, 17)))
+    assert len(re.findall(r"computes 1, is '..' \(", second)) == 3
+    assert third.count("ends (length)") == 1 and best.startswith("--- a\nABCDE")
 
 
 # --- What cannot be done ---

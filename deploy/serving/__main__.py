@@ -48,7 +48,7 @@ class Settings:
     n: int = 1
     """Texts for each prompt; they share its blocks."""
     beams: int = 1
-    """More than 1: beam search, with that many beams for each prompt. --temperature must be 0 then."""
+    """More than 1: beam search, with that many beams for each prompt, of which n are shown at the end."""
     blocks: int = 16
     """Blocks in the cache."""
     block_size: int = 4
@@ -68,6 +68,8 @@ class Settings:
         for name in ("blocks", "block_size", "max_batch", "token_budget", "max_tokens", "n", "beams"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.beams > 1 and self.temperature:
+            raise ValueError(f"--beams {self.beams} draws nothing: add --temperature 0")
         if not 1 <= len(self.prompts) <= 26:
             raise ValueError(f"there must be 1 to 26 prompts, not {len(self.prompts)}")
 

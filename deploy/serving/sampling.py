@@ -50,7 +50,8 @@ class SamplingParams:
     best_of: int | None = None
     """How many to generate if only the n with the highest mean log-probability are returned."""
     beams: int = 1
-    """More than 1: beam search, which keeps that many texts at each length and returns the n best."""
+    """More than 1: beam search, which keeps that many texts at each length and returns the n best. At least
+    n."""
     length_penalty: float = 1.0
     """Beam search ranks texts by their total log-probability / length ** length_penalty. Above 0 favours long
     texts, below 0 short ones."""
