@@ -8,9 +8,11 @@ import torch
 from conftest import TINY_MODEL, call
 from test_deploy import make_run
 
+from benchmarks import serving as benchmark
 from data.tokenizers import CharTokenizer
 from deploy.serving import Engine, SamplingParams
 from deploy.serving import __main__ as command
+from deploy.serving.memory import usage, waste
 from deploy.serving.pool import block_bytes
 from deploy.serving.sampling import Writer
 from lab import stages
@@ -508,9 +510,32 @@ def test_the_trace_shows_who_holds_each_block_at_each_step(tmp_path, monkeypatch
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_waste_is_what_held_blocks_have_no_token_for(model):
+    engine = make_engine(model, block_size=4)
+    engine.add("a", [1, 2, 3, 4, 5], SamplingParams(max_tokens=4, n=2, **GREEDY))
+    engine.step()  # two texts share the prompt's two blocks
+    used = usage(engine)
+    assert used == {"stored": 5, "paged": 8, "contiguous": 18}
+    assert usage(engine, longest_answer=10)["contiguous"] == 30
+    assert waste([used, {"stored": 7, "paged": 8, "contiguous": 9}]) == pytest.approx(4 / 16)
+
+
+def test_a_vllm_that_cannot_start_is_one_clear_line(tmp_path):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho no such module: vllm >&2\nexit 1\n")
+    python.chmod(0o755)
+    settings = benchmark.Settings(vllm=str(python))
+    with pytest.raises(UserError) as error, benchmark.vllm(settings, tmp_path):
+        pass
+    assert str(error.value).splitlines() == [
+        "vLLM failed: no such module: vllm",
+        f"check {python}, or leave --vllm out",
+    ]
+
+
 def test_a_picture_that_cannot_be_drawn_is_an_error(tmp_path, monkeypatch, capsys):
     make_run(tmp_path / "run", "4", CHARACTERS)
     arguments = ["--run", tmp_path / "run", "--prompts", "A", "--max-tokens", "1", "--picture"]
     for picture in (tmp_path / "missing" / "memory.png", tmp_path / "memory.nothing"):
         assert call(monkeypatch, command, *arguments, picture) == 2
-        assert "give --picture another file" in capsys.readouterr().err
+        assert "give the picture another file" in capsys.readouterr().err
