@@ -10,7 +10,7 @@ from test_deploy import make_run
 
 from benchmarks import serving as benchmark
 from data.tokenizers import CharTokenizer
-from deploy.serving import Engine, SamplingParams
+from deploy.serving import Engine, SamplingParams, attention
 from deploy.serving import __main__ as command
 from deploy.serving.memory import usage, waste
 from deploy.serving.pool import block_bytes
@@ -97,6 +97,33 @@ def test_every_stage_writes_in_a_mix_what_it_writes_alone(make_model):
         engine = make_engine(model, **options)
         check(model, prompts, params, engine.generate(prompts, params))
         assert all_free(engine)
+
+
+@pytest.mark.parametrize("name", ["stage3_swiglu", "stage5_flash", "stage7_mla_mtp"])
+def test_the_attention_of_many_rows_is_that_of_the_stage(name):
+    """On a CPU in bfloat16, other operations compute it; masked keys do not count, even if they are large."""
+    torch.manual_seed(0)
+    own = getattr(stages.load(name).attention, "args", [stages.load(name).attention])[0]
+    heads = 2 if name == "stage5_flash" else 6
+    q, k, v = torch.randn(9, 6, 1, 16), torch.randn(9, heads, 160, 16), torch.randn(9, heads, 160, 16)
+    hidden = torch.arange(160) >= torch.randint(1, 160, (9, 1, 1, 1))
+    mask = torch.zeros(9, 1, 1, 160).masked_fill(hidden, -torch.inf)
+    expected = own(q, k, v, mask, 0.0)
+    k = k.masked_fill(hidden.transpose(2, 3), 1e4)
+    q, k, v, mask = q.bfloat16(), k.bfloat16(), v.bfloat16(), mask.bfloat16()
+    assert attention.suits(q, k, v, mask) and not attention.suits(q[:4], k[:4], v[:4], mask[:4])
+    found = attention.attention(own, q, k, v, mask, 0.0)
+    assert found.shape == expected.shape and found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), expected, atol=0.03, rtol=0.03)
+    few = attention.attention(own, q[:4], k[:4], v[:4], mask[:4], 0.0)
+    assert torch.equal(few, own(q[:4], k[:4], v[:4], mask[:4], 0.0))
+
+
+def test_engines_of_one_stage_replace_its_attention_once(model):
+    make_engine(model), make_engine(model)
+    stage = stages.load("stage5_flash")
+    assert stage.attention.func is attention.attention
+    assert stage.attention.args[0].__name__ == "attention"
 
 
 def test_a_window_hides_the_keys_behind_it():
