@@ -68,6 +68,10 @@ class Settings:
     longer for their next token."""
     prefix_cache: bool = True
     """Keep blocks of finished requests for those that begin with the same tokens."""
+    draft: bool = False
+    """Let the MTP block draft tokens that the model then verifies (stage 7). The texts stay the same."""
+    draft_tokens: int = 1
+    """Tokens to draft at a time."""
     grace: float = 10
     """When stopped, seconds that open requests have to finish."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -76,9 +80,12 @@ class Settings:
     """cuda, mps or cpu; auto: the first of these that is available."""
 
     def __post_init__(self):
-        for name in ("max_requests", "max_texts", "max_body", "block_size", "max_batch", "token_budget"):
+        counts = ("max_requests", "max_texts", "max_body", "block_size", "max_batch", "token_budget")
+        for name in (*counts, "draft_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.draft_tokens != 1 and not self.draft:
+            raise ValueError("--draft-tokens is for --draft; leave it out, or add --draft")
         if not 0 <= self.port < 2**16:
             raise ValueError(f"port must be from 0 to 65535, not {self.port}")
         if not 0 <= self.grace < 1e6:
@@ -169,6 +176,8 @@ def load(settings: Settings):
         token_budget=settings.token_budget,
         prefix_cache=settings.prefix_cache,
         swap_memory=settings.swap_memory,
+        draft=settings.draft,
+        draft_tokens=settings.draft_tokens,
     )
     context = settings.context or longest
     room = (engine.pool.n_blocks - 1) * engine.pool.block_size + 1  # the last token is never in the cache

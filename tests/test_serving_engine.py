@@ -12,6 +12,7 @@ from benchmarks import serving as benchmark
 from data.tokenizers import CharTokenizer
 from deploy.serving import Engine, SamplingParams, attention
 from deploy.serving import __main__ as command
+from deploy.serving.graphs import Graphs
 from deploy.serving.memory import usage, waste
 from deploy.serving.pool import block_bytes
 from deploy.serving.sampling import Writer
@@ -183,6 +184,27 @@ def test_a_cached_prefix_is_not_computed_again(model):
         check(model, [prompt], [params], engine.generate([prompt], params))
     assert computed == [30, 1, 1, 1, 1, 2, 1, 1, 1, 1]
     assert engine.stats()["prefix_hits"] == 28
+
+
+@pytest.mark.parametrize("stage", ["stage0_gpt", "stage5_flash", "stage7_mla_mtp"])
+def test_recorded_decode_steps_write_what_each_request_writes_alone(stage):
+    """A recording computes with the tensors of its first step, so this repeats a step with these."""
+    torch.manual_seed(0)
+    module = stages.load(stage)
+    model = varied(module.GPT(module.GPTConfig(**TINY_MODEL | {"block_size": CONTEXT})).eval())
+    engine = make_engine(model, n_blocks=30, max_batch=8)
+    n_runs = []
+
+    def record(compute):
+        result = compute()
+        return result, lambda: n_runs.append(result.copy_(compute()))
+
+    engine.graphs = Graphs(model, engine.pool, record)
+    for seed in (3, 4):
+        prompts, params = mix(seed)
+        check(model, prompts, params, engine.generate(prompts, params))
+    assert len(n_runs) > 2 * len(engine.graphs.recorded) > 8
+    assert all_free(engine)
 
 
 @pytest.mark.gpu

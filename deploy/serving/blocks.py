@@ -127,12 +127,20 @@ class Blocks:
     def release(self, table: Table) -> None:
         """Gives up all blocks of the table. Prefixes are evicted last: they are the most useful."""
         for block in reversed(table.blocks):
-            self.references[block] -= 1
-            if self.references[block] == 0:
-                self.free[block] = None
-                if self.hashes[block] is None:  # nothing to reuse, so it is the next to take
-                    self.free.move_to_end(block, last=False)
+            self.give_back(block)
         table.blocks, table.hashes, table.length = [], [], 0
+
+    def trim(self, table: Table) -> None:
+        """Gives up the blocks behind the last token: room for drafts that were not accepted."""
+        while len(table.blocks) > self.count(table.length):
+            self.give_back(table.blocks.pop())
+
+    def give_back(self, block: int) -> None:
+        self.references[block] -= 1
+        if self.references[block] == 0:
+            self.free[block] = None
+            if self.hashes[block] is None:  # nothing to reuse, so it is the next to take
+                self.free.move_to_end(block, last=False)
 
 
 class Swap:

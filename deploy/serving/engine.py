@@ -17,6 +17,8 @@ import torch
 from data.tokenizers import end_tokens
 from deploy.serving import attention, sampling
 from deploy.serving.blocks import Blocks, Swap
+from deploy.serving.drafting import Drafter, check_can_draft
+from deploy.serving.graphs import Graphs
 from deploy.serving.pool import Batch, HostMemory, Pool, block_bytes
 from deploy.serving.sampling import Logprob, SamplingParams, Writer
 from deploy.serving.scheduler import Scheduler, Sequence
@@ -63,8 +65,10 @@ class Engine:
     swap_memory: in MB, of the CPU's memory, for the blocks of preempted requests; 0: they are computed again.
     int8_cache: stores keys and values in 8 bits, so that about twice as many tokens fit as in 16 bits.
 
-    token_budget: how many tokens a step computes at most. More make prompts faster, and the step longer for
-    those who wait for their next token. end_tokens: tokens that end every text, except with ignore_eos.
+    token_budget: how many tokens a step computes at most, drafts included. More make prompts faster, and the
+    step longer for those who wait for their next token. end_tokens: tokens that end every text, except with
+    ignore_eos. draft: the model's MTP block drafts up to draft_tokens tokens of each text, which the model
+    verifies in one step (stage 7). The texts stay the same.
     """
 
     def __init__(
@@ -80,6 +84,8 @@ class Engine:
         cache_blocks: int | None = None,
         swap_memory: float = 0,
         int8_cache: bool = False,
+        draft: bool = False,
+        draft_tokens: int = 1,
     ):
         self.model, self.tokenizer, self.end_tokens = model, tokenizer, frozenset(end_tokens)
         self.device = next(model.parameters()).device
@@ -87,15 +93,25 @@ class Engine:
         self.longest = model.config.block_size
         if block_size < 1 or max_batch < 1:
             raise UserError(f"block_size ({block_size}) and max_batch ({max_batch}) must be at least 1")
+        if draft:
+            check_can_draft(model, draft_tokens)
+            token_budget = max(token_budget, max_batch * (1 + draft_tokens))
+        bytes_of_a_block = block_bytes(model, block_size, int8_cache, draft)
         if cache_blocks is None:
-            cache_blocks = count_blocks(model, cache_memory, block_size, max_batch, self.device, int8_cache)
+            cache_blocks = count_blocks(
+                model, cache_memory, block_size, max_batch, self.device, bytes_of_a_block
+            )
         n_blocks = cache_blocks + 1  # and the null block
-        self.pool = Pool(model, n_blocks, block_size, int8_cache)
+        self.pool = Pool(model, n_blocks, block_size, int8_cache, draft)
         self.blocks = Blocks(n_blocks, block_size, self.pool.copy, prefix_cache)
-        n_places = int(swap_memory * MB / block_bytes(model, block_size, int8_cache))
+        n_places = int(swap_memory * MB / bytes_of_a_block)
         host = HostMemory(self.pool, n_places)
         swap = Swap(n_places, host.save, host.load) if n_places else None
-        self.scheduler = Scheduler(self.blocks, max_batch, token_budget, swap)
+        vocab_size = self.tokenizer.vocab_size
+        self.drafter = Drafter(model, self.pool, self.blocks, vocab_size, draft_tokens) if draft else None
+        n_drafts = self.drafter.n_useful if draft else None
+        self.scheduler = Scheduler(self.blocks, max_batch, token_budget, swap, n_drafts)
+        self.graphs = Graphs(model, self.pool) if self.device.type == "cuda" else None
         self.requests: dict[str, Request] = {}
         self.n_added = self.n_steps = 0
         self.plan: dict[Sequence, int] = {}  # of the last step, for those who watch
@@ -178,13 +194,18 @@ class Engine:
         """Computes the next tokens of all that run. Returns what is new, one output for each text."""
         self.plan = self.scheduler.schedule()
         self.n_steps += 1
-        groups: dict[tuple[int, bool], list[Sequence]] = {}  # those that the model computes together
+        drafts = self.drafter.draft(self.plan) if self.drafter else {}
+        groups: dict[tuple[int, bool, int], list[Sequence]] = {}  # those that the model computes together
         for sequence, n_new in self.plan.items():
             is_first = n_new > 1 and sequence.table.length == 0
-            groups.setdefault((n_new, is_first), []).append(sequence)
+            n_drafts = len(drafts.get(sequence, ()))
+            groups.setdefault((n_new - n_drafts, is_first, n_drafts), []).append(sequence)
         ready, rows = [], []
-        for (n_new, _), sequences in groups.items():
-            logits = self.forward(sequences, n_new)
+        for (n_new, *_), sequences in groups.items():
+            if self.drafter:
+                logits = self.drafter.forward(sequences, [next_tokens(s, n_new) for s in sequences], drafts)
+            else:
+                logits = self.forward(sequences, n_new)
             for sequence in sequences:
                 length = sequence.table.length + n_new
                 self.blocks.computed(sequence.table, sequence.tokens, length)
@@ -195,9 +216,9 @@ class Engine:
             return []
         logits = torch.cat(rows).cpu()
         ready, logits = self.fork(ready, logits)
-        tokens = sampling.draw(logits, ready)
-        found = self.logprobs(ready, logits, tokens)
-        outputs = [self.note(*each) for each in zip(ready, tokens, found, strict=True)]
+        outputs = self.write(ready, logits)
+        if drafts:
+            self.accept(drafts, ready, outputs)
         self.scheduler.limit()
         return self.finished(outputs)
 
@@ -205,6 +226,10 @@ class Engine:
         """Logits (B, vocab_size) after n_new more tokens of each sequence."""
         starts = [s.table.length for s in sequences]
         new = [next_tokens(s, n_new) for s in sequences]
+        if self.graphs and n_new == 1:
+            tables = [s.table.blocks for s in sequences]
+            logits = self.graphs.decode([token for (token,) in new], tables, starts)
+            return logits[:, -1, : self.tokenizer.vocab_size]
         batch = Batch(self.pool, [s.table.blocks for s in sequences], starts, n_new)
 
         # Only the last token's logits are wanted; in a prefill, the others would cost more than a layer.
@@ -236,6 +261,28 @@ class Engine:
                     each.is_forked = True
             rows += [row] * (len(everything) - len(rows))
         return everything, logits[rows] if len(rows) > len(ready) else logits
+
+    def write(self, ready: list[Sequence], logits: torch.Tensor) -> list[Output]:
+        """Draws and notes the next token of each."""
+        tokens = sampling.draw(logits, ready)
+        found = self.logprobs(ready, logits, tokens)
+        return [self.note(*each) for each in zip(ready, tokens, found, strict=True)]
+
+    def accept(self, drafts: dict[Sequence, list[int]], ready: list[Sequence], outputs: list[Output]) -> None:
+        """Continues texts as long as the token that was drawn is the one that was drafted.
+
+        The model has computed the drafts too, so the logits after such a token are known already.
+        """
+        rows = [(s, output) for s, output in zip(ready, outputs, strict=True) if s in drafts]
+        for i in range(self.drafter.n_drafts):
+            rows = [(s, o) for s, o in rows if o.token_ids == drafts[s][: i + 1] and not o.finish_reason]
+            if not rows:
+                break
+            sequences = [sequence for sequence, _ in rows]
+            logits = self.drafter.accept(sequences, i)
+            for (_, output), new in zip(rows, self.write(sequences, logits), strict=True):
+                extend(output, new)
+        self.drafter.forget(drafts)
 
     def logprobs(
         self, ready: list[Sequence], logits: torch.Tensor, tokens: list[int]
@@ -349,6 +396,8 @@ class Engine:
             "prefix_hits": self.scheduler.n_hits,
             "preemptions": self.scheduler.n_preempted,
             "swapped": self.scheduler.n_swapped,
+            "drafted": self.drafter.n_drafted if self.drafter else 0,
+            "accepted": self.drafter.n_accepted if self.drafter else 0,
             "blocks": n_blocks,
             "steps": self.n_steps,
         }
@@ -376,11 +425,10 @@ def extend(whole: Output, new: Output) -> None:
 
 
 def count_blocks(
-    model, cache_memory: float | None, block_size: int, max_batch: int, device, int8: bool
+    model, cache_memory: float | None, block_size: int, max_batch: int, device, size: int
 ) -> int:
-    """How many blocks fit into the memory, but no more than are ever useful."""
+    """How many blocks, of `size` bytes, fit into the memory, but no more than are ever useful."""
     wanted = cache_memory * MB if cache_memory is not None else free_memory(device) * SHARE_OF_FREE
-    size = block_bytes(model, block_size, int8)
     most = 2 * max_batch * -(-model.config.block_size // block_size)  # as many again for the prefix cache
     n_blocks = min(int(wanted / size), most)
     if n_blocks < 1:

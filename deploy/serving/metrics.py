@@ -47,4 +47,6 @@ ENGINE_STATS = {
     "cache_use": (GaugeMetricFamily, "Share of the cache's blocks that requests hold"),
     "prefix_hits": (CounterMetricFamily, "Prompt tokens that the prefix cache had"),
     "preemptions": (CounterMetricFamily, "Requests that gave up their blocks for others"),
+    "drafted": (CounterMetricFamily, "Tokens that the MTP block drafted"),
+    "accepted": (CounterMetricFamily, "Drafted tokens that the model accepted"),
 }

@@ -18,17 +18,27 @@ class Pool:
 
     These are keys and values, or in stage 7 rotated keys and latents. A head's part of a block is one piece
     of memory. Copied piece by piece, the blocks of a row are its keys (heads, S, width) in their usual order.
+
+    drafting: with one more layer, the MTP block's, and a hidden state for each block (see drafting.py).
     """
 
-    def __init__(self, model: torch.nn.Module, n_blocks: int, block_size: int, int8: bool = False):
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        n_blocks: int,
+        block_size: int,
+        int8: bool = False,
+        drafting: bool = False,
+    ):
         self.block_size, self.n_blocks = block_size, n_blocks
         # Zeros, because a NaN in the null block would survive the mask.
         self.tensors, self.scales = [], []
-        for t in stored(model):
+        for t in stored(model, drafting):
             shape = (t.size(0), n_blocks, t.size(2), block_size)
             self.tensors.append(t.new_zeros(*shape, t.size(4), dtype=torch.int8 if int8 else None))
             self.scales.append(t.new_zeros(*shape, 1) if int8 else None)
             self.dtype = t.dtype
+        self.hidden = t.new_zeros(1, n_blocks, model.config.n_embd) if drafting else None
         # A stage whose own cache has no mask for a first prefill lets SDPA mask, which is faster.
         self.causal_by_default = model.new_cache(1, 2).mask(2) is None
         self.window = getattr(model.config, "sliding_window", None)  # Mistral's
@@ -37,9 +47,13 @@ class Pool:
     def nbytes(self) -> int:
         return sum(t.nbytes for t in self.everything())
 
+    @property
+    def device(self) -> torch.device:
+        return self.tensors[0].device
+
     def everything(self) -> list[torch.Tensor]:
         """All that a block stores."""
-        return self.tensors + [scale for scale in self.scales if scale is not None]
+        return [t for t in (*self.tensors, *self.scales, self.hidden) if t is not None]
 
     def copy(self, source: int, target: int) -> None:
         """Copies the content of a block."""
@@ -68,31 +82,46 @@ class HostMemory:
             there[:, block].copy_(here[:, place])
 
 
-def stored(model: torch.nn.Module) -> list[torch.Tensor]:
-    """What the model's cache stores of a token: tensors (n_layer, 1, heads, 1, width)."""
-    return [value for value in vars(model.new_cache(1, 1)).values() if isinstance(value, torch.Tensor)]
+def stored(model: torch.nn.Module, drafting: bool = False) -> list[torch.Tensor]:
+    """What the model's cache stores of a token: tensors (n_layer, 1, heads, 1, width).
+
+    drafting: n_layer is one more, for the MTP block.
+    """
+    caches = [model.new_cache(1, 1)] + ([model.new_cache(1, 1, drafting=True)] if drafting else [])
+    each = [[value for value in vars(cache).values() if isinstance(value, torch.Tensor)] for cache in caches]
+    return [torch.cat(tensors) for tensors in zip(*each, strict=True)]
 
 
-def block_bytes(model: torch.nn.Module, block_size: int, int8: bool = False) -> int:
+def block_bytes(model: torch.nn.Module, block_size: int, int8: bool = False, drafting: bool = False) -> int:
     """The size of a block."""
+    tensors = stored(model, drafting)
+    hidden = model.config.n_embd * tensors[0].element_size() if drafting else 0
     if int8:  # and a scale for each token and head
-        return sum(t.numel() + t[..., 0].nbytes for t in stored(model)) * block_size
-    return sum(t.nbytes for t in stored(model)) * block_size
+        return sum(t.numel() + t[..., 0].nbytes for t in tensors) * block_size + hidden
+    return sum(t.nbytes for t in tensors) * block_size + hidden
 
 
 class Batch:
     """Stands in for a cache while the model computes n_new more tokens of every row.
 
     tables: the blocks of each row, with room for the new tokens; starts: how many tokens they hold already.
+    n_blocks: how many blocks of each row to read; None: as many as the longest has.
     """
 
     length = 0  # stage 0 adds it to n_new to check its positions; the scheduler checks them here
 
-    def __init__(self, pool: Pool, tables: list[list[int]], starts: list[int], n_new: int):
-        self.pool, self.size = pool, pool.block_size
-        device = pool.tensors[0].device
-        self.is_first = not any(starts)  # all keys are new, so none need to be read from the pool
-        n_blocks = -(-(max(starts) + n_new) // self.size)
+    def __init__(
+        self,
+        pool: Pool,
+        tables: list[list[int]],
+        starts: list[int],
+        n_new: int,
+        n_blocks: int | None = None,
+    ):
+        self.pool, self.size, device = pool, pool.block_size, pool.device
+        # All keys are new, so none need to be read from the pool.
+        self.is_first = n_blocks is None and not any(starts)
+        n_blocks = n_blocks or -(-(max(starts) + n_new) // self.size)
         filled = [(table + [NULL] * n_blocks)[:n_blocks] for table in tables]
         table = torch.tensor(filled)  # (B, n_blocks)
         positions = torch.tensor(starts)[:, None] + torch.arange(n_new)  # (B, n_new)
@@ -117,6 +146,14 @@ class Batch:
             hidden |= keys <= positions - window
         mask = torch.zeros(hidden.shape, dtype=self.pool.dtype, device=positions.device)
         return mask.masked_fill_(hidden, -torch.inf)
+
+    def copy(self, other: "Batch") -> None:
+        """Takes over the rows of a batch of the same shape, into this one's tensors."""
+        for heads in self.pieces:
+            self.pieces[heads].copy_(other.pieces[heads])
+            self.slots[heads].copy_(other.slots[heads])
+        self._positions.copy_(other._positions)
+        self._mask.copy_(other._mask)
 
     def positions(self, n_new: int) -> torch.Tensor:
         """(B, n_new)"""

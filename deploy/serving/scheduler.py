@@ -46,8 +46,17 @@ class Sequence:
 
 
 class Scheduler:
-    def __init__(self, blocks: Blocks, max_batch: int, token_budget: int, swap: Swap | None = None):
-        self.swap = swap
+    """n_drafts: how many drafts would be of use to a sequence that is being decoded; None: there are none."""
+
+    def __init__(
+        self,
+        blocks: Blocks,
+        max_batch: int,
+        token_budget: int,
+        swap: Swap | None = None,
+        n_drafts: Callable[[Sequence], int] | None = None,
+    ):
+        self.swap, self.n_drafts = swap, n_drafts
         self.blocks, self.max_batch = blocks, max_batch
         self.token_budget = max(token_budget, max_batch)  # so that all that run can get a token
         self.running: list[Sequence] = []  # both lists in order of arrival
@@ -63,19 +72,24 @@ class Scheduler:
         plan: dict[Sequence, int] = {}
         decodes = [s for s in self.running if s.n_left == 1]
         prefills = [s for s in self.running if s.n_left > 1]
+        drafts = {s: self.n_drafts(s) for s in decodes} if self.n_drafts else {}
+        budget = self.token_budget - sum(drafts.values())
         for sequence in decodes + prefills:
-            n_new = min(sequence.n_left, self.token_budget - sum(plan.values()))
+            n_new = min(sequence.n_left, budget - sum(plan.values()))
             was_preempted = sequence not in self.running  # by an older one, in this loop
             if n_new > 0 and not was_preempted and self.make_room(sequence, n_new):
                 plan[sequence] = n_new
         while self.waiting:
-            n_new = self.token_budget - sum(plan.values())
+            n_new = budget - sum(plan.values())
             if n_new <= 0 or not self.has_rows(self.waiting[0]) or not self.admit(self.waiting[0]):
                 break
             sequence = self.waiting.pop(0)
             self.running.append(sequence)
             plan[sequence] = min(sequence.n_left, n_new)
             self.blocks.grow(sequence.table, sequence.table.length + plan[sequence])
+        for sequence, n in drafts.items():
+            if sequence in plan:
+                plan[sequence] += self.make_room_for_drafts(sequence, n)
         return plan
 
     def has_rows(self, sequence: Sequence) -> bool:
@@ -113,6 +127,17 @@ class Scheduler:
                 return False
         self.blocks.grow(sequence.table, length)
         return True
+
+    def make_room_for_drafts(self, sequence: Sequence, n: int) -> int:
+        """Blocks for up to n drafts behind the next token, of those that are free. Returns for how many.
+
+        Nobody loses blocks to a guess, and those that hold none of its tokens are given back after the step.
+        """
+        length = sequence.table.length + 1
+        while n and self.blocks.needed(sequence.table, length + n) > len(self.blocks.free):
+            n -= 1
+        self.blocks.grow(sequence.table, length + n)
+        return n
 
     def preempt(self, sequence: Sequence) -> None:
         """Takes the blocks of the newest running sequence. Its text stays, so it goes on where it was.

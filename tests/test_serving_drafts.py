@@ -1,0 +1,305 @@
+"""Drafts in the batch: more tokens a step, and every text is the one that it is without them."""
+
+import random
+
+import pytest
+import torch
+from conftest import call
+from test_deploy import make_run
+from test_serving_engine import CHARACTERS, TOKENIZER
+
+from deploy import serve
+from deploy.serving import Engine, SamplingParams
+from deploy.serving.blocks import NULL, Blocks, Table
+from deploy.serving.metrics import Metrics
+from deploy.serving.pool import block_bytes
+from deploy.serving.scheduler import Scheduler, Sequence
+from lab import stages
+from lab.errors import UserError
+from lab.sampling import generation
+
+STAGE = stages.load("stage7_mla_mtp")
+LENGTH = 64
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A tiny stage 7 that has learned a text by heart, more or less, so that some of its drafts are right."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 65, "block_size": LENGTH, "n_layer": 2, "n_head": 2, "n_embd": 32}
+    model = STAGE.GPT(STAGE.GPTConfig(**sizes, n_routed_experts=4))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(40):
+        starts = torch.randint(len(TEXT) - 25, (8, 1))
+        window = torch.tensor(TEXT)[starts + torch.arange(25)]
+        _, losses = model(window[:, :-1], window[:, 1:])
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+    return model.eval()
+
+
+TEXT = [i % 7 * 3 + i % 4 for i in range(400)]
+
+
+def make_engine(model, n_blocks=None, block_size=4, **options):
+    options = {"max_batch": 4, "cache_blocks": n_blocks} | options
+    return Engine(model, TOKENIZER, block_size=block_size, **options)
+
+
+def mix(seed, n=8):
+    """Prompts, some of which begin alike, and what to do with each: everything that a request may ask for."""
+    draw = random.Random(seed)
+    prompts, params = [], []
+    for i in range(n):
+        start, length = draw.choice([0, 0, 5, 17]), draw.randint(1, 25)
+        prompts.append(TEXT[start : start + length] + draw.choices(range(65), k=draw.randint(0, 2)))
+        options = draw.choice(
+            [
+                {"temperature": 0},
+                {"temperature": 0, "repetition_penalty": 1.2, "logit_bias": {3: 1.0}},
+                {"temperature": 0, "stop": [CHARACTERS[TEXT[8]] + CHARACTERS[TEXT[9]]]},
+                {"temperature": 0.8, "n": 3},
+                {"top_k": 5, "stop_token_ids": [TEXT[11]]},
+                {"top_p": 0.8, "presence_penalty": 0.5},
+                {"min_p": 0.1, "n": 1, "best_of": 2},
+            ]
+        )
+        params.append(SamplingParams(max_tokens=draw.randint(1, 25), seed=i, logprobs=2, **options))
+    return prompts, params
+
+
+def check_blocks(engine):
+    """References, free blocks and hashes agree, and no table holds a block without a token of its own."""
+    blocks, scheduler = engine.blocks, engine.scheduler
+    everyone = scheduler.running + scheduler.waiting
+    held = [block for sequence in everyone for block in sequence.table.blocks]
+    assert blocks.references == [held.count(block) for block in range(len(blocks.references))]
+    assert set(blocks.free) == {b for b, n in enumerate(blocks.references) if n == 0} - {NULL}
+    assert blocks.by_hash == {digest: b for b, digest in enumerate(blocks.hashes) if digest is not None}
+    for sequence in everyone:
+        table = sequence.table
+        assert len(table.blocks) == blocks.count(table.length)
+        assert len(table.hashes) <= table.length // blocks.block_size
+    assert engine.drafter is None or sum(engine.plan.values()) <= scheduler.token_budget
+
+
+def check_content(engine, sequence):
+    """The block's entries and the hidden state are those of the text alone, computed at once."""
+    table, size = sequence.table, engine.pool.block_size
+    if table.length < 2:
+        return
+    model, tokens = engine.model, torch.tensor([sequence.tokens[: table.length]])
+    with torch.inference_mode():
+        _, hidden = model(tokens, return_hidden=True)
+        cache = model.new_cache(1, table.length, drafting=True)
+        model.draft(hidden[:, :-1], tokens[:, 1:], cache)
+    for stored, expected in zip(engine.pool.tensors, (cache.keys, cache.latents), strict=True):
+        found = stored[-1, table.blocks, 0].flatten(0, 1)[1 : table.length]  # slot 0 has none
+        torch.testing.assert_close(found, expected[0, 0, 0, : table.length - 1], atol=2e-4, rtol=1e-3)
+    for i, block in enumerate(table.blocks):
+        newest = min((i + 1) * size, table.length) - 1
+        torch.testing.assert_close(engine.pool.hidden[0, block], hidden[0, newest], atol=2e-4, rtol=1e-3)
+
+
+def run(engine, prompts, params, draw, abort=0.0):
+    """The whole texts, by request and index, of requests that come and go while the engine runs."""
+    waiting, texts = list(range(len(prompts))), {}
+    while waiting or engine.has_work():
+        while waiting and draw.random() < 0.5:
+            i = waiting.pop(0)
+            engine.add(str(i), prompts[i], params[i])
+        if engine.requests and draw.random() < abort:
+            engine.abort(draw.choice(list(engine.requests)))
+        for output in engine.step():
+            whole = texts.setdefault((output.request_id, output.index), [[], "", [], None])
+            whole[0] += output.token_ids
+            whole[1] += output.text
+            whole[2] += output.logprobs
+            whole[3] = output.finish_reason
+        check_blocks(engine)
+        if engine.drafter and engine.scheduler.running and draw.random() < 0.2:
+            check_content(engine, draw.choice(engine.scheduler.running))
+    assert len(engine.blocks.free) == engine.pool.n_blocks - 1
+    return texts
+
+
+def same(found, expected):
+    assert found.keys() == expected.keys()
+    for key, (tokens, text, logprobs, reason) in expected.items():
+        assert (found[key][0], found[key][1], found[key][3]) == (tokens, text, reason)
+        for one, other in zip(found[key][2], logprobs, strict=True):
+            values = ([each.logprob, *(value for _, value in each.top)] for each in (one, other))
+            assert next(values) == pytest.approx(next(values), abs=1e-4)
+
+
+# --- The same text ---
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_any_mix_writes_with_drafts_what_it_writes_without(model, seed):
+    """In any blocks and chunks, with prefix hits, forks, preemptions and swaps; the cache stays exact."""
+    draw = random.Random(seed)
+    prompts, params = mix(seed)
+    size = draw.choice([1, 3, 4])
+    options = {
+        "block_size": size,
+        "n_blocks": -(-52 // size) + draw.randint(0, 8) if seed % 2 else None,  # too few for all
+        "max_batch": draw.randint(3, 5),
+        "token_budget": draw.choice([5, 16, 512]),
+        "prefix_cache": seed != 5,
+        "swap_memory": 0.01 if seed % 4 == 3 else 0,
+    }
+    plain = make_engine(model, **options)
+    drafting = make_engine(model, draft=True, draft_tokens=1 + seed % 3, **options)
+    expected = run(plain, prompts, params, random.Random(seed))
+    for _ in range(2):  # the second time with what the prefix cache has
+        same(run(drafting, prompts, params, random.Random(seed)), expected)
+    stats = drafting.stats()
+    assert 0.2 * stats["drafted"] < stats["accepted"] < stats["drafted"]
+    assert stats["steps"] < 2 * plain.stats()["steps"]
+    assert bool(stats["prefix_hits"]) == options["prefix_cache"]
+    assert stats["preemptions"] > 0 or not seed % 2
+    assert stats["swapped"] > 0 or not options["swap_memory"]
+
+
+def test_requests_that_are_aborted_leave_the_others_alone(model):
+    prompts, params = mix(6, n=16)
+    engine = make_engine(model, n_blocks=24, draft=True, draft_tokens=2)
+    found = run(engine, prompts, params, random.Random(1), abort=0.1)
+    expected = run(make_engine(model), prompts, params, random.Random(1))
+    whole = {key: text for key, text in found.items() if text[3]}
+    assert 10 < len(whole) < len(expected)
+    same(whole, {key: expected[key] for key in whole})
+    for key in found.keys() - whole.keys():
+        assert found[key][0] == expected[key][0][: len(found[key][0])]
+
+
+def test_a_text_alone_has_the_drafts_of_sample_py(model):
+    """sample.py's own cache is exact, so a wrong entry in the pool would cost accepted drafts here."""
+    for n, prompt in [(1, [40] * 9), (3, [3] * 9), (2, [40])]:
+        engine = make_engine(model, draft=True, draft_tokens=n, token_budget=7)  # the prompt in chunks
+        counts = generation.DraftCounts()
+        ((answer,),) = engine.generate([prompt], SamplingParams(max_tokens=40, temperature=0))
+        drafted = generation.generate_with_drafts(model, prompt, 40, 65, n, temperature=0, counts=counts)
+        assert answer.token_ids == list(drafted)
+        stats = engine.stats()
+        assert abs(stats["accepted"] - counts.accepted) <= n  # sample.py may draft beyond the text's end
+        assert 0 < stats["accepted"] < stats["drafted"]
+
+
+def test_similar_distributions_are_sampled_with_the_same_random_numbers(model):
+    """With others, drafts would be accepted with the probability that two drawn tokens are the same."""
+    engine = make_engine(model, draft=True)
+    params = SamplingParams(max_tokens=40, seed=1, temperature=2)
+    engine.generate([TEXT[i : i + 9] for i in range(8)], params)
+    assert engine.stats()["accepted"] > 0.5 * engine.stats()["drafted"]  # with others 0.08
+
+
+def test_rejected_drafts_leave_nothing_behind(model, monkeypatch):
+    """Neither in the text, nor in blocks, nor as a prefix that others could find."""
+    real = type(model).draft
+
+    def wrong(self, *arguments):
+        logits, hidden = real(self, *arguments)
+        return -logits, hidden
+
+    prompts = [TEXT[i : i + 6] for i in range(3)]
+    params = SamplingParams(max_tokens=20, temperature=0)
+    expected = [answer.token_ids for (answer,) in make_engine(model).generate(prompts, params)]
+    monkeypatch.setattr(type(model), "draft", wrong)
+    engine = make_engine(model, draft=True, draft_tokens=3)
+    for i, prompt in enumerate(prompts):
+        engine.add(str(i), prompt, params)
+    texts = [[] for _ in prompts]
+    while engine.has_work():
+        for output in engine.step():
+            texts[int(output.request_id)] += output.token_ids
+        check_blocks(engine)
+    assert texts == expected
+    assert engine.stats()["drafted"] > 40 and engine.stats()["accepted"] == 0
+    hashes = set()
+    for prompt, text in zip(prompts, texts, strict=True):
+        table, tokens = Table(), prompt + text
+        for i in range(0, len(tokens) - 4, 4):
+            table.hashes.append(engine.blocks.next_hash(table, tokens[i : i + 4]))
+        hashes |= set(table.hashes)
+    assert set(engine.blocks.by_hash) == hashes
+
+
+def test_a_cache_in_8_bits_drafts_too(model):
+    prompts, params = [TEXT[i : i + 9] for i in range(4)], SamplingParams(max_tokens=20, temperature=0)
+    options = {"int8_cache": True, "n_blocks": 40}
+    plain, drafting = make_engine(model, **options), make_engine(model, draft=True, **options)
+    expected = plain.generate(prompts, params)
+    assert drafting.generate(prompts, params) == expected
+    assert drafting.stats()["accepted"] > 20
+
+
+# --- What drafts cost ---
+
+
+def test_drafts_count_in_the_budget_and_take_no_blocks_from_others():
+    def decoding(order, length):
+        sequence = Sequence("", 0, (order, 0), SamplingParams(), [0] * length, None, None, generated=[1])
+        blocks.grow(sequence.table, length)
+        sequence.table.length = length
+        return sequence
+
+    for n_free, plan in [(4, [4, 4]), (3, [4, 2]), (2, [2, 2]), (1, [3, 1]), (0, [1, 1])]:
+        blocks = Blocks(1 + 4 + n_free, 2, copy=None)
+        scheduler = Scheduler(blocks, 2, 8, n_drafts=lambda sequence: 3)
+        scheduler.running = [decoding(0, 4), decoding(1, 4)]
+        if n_free < 2:  # a place is left in the last block
+            for sequence in scheduler.running:
+                sequence.table.length = 3
+                sequence.prompt.pop()
+        assert list(scheduler.schedule().values()) == plan, n_free
+        assert scheduler.n_preempted == 0
+    blocks = Blocks(41, 2, copy=None)
+    scheduler = Scheduler(blocks, 2, 12, n_drafts=lambda sequence: 3)
+    scheduler.running = [decoding(0, 4)]
+    scheduler.add(Sequence("", 0, (1, 0), SamplingParams(), [0] * 40, None, None))
+    assert list(scheduler.schedule().values()) == [4, 8]
+
+
+def test_no_more_is_drafted_than_the_text_can_take(model):
+    engine = make_engine(model, draft=True, draft_tokens=3)
+    engine.add("short", TEXT[:8], SamplingParams(max_tokens=3, temperature=0))
+    engine.add("long", TEXT[: LENGTH - 3], SamplingParams(max_tokens=30, temperature=0))
+    engine.step()
+    engine.step()
+    assert list(engine.plan.values()) == [2, 2]
+
+
+def test_a_block_has_room_for_one_more_layer_and_a_hidden_state(model):
+    engine = make_engine(model, n_blocks=9, draft=True)
+    width = 16 + 8  # the latent and the rotated key
+    assert block_bytes(model, 4, drafting=True) == 4 * (3 * 4 * width + 32)
+    assert engine.pool.nbytes == 10 * block_bytes(model, 4, drafting=True)
+
+
+def test_stats_and_metrics_count_drafts(model):
+    engine = make_engine(model, draft=True)
+    engine.generate([TEXT[:9]], SamplingParams(max_tokens=30, temperature=0))
+    stats = engine.stats()
+    assert stats["steps"] == 30 - stats["accepted"] and stats["accepted"] > 0
+    text = Metrics(stats).text().decode()
+    assert f"serving_drafted_total {stats['drafted']:.1f}" in text
+    assert f"serving_accepted_total {stats['accepted']:.1f}" in text
+
+
+# --- What cannot draft ---
+
+
+def test_only_a_model_with_an_mtp_block_drafts(model, tmp_path, monkeypatch, capsys):
+    config = STAGE.GPTConfig(**vars(model.config) | {"num_nextn_predict_layers": 0})
+    with pytest.raises(UserError, match="this model has none: use a run of stage 7"):
+        make_engine(STAGE.GPT(config), draft=True)
+    with pytest.raises(UserError, match="draft_tokens must be at least 1, not 0"):
+        make_engine(model, draft=True, draft_tokens=0)
+    make_run(tmp_path / "run", "4", CHARACTERS)
+    assert call(monkeypatch, serve, "--run", tmp_path / "run", "--port", "0", "--draft") == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: --draft needs a block of multi-token")
+    assert call(monkeypatch, serve, "--draft-tokens", "2") == 2
+    assert "--draft-tokens is for --draft" in capsys.readouterr().err
