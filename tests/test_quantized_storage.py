@@ -96,6 +96,8 @@ def test_the_kernel_gives_what_the_dequantized_weights_give(bits, group_size, sh
     fast = module(x.bfloat16())
     assert fast.shape == (2, 3, shape[0]) and fast.dtype == torch.bfloat16
     assert near(slow, exact, 0.005) and near(fast, exact, 0.008)
+    some = torch.randn(16, shape[1]).bfloat16()  # in 8 bits, computed in another way than few
+    assert near(module(some), F.linear(some.float(), dequantize(q), module.bias.float()), 0.008)
     many = torch.randn(100, shape[1]).bfloat16()
     assert torch.equal(module(many), F.linear(many, module.weight, module.bias))
 

@@ -18,8 +18,10 @@ import torch.nn.functional as F
 from deploy.quantization.grid import Quantized, by_column, in_groups, pack, unpack
 
 # The kernels, and the most rows (tokens) for which they are faster than dequantizing: measured on a CPU with
-# AVX512 and 576 x 1536 weights. From there on they are slower, in proportion to the rows.
-KERNEL_ROWS = {"int4 on cpu": 64, "int8 on cpu": 12, "int4 on cuda": 64}
+# AVX512 and 576 x 1536 weights. From there on they are slower, in proportion to the rows. With 8 bits there is
+# a third way in between, see int8_product.
+KERNEL_ROWS = {"int4 on cpu": 64, "int8 on cpu": 64, "int4 on cuda": 64}
+INT8_KERNEL_ROWS = 8
 KERNEL_GROUPS = (128, 64, 32)  # group sizes of the 4-bit kernel
 ROWS_AT_ONCE = 4096  # a large vocabulary's head is dequantized in parts
 
@@ -91,6 +93,21 @@ class Packed(nn.Module):
         destination[prefix + "scale"] = destination[prefix + "scale"].bfloat16()
 
 
+def int8_product(x, codes, scales):
+    """x Wᵀ of x (rows, in) and W = codes (out, in) * scales (out,).
+
+    For more than a few rows, the codes are converted, which is exact, and the product is scaled. That takes a
+    tenth of the time of dequantizing a large head: its weights are never written to memory as a whole.
+    """
+    if len(x) <= INT8_KERNEL_ROWS:
+        return torch.ops.aten._weight_int8pack_mm(x, codes, scales)
+    y = x.new_empty(len(x), len(codes))
+    for start in range(0, len(codes), ROWS_AT_ONCE):
+        part = slice(start, start + ROWS_AT_ONCE)
+        torch.mul(F.linear(x, codes[part].to(x.dtype)), scales[part], out=y[:, part])
+    return y
+
+
 def kernels_of(device: torch.device) -> str | None:
     """Whose kernels compute with codes on this device: "cpu", "cuda" (Ampere and later), or None."""
     if device.type == "cuda" and torch.version.cuda is not None:  # else it is ROCm, which we have not tried
@@ -151,7 +168,7 @@ class QuantizedLinear(Packed):
         if width != self.in_features:
             x = F.pad(x, (0, width - self.in_features))
         if name == "int8 on cpu":
-            return torch.ops.aten._weight_int8pack_mm(x, codes, scales)
+            return int8_product(x, codes, scales)
         if name == "int4 on cuda":
             y = torch.ops.aten._weight_int4pack_mm(x.contiguous(), codes, group_size, scales)
         else:

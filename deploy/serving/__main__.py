@@ -15,11 +15,12 @@ if __name__ == "__main__":
 import string
 from dataclasses import dataclass, field
 
+from deploy.serving import memory
 from deploy.serving.blocks import NULL
 from deploy.serving.engine import Engine
 from deploy.serving.sampling import SamplingParams
 from lab import cli
-from lab.errors import UserError, shown
+from lab.errors import shown
 from lab.storage import runs
 
 PROMPTS = [
@@ -105,7 +106,7 @@ def main():
         outputs = engine.step()
         for output in outputs:
             texts[output.request_id, output.index] += output.text
-        history.append(usage(engine))
+        history.append(memory.usage(engine))
         if settings.trace:
             print("\n".join(trace(engine, outputs, before)), end="\n\n")
     for (name, index), text in texts.items():
@@ -118,7 +119,8 @@ def main():
     if settings.draft:
         print(f"--- {stats['accepted_tokens']} of {stats['drafted_tokens']} drafted tokens were accepted")
     if settings.picture:
-        draw(history, settings)
+        memory.draw(history, settings.block_size, Path(settings.picture))
+        print(f"drew {shown(Path(settings.picture))}", file=sys.stderr)
 
 
 def label(request_id: str, index: int) -> str:
@@ -160,48 +162,6 @@ def trace(engine: Engine, outputs: list, before: dict) -> list[str]:
         free = "#" if blocks.hashes[block] else "."
         cells.append(f"{block}:{'+'.join(holders[block]) if block in holders else free}")
     return [*lines, "  " + " ".join(cells)]
-
-
-def usage(engine: Engine) -> dict[str, int]:
-    """How many tokens' room is used, held in blocks, and would be reserved without pages."""
-    running = engine.scheduler.running
-    size = engine.pool.block_size
-    last = {s.table.blocks[-1]: s.table.length for s in running}  # shared blocks count once
-    held = len({block for s in running for block in s.table.blocks}) * size
-    return {
-        "stored": held - sum(-length % size for length in last.values()),
-        "paged": held,
-        "contiguous": sum(min(len(s.prompt) + s.params.max_tokens, engine.longest) for s in running),
-    }
-
-
-def draw(history: list[dict[str, int]], settings: Settings) -> None:
-    """Draws what each step held in memory, and what a cache without pages would have reserved."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 3.5))
-    steps = range(1, len(history) + 1)
-    names = {
-        "contiguous": "reserved without pages: room for the longest answer",
-        "paged": "held in blocks",
-        "stored": "tokens stored",
-    }
-    for (name, text), color in zip(names.items(), ("#d0d0d0", "#8fb8de", "#1f5f99"), strict=True):
-        values = [each[name] for each in history]
-        axes.fill_between(steps, values, color=color, label=text, step="mid")
-    axes.set(xlabel="step", ylabel="tokens", title=f"Blocks of {settings.block_size} tokens")
-    axes.legend(loc="upper right", fontsize=8)
-    figure.tight_layout()
-    try:
-        figure.savefig(settings.picture, dpi=150)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"cannot draw {shown(Path(settings.picture))}: {error}\ngive --picture another file"
-        ) from None
-    print(f"drew {shown(Path(settings.picture))}", file=sys.stderr)
 
 
 if __name__ == "__main__":

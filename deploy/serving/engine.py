@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from data.tokenizers import end_tokens
-from deploy.serving import sampling
+from deploy.serving import attention, sampling
 from deploy.serving.beams import BeamSearch
 from deploy.serving.blocks import Blocks, Swap
 from deploy.serving.drafting import Drafter, check_can_draft
@@ -93,6 +93,7 @@ class Engine:
     ):
         self.model, self.tokenizer, self.end_tokens = model, tokenizer, frozenset(end_tokens)
         self.device = next(model.parameters()).device
+        attention.use(model)
         self.longest = model.config.block_size
         if block_size < 1 or max_batch < 1:
             raise UserError(f"block_size ({block_size}) and max_batch ({max_batch}) must be at least 1")
