@@ -15,7 +15,7 @@ import torch
 from lab import device, stages
 from lab.errors import UserError
 from lab.sampling import packed
-from lab.storage import runs
+from lab.storage import runs, tensors
 
 CPU = torch.device("cpu")
 PROMPT, TOKENS = 16, 16
@@ -35,7 +35,9 @@ def measure(run: Path, dtype: torch.dtype) -> dict[str, int]:
 @torch.inference_mode()
 def main(run: str, dtype: str) -> None:
     """Measures in this process, and prints the result as JSON."""
-    stages.load(runs.read_config(Path(run))["stage"])  # what it imports is not counted
+    config = runs.read_config(Path(run))
+    with tensors.WithoutMemory():  # the parts of torch that this imports are no memory of the run
+        stages.load(config["stage"]).GPT(runs.model_config(Path(run), config))
     before = device.peak_memory(CPU)
     model, _ = runs.load(Path(run), "best", CPU, getattr(torch, dtype))
     packed.pack(model)  # as sample.py

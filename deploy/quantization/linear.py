@@ -167,7 +167,7 @@ class QuantizedLinear(Packed):
             y = torch.ops.aten._weight_int4pack_mm(x.contiguous(), codes, group_size, scales)
         else:
             y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, codes, group_size, scales)
-        return y[:, : self.out_features]
+        return y if y.size(1) == self.out_features else y[:, : self.out_features]
 
     def prepare(self) -> None:
         """Makes the kernel's copy of the codes, where there is a kernel for them.
