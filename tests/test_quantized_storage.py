@@ -1,6 +1,7 @@
 """The grid of quantized weights, their packing, the modules that compute with them, and their files."""
 
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -297,6 +298,33 @@ def test_a_model_whose_codes_only_the_kernels_have_is_saved_too(quantized_run, b
         module = model.get_submodule(name.removesuffix(".packed"))
         assert torch.equal(unpack(found[name], module.bits, module.in_features), module.codes(slice(None)))
         assert found[name].shape == exact[name].shape
+
+
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() != "AVX512", reason="codes are read from the file"
+)
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of mapped files")
+def test_a_loaded_model_keeps_no_page_of_its_file_in_memory(quantized_run):
+    """One tensor that is memory-mapped would keep those of all codes, beside the kernels' copies."""
+    folder, saved = quantized_run("stage4_gqa", head=True, dtype=torch.bfloat16)
+    model, _ = runs.load(folder, "last", CPU, torch.bfloat16)
+    assert str(folder) not in Path("/proc/self/maps").read_text()
+    idx = torch.zeros(1, 4, dtype=torch.int64)
+    assert torch.equal(model(idx)[0], saved(idx)[0])
+
+
+def test_a_large_matrix_is_dequantized_in_parts(monkeypatch):
+    monkeypatch.setattr(linear, "ROWS_AT_ONCE", 64)
+    q, bias, x = quantized(torch.randn(200, 32), 4, 32), torch.randn(200), torch.randn(3, 5, 32)
+    module, made, part = QuantizedLinear(q, bias), [], linear.Packed.dense_part
+
+    def counted(self, rows, *rest):
+        made.append(part(self, rows, *rest))
+        return made[-1]
+
+    monkeypatch.setattr(linear.Packed, "dense_part", counted)
+    torch.testing.assert_close(module(x), F.linear(x, dequantize(q), bias))
+    assert [len(each) for each in made] == [64, 64, 64, 8]
 
 
 def test_scales_are_stored_in_16_bits_and_codes_packed(quantized_run):

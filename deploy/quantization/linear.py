@@ -66,15 +66,22 @@ class Packed(nn.Module):
 
     def dense(self, dtype: torch.dtype, *expert: int) -> torch.Tensor:
         """The weights (out, in), dequantized. In dtype: the exact products, rounded once."""
-        zero, scale = self.zero[expert], self.scale[expert].to(dtype)
-        weight = torch.empty(self.shape[-2:], dtype=dtype, device=zero.device)
-        for start in range(0, len(weight), ROWS_AT_ONCE):
-            rows = slice(start, start + ROWS_AT_ONCE)
-            # Differences up to 255 are exact in 16 bits.
-            groups = in_groups(self.codes(rows, *expert).to(dtype), self.group_size)
-            groups = (groups - zero[rows].to(dtype).unsqueeze(-1)) * scale[rows].unsqueeze(-1)
-            weight[rows] = groups.flatten(1)[:, : self.shape[-1]]
+        weight = torch.empty(self.shape[-2:], dtype=dtype, device=self.zero.device)
+        for rows in self.parts():
+            weight[rows] = self.dense_part(rows, dtype, *expert)
         return weight
+
+    def parts(self) -> list[slice]:
+        """The rows of a matrix, ROWS_AT_ONCE in each part."""
+        return [slice(start, start + ROWS_AT_ONCE) for start in range(0, self.shape[-2], ROWS_AT_ONCE)]
+
+    def dense_part(self, rows: slice, dtype: torch.dtype, *expert: int) -> torch.Tensor:
+        """Some rows (rows, in) of `dense`."""
+        zero, scale = self.zero[expert][rows].to(dtype), self.scale[expert][rows].to(dtype)
+        # Differences up to 255 are exact in 16 bits.
+        groups = in_groups(self.codes(rows, *expert).to(dtype), self.group_size)
+        groups = (groups - zero.unsqueeze(-1)) * scale.unsqueeze(-1)
+        return groups.flatten(1)[:, : self.shape[-1]]
 
     def rows(self, indices: torch.Tensor) -> torch.Tensor:
         """Some rows of the matrix, dequantized: indices (…) -> (…, in)."""
@@ -144,7 +151,11 @@ class QuantizedLinear(Packed):
             y = self.kernel_product(x.reshape(-1, x.size(-1))).view(*x.shape[:-1], -1)
             return y if self.bias is None else y + self.bias
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.dense(x.dtype), bias)
+        y = x.new_empty(*x.shape[:-1], self.out_features)
+        for rows in self.parts():  # the whole of a head would be as large as before quantization
+            part = None if bias is None else bias[rows]
+            y[..., rows] = F.linear(x, self.dense_part(rows, x.dtype), part)
+        return y
 
     def codes(self, rows: slice | torch.Tensor, *expert: int) -> torch.Tensor:
         """The codes of some rows: those stored, or else those of the kernel's copy."""
@@ -173,7 +184,7 @@ class QuantizedLinear(Packed):
             y = torch.ops.aten._weight_int4pack_mm(x.contiguous(), codes, group_size, scales)
         else:
             y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, codes, group_size, scales)
-        return y[:, : self.out_features]
+        return y if y.size(1) == self.out_features else y[:, : self.out_features]
 
     def prepare(self) -> None:
         """Makes the kernel's copy of the codes, where there is a kernel for them.
@@ -191,9 +202,14 @@ class QuantizedLinear(Packed):
             return
         if self.is_embedding and self.kernel[0] != "int8 on cpu":  # rows are looked up
             return
-        packed, stored, self.packed = self.packed, self.codes(slice(None)), None
-        if self.kernel[1].numel() % 32 or not torch.equal(self.codes(slice(None)), stored):
+        packed, self.packed = self.packed, None
+        if self.kernel[1].numel() % 32 or not all(
+            torch.equal(self.codes(rows), unpack(packed[rows], self.bits, self.in_features))
+            for rows in self.parts()
+        ):
             self.packed = packed
+        else:
+            self.zero = self.zero.clone()  # what is memory-mapped keeps all of the file's pages in memory
 
     def make_kernel(self) -> tuple | None:
         """What kernel_product needs: (name, codes, scales, group size, width); None without a kernel.
@@ -208,7 +224,9 @@ class QuantizedLinear(Packed):
         where = kernels_of(codes.device)
         if bits == 8:
             if where == "cpu" and group_size is None and bool((zero == 128).all()):
-                codes = F.pad((codes ^ 128).view(torch.int8), (0, -self.in_features % 32))  # code - 128
+                codes = (codes ^ 128).view(torch.int8)  # code - 128
+                if self.in_features % 32:
+                    codes = F.pad(codes, (0, -self.in_features % 32))
                 return "int8 on cpu", codes, scale.view(-1), None, codes.size(1)
             return None
         # The kernel's groups: those of the grid, or parts of them that all have the same scale.
