@@ -30,6 +30,8 @@ class Feedback:
     """What to print, without the exercise's number."""
     mistakes: tuple[str, ...] = ()
     """The names of the mistakes that were recognized."""
+    absent: bool = False
+    """Whether a function of the exercise is not in the file."""
 
 
 def read(path: Path) -> tuple[str, ast.Module | None, list[str]]:
@@ -60,12 +62,38 @@ def check(chapter: Chapter, exercise: Exercise, tree: ast.Module, path: Path) ->
     reference = chapter.reference(chapter.source_of(exercise))
     problem = missing(exercise.functions, ast.parse(reference), tree, path)
     if problem:
-        return Feedback(WRONG, problem)
+        return Feedback(WRONG, problem, absent=not all(cut.find(tree, name) for name in exercise.functions))
     blanks = [name for name in exercise.functions if cut.is_blank(cut.find(tree, name))]
     if blanks:
         return unwritten(exercise, blanks)
     code = cut.merged(reference, tree, exercise.functions)
     return judge(exercise, reference, code, path)
+
+
+def check_whole(chapter: Chapter, tree: ast.Module, path: Path) -> Feedback:
+    """Checks the learner's file as it is: the exercises whose functions it has, and the whole model."""
+    reference = chapter.reference(chapter.source)
+    problem = missing_classes(ast.parse(reference), tree, path)
+    if problem:
+        return Feedback(WRONG, problem)
+    for exercise in [*chapter.exercises_of(chapter.source), chapter.whole]:
+        if all(cut.find(tree, name) for name in exercise.functions):
+            feedback = judge(exercise, reference, tree, path)
+            if feedback.state != PASSED:
+                return feedback
+    return feedback
+
+
+def missing_classes(reference: ast.Module, mine: ast.Module, path: Path) -> list[str]:
+    """What to say if a class that the rest of the course uses is not in the file."""
+    for name in ("GPTConfig", "KVCache", "GPT"):
+        if cut.find(reference, name) and not isinstance(cut.find(mine, name), ast.ClassDef):
+            return [
+                f"{shown(path)} has no class {name}. It may have been renamed or deleted,"
+                " or the file is from another version of the course.",
+                "The course's programs look for it under this name.",
+            ]
+    return []
 
 
 def unwritten(exercise: Exercise, blanks: list[str]) -> Feedback:

@@ -8,6 +8,8 @@ from types import ModuleType
 
 from lab import stages
 
+BEYOND = "\n\n# Not part of the stage: functions for the exercises.\n\n\n"
+"""Comes before the functions that are not part of a stage's file."""
 Patch = tuple[str, str]
 """Source text and its replacement. The text occurs exactly once in the functions of the exercise."""
 Probe = Callable[[ModuleType], dict]
@@ -61,6 +63,8 @@ class Exercise:
     """What holds for a right solution, in words. Shown for a wrong one that matches no known mistake."""
     source: str = ""
     """The file with the functions, from the root of the course. Empty: the chapter's."""
+    afterwards: str = ""
+    """Said after passing: what the exercise was about, in a sentence or two."""
 
 
 @dataclass(frozen=True)
@@ -123,8 +127,5 @@ class Chapter:
         text = (stages.ROOT / source).read_text(encoding="utf-8")
         if source == self.source and self.beyond:
             beyond = (stages.ROOT / self.beyond).read_text(encoding="utf-8")
-            text += f"\n\n# {BEYOND}\n\n\n{beyond[beyond.index(chr(10) + 'def ') + 1 :]}"
+            text += BEYOND + beyond[beyond.index("\ndef ") + 1 :]
         return text
-
-
-BEYOND = "Not part of the stage: functions for the exercises."

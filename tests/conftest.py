@@ -56,6 +56,7 @@ def workshop(tmp_path, monkeypatch, text):
     monkeypatch.setenv("DATA_DIR", str(tmp_path / "data"))
     monkeypatch.setenv("RUNS_DIR", str(tmp_path / "runs"))
     monkeypatch.setattr(runs, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(stages, "MY", tmp_path / "my")
     (tmp_path / "words.txt").write_text(text)
     return tmp_path
 
