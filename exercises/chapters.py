@@ -6,7 +6,7 @@ import importlib
 from exercises.units import Chapter, Exercise
 from lab.errors import UserError
 
-FILES = ("stage1", "stage4", "stage6")
+FILES = ("stage1", "stage4", "stage6", "stage7")
 CHAPTERS: list[Chapter] = [importlib.import_module(f"exercises.{file}").CHAPTER for file in FILES]
 
 
