@@ -117,7 +117,7 @@ ROUTER = Exercise(
             "The weights are the experts' probabilities: those of a token do not add up to 1 (before the "
             "factor).",
             "the output would shrink where the router is undecided, since much of the probability belongs to "
-            "experts that were not chosen. (DeepSeek-V2 does it so, and Mixtral does not.)",
+            "experts that were not chosen. (DeepSeek-V2 does this; Mixtral scales them.)",
             "what happens to the chosen probabilities before they are returned.",
         ),
         Mistake(
@@ -132,8 +132,8 @@ ROUTER = Exercise(
             "lowest k",
             (("probs.topk(k, dim=-1)", "probs.topk(k, dim=-1, largest=False)"),),
             "The experts with the lowest scores are chosen.",
-            "training would teach each expert the tokens that suit it least, and still lower the loss: it "
-            "is the worst of the possible mixtures, and no error reveals it.",
+            "a low score would mean a choice, and also a low weight: the better an expert becomes for a "
+            "token, the less likely it is to be chosen. No error reveals it.",
             "the call that chooses.",
         ),
         Mistake(
@@ -204,7 +204,8 @@ ROUTER = Exercise(
                 ),
             ),
             "The balance loss sees the probabilities of the chosen experts only.",
-            "its gradient must reach the experts that nobody chooses, in order to raise their scores.",
+            "it should lower the probability of a busy expert for all tokens, also for those that did not "
+            "choose it this time.",
             "the probabilities that are passed to balance_loss.",
         ),
         Mistake(
@@ -308,6 +309,8 @@ class Router:
             mistake="lone weight scaled to 1",
         ),
     ),
+    afterwards="A choice has no gradient. The router learns through the weights: if an expert's output "
+    "lowers the loss, its weight grows, and with it the chance that similar tokens choose it.",
 )
 
 # ---- 6.2 balance
@@ -547,6 +550,8 @@ def balance_loss(probs, counts):
             mistake="no n",
         ),
     ),
+    afterwards="The counts say which experts are busy, and the probabilities carry the gradient. 6.3 "
+    "balances the experts without any loss.",
 )
 
 # ---- 6.3 the sigmoid router
@@ -682,7 +687,8 @@ SIGMOID = Exercise(
             "lowest k",
             ((CHOICE, CHOICE.replace("dim=-1)", "dim=-1, largest=False)")),),
             "The experts with the lowest scores are chosen.",
-            "training would teach each expert the tokens that suit it least, and no error reveals it.",
+            "the better an expert becomes for a token, the less likely it would be chosen. No error reveals "
+            "it.",
             "the call that chooses.",
         ),
         Mistake(
@@ -747,13 +753,15 @@ class Router:
             mistake="bias weighs",
         ),
     ),
+    afterwards="The bias decides which experts are asked, and the score how much their answer counts. So "
+    "balancing does not change what the model is trained for. 6.6 moves the bias.",
 )
 
 # ---- 6.4 the experts in a loop
 
 
 def inputs(k: int):
-    """13 tokens that choose k of 8 experts: unequally, with weights that differ, and nobody the last one."""
+    """13 tokens choose k of 8 experts unequally, with different weights; none chooses the last one."""
     scores = random(13, 7, seed=4) + torch.tensor([1.0, 0, 0, -9, 0, 0.5, -0.5])
     weights = random(13, k, seed=5).abs() + 0.1
     gate_up, down = random(8, 48, 16, seed=1, scale=0.3).mT, random(8, 16, 24, seed=2, scale=0.3).mT
@@ -969,6 +977,8 @@ def looped_experts(x, weights, indices, gate_up, down):
             mistake="assigned, not added",
         ),
     ),
+    afterwards="This is right, and slow on a GPU: many small products, and the CPU waits at each expert "
+    "until the GPU reports how many tokens there are. 6.5 needs neither.",
 )
 
 # ---- 6.5 the experts, sorted
@@ -1009,7 +1019,8 @@ SORTED = Exercise(
     minutes=30,
     functions=("grouped_experts",),
     question="Each of N tokens makes k choices. If the N · k choices are sorted by expert, the rows of an "
-    "expert are neighbours. Which row of x belongs to choice i, and how do the outputs find back?",
+    "expert are neighbours. Which row of x belongs to the i-th choice, and how does each output get back to "
+    "its token?",
     shapes="indices flattened and sorted: experts and order, (N · k,). x repeated k times, each token's "
     "copies together, then taken in that order: (N · k, n_embd). F.grouped_mm(rows, matrices, offs=ends) "
     "multiplies the rows up to ends[e], from where the group before ended, by matrix e; ends (E,) are "
@@ -1104,7 +1115,7 @@ SORTED = Exercise(
             "the order of the rows before the first product.",
         ),
         Mistake(
-            "sorted twice only half back",
+            "rows not sorted",
             (("x.repeat_interleave(k, dim=0).index_select(0, order)", "x.repeat_interleave(k, dim=0)"),),
             "The outputs are brought back from an order into which the tokens were never brought.",
             "the product takes its groups from neighbouring rows, so most tokens are multiplied by matrices "
@@ -1174,6 +1185,8 @@ def grouped_experts(x, weights, indices, gate_up, down):
             mistake="put back by the order itself",
         ),
     ),
+    afterwards="Two products in place of a loop, and no shape depends on the choices, so the CPU never "
+    "waits for the GPU.",
 )
 
 # ---- 6.6 after a step
@@ -1400,6 +1413,8 @@ class GPT:
             mistake="sign",
         ),
     ),
+    afterwards="This is a controller, not learning: it has no gradient, and adds nothing to the loss. The "
+    "report tells whether it works: python train.py logs the tokens of each expert.",
 )
 
 # ---- the whole file
@@ -1490,8 +1505,8 @@ WHOLE = Exercise(
                 ),
             ),
             "The last layers are dense, not the first.",
-            "the first layers see tokens that are hardly mixed, where a router has little to go by. That is "
-            "why DeepSeek keeps these dense.",
+            "DeepSeekMoE keeps the first layer dense, because the load of its experts balances especially "
+            "slowly (arXiv 2401.06066).",
             "the comparison in Block.",
         ),
         Mistake(

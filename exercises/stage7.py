@@ -675,8 +675,8 @@ MTP = Exercise(
     "7. Shift the following tokens for the next block. Return the mean over blocks.",
     probes=(further_tokens, last_target_ignored),
     properties={
-        "what comes right after a token is not what a block predicts": next_target_is_no_matter,
-        "the token after that is": third_token_is_predicted,
+        "a block does not predict the next token": next_target_is_no_matter,
+        "a block predicts the token after the next": third_token_is_predicted,
     },
     mistakes=(
         Mistake(
@@ -728,7 +728,7 @@ MTP = Exercise(
             "inputs not normed",
             ((JOINED, "torch.cat((embedding, hidden), dim=-1)"),),
             "The two inputs are joined without their norms.",
-            "the embedding is much smaller than the hidden state, and would hardly be heard.",
+            "the two differ in scale, and the larger one would drown the smaller one.",
             "what happens to both inputs before they are joined.",
         ),
         Mistake(
@@ -1217,7 +1217,7 @@ ACCEPTANCE = Exercise(
             "negative parts turned round",
             ((LEFT, "left = (p - q).abs()"),),
             "After a rejection, the token is drawn from |p − q|.",
-            "the tokens that the block overrates would come back by this way.",
+            "the tokens that the block overrates would come back this way.",
             "what happens to the negative part of the difference.",
         ),
         Mistake(
@@ -1254,7 +1254,8 @@ ACCEPTANCE = Exercise(
             "no token after the drafts",
             ((LAST, "return made"),),
             "If all drafts are accepted, there is no further token; without drafts there is none at all.",
-            "the model has computed one distribution more than there are drafts. The next token is free.",
+            "the model has computed one distribution more than there are drafts. The next token costs "
+            "nothing.",
             "what is returned at the end.",
         ),
         Mistake(
@@ -1271,8 +1272,8 @@ ACCEPTANCE = Exercise(
                 ("if float(torch.rand(1, generator=sampler.generator)) *", "if number *"),
             ),
             "One random number decides about all drafts.",
-            "the decisions must be independent: else a lucky number accepts everything, and the text has not "
-            "the model's distribution.",
+            "the decisions must be independent: else a lucky number accepts everything, and the text does "
+            "not have the model's distribution.",
             "where the random number is drawn.",
         ),
         Mistake(
