@@ -4,6 +4,8 @@ Latent attention comes from mla.py, which is stage 7a: it can be written and tra
 predicts further ahead. That block comes from model.py, and the choice from the sampler that all stages share.
 """
 
+from itertools import islice
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -1334,6 +1336,369 @@ def verified(probs, drafts, guessed, sampler):
     "come about: it is the model's, whatever the block guesses. Good guesses only make it faster.",
 )
 
+# ---- 7.6 the loop around
+
+
+class Rehearsed(torch.nn.Module):
+    """A model whose next token depends on all tokens before it, and whose block is right 3 times of 4.
+
+    Hidden states are the position and a number that sums up the tokens so far. The block's guesses are right
+    only if it gets the hidden state of the position that its cache expects, and the token after it.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.config = SimpleNamespace(block_size=64)
+        self.passes = []  # the tokens of each
+
+    def new_cache(self, batch_size, max_length, drafting=False):
+        return SimpleNamespace(length=0, max_length=max_length, states=[])
+
+    def advance(self, cache, state):
+        if cache.length >= cache.max_length:
+            raise ValueError(f"the cache holds {cache.max_length} tokens, not {cache.length + 1}")
+        cache.states[cache.length :] = [state]
+        cache.length += 1
+
+    def forward(self, idx, cache, return_hidden):
+        self.passes.append(idx[0].tolist())
+        hidden = []
+        for token in idx[0].tolist():
+            state = after(cache.states[cache.length - 1] if cache.length else 1, token)
+            hidden.append([cache.length, state])
+            self.advance(cache, state)
+        states = torch.tensor([state for _, state in hidden])
+        return torch.nn.functional.one_hot(states % 11, 11)[None] * 9.0, torch.tensor([hidden])
+
+    def draft(self, hidden, idx, cache):
+        if hidden.shape[:2] != idx.shape:
+            raise ValueError(f"{hidden.shape[1]} hidden states do not fit {idx.shape[1]} tokens")
+        guesses, states = [], []
+        for (position, state), token in zip(hidden[0].tolist(), idx[0].tolist(), strict=True):
+            state = after(state, token)
+            wrong = 3 * (position != cache.length) + (state % 4 == 0)
+            guesses.append((state + wrong) % 11)
+            states.append([position + 1, state])
+            self.advance(cache, state)
+        return torch.nn.functional.one_hot(torch.tensor(guesses), 11)[None] * 9.0, torch.tensor([states])
+
+
+def after(state: int, token: int) -> int:
+    return (3 * state + token + 1) % 997
+
+
+PROMPT = [3, 1, 4, 1, 5]
+
+
+def drafted_text(m, n_drafts, taken, max_new_tokens=40, **options):
+    """The first tokens of a greedy text; the model; and the counts so far."""
+    model, counts = Rehearsed(), m.DraftCounts()
+    text = m.generate_with_drafts(
+        model, PROMPT, max_new_tokens, 11, n_drafts, temperature=0.0, counts=counts, **options
+    )
+    return list(islice(text, taken)), model, counts
+
+
+def right_text(n: int) -> list[int]:
+    state, text = 1, []
+    for token in PROMPT:
+        state = after(state, token)
+    for _ in range(n):
+        text.append(state % 11)
+        state = after(state, text[-1])
+    return text
+
+
+def loop(m):
+    """Texts with one and three drafts at a time: tokens, what each pass gets, and the counts."""
+    found = {}
+    for n_drafts in (1, 3):
+        of = f"with {n_drafts} draft{'s' * (n_drafts > 1)} at a time"
+        text, model, counts = drafted_text(m, n_drafts, 16)
+        found[f"text {of}"] = str(text)
+        found[f"what the model gets in each pass {of}"] = str(model.passes)
+        found[f"tokens drafted {of}"] = counts.drafted
+        found[f"tokens accepted {of}"] = counts.accepted
+    return found
+
+
+def end_of_the_text(m):
+    """All tokens of a short text, and one that stops."""
+    found = {}
+    for n in (1, 6, 7):
+        found[f"text of {n} tokens"] = str(drafted_text(m, 3, 99, max_new_tokens=n)[0])
+    found["text with a stop token"] = str(drafted_text(m, 3, 99, stop=[right_text(4)[3]])[0])
+    return found
+
+
+def small_context(m):
+    """A context of 12 tokens, after which the last half goes on."""
+    text, model, _ = drafted_text(m, 3, 30, context=12)
+    return {"text in a context of 12": str(text), "passes in a context of 12": str(model.passes)}
+
+
+def same_text_as_without(m):
+    """At temperature 0, the text is what the model would write by itself."""
+    return all(drafted_text(m, n, 16)[0] == right_text(16) for n in (1, 2, 3))
+
+
+def fewer_passes(m):
+    """With three drafts at a time, 16 tokens take fewer than 10 passes."""
+    _, model, _ = drafted_text(m, 3, 16)
+    return len(model.passes) < 10
+
+
+ROLLBACK = "cache.length = draft_cache.length = n_certain"
+CERTAIN = "model, hidden[:, : n_certain - n_seen], following, draft_cache, min(n_drafts, room), sampler"
+
+LOOP = Exercise(
+    number="7.6",
+    title="The loop around the drafts",
+    minutes=45,
+    functions=("generate_with_drafts",),
+    source="lab/sampling/generation.py",
+    question="In one pass the model reads some tokens that are certain and some that are drafts. Afterwards, "
+    "which of its hidden states belong to tokens that have stayed, and how far may its cache count?",
+    shapes="A pass reads the window's tokens that the cache does not hold, then the drafts. Its last 1 + "
+    "len(drafts) distributions are for verified. Of the window's n tokens, the model has read all but the "
+    "last: both caches end at n − 1. The block gets the hidden states of positions n_seen to n − 2, each "
+    "with the token after it.",
+    steps="1. Make a Sampler and both caches, with the length that cache_length gives for max_new_tokens + "
+    "n_drafts. The window is the end of the prompt, at most context tokens.\n"
+    "2. Call the model on the new tokens and the drafts, with return_hidden.\n"
+    "3. Let verified choose, count the drafts and those accepted, and keep no more tokens than are wanted.\n"
+    "4. Yield the tokens; end at one that stops, without yielding it.\n"
+    "5. If the window exceeds the context, go on with last_half of it, no drafts and empty caches.\n"
+    "6. Else call draft_tokens on the hidden states of certain tokens and the tokens that follow them. There "
+    "may be no more drafts than the context has room for.\n"
+    "7. Set both caches back to the certain tokens: what was stored after them is overwritten.",
+    probes=(loop, end_of_the_text, small_context),
+    properties={
+        "at temperature 0, the text is what the model would write by itself": same_text_as_without,
+        "the drafts save passes": fewer_passes,
+    },
+    mistakes=(
+        Mistake(
+            "model's cache not set back",
+            ((ROLLBACK, "draft_cache.length = n_certain"),),
+            "The model's cache still counts rejected drafts.",
+            "the model would attend to tokens that are not in the text, and the tokens that replace them "
+            "would never be read.",
+            "the lengths of both caches at the end of a round.",
+        ),
+        Mistake(
+            "block's cache not set back",
+            ((ROLLBACK, "cache.length = n_certain"),),
+            "The text is right, and fewer drafts are accepted: the block's cache still counts its own "
+            "drafts.",
+            "the block drafts at wrong positions, after tokens that are not in the text. Nothing shows but "
+            "the lower speed.",
+            "the lengths of both caches at the end of a round.",
+        ),
+        Mistake(
+            "hidden states of drafts",
+            ((CERTAIN, CERTAIN.replace(": n_certain - n_seen]", "-(n_certain - n_seen) :]")),),
+            "The block gets the last hidden states of the pass, also those of rejected drafts.",
+            "after a rejection, the certain tokens are at the beginning of the pass, and the rejected ones "
+            "at the end.",
+            "which hidden states are handed to draft_tokens.",
+        ),
+        Mistake(
+            "tokens not shifted",
+            (
+                (
+                    "following = torch.tensor([window[n_seen + 1 :]]",
+                    "following = torch.tensor([window[n_seen:-1]]",
+                ),
+            ),
+            "Each hidden state comes with its own token, not with the one that follows.",
+            "the block has learned to predict from the hidden state at i and token i + 1.",
+            "the tokens that are handed to draft_tokens.",
+        ),
+        Mistake(
+            "distributions from the beginning",
+            (("logits[:, -1 - len(drafts) :]", "logits[:, : len(drafts) + 1]"),),
+            "The first distributions of the pass are examined, not the last.",
+            "in the first pass, these belong to the beginning of the prompt. The text continues its last "
+            "token.",
+            "which of the logits become distributions.",
+        ),
+        Mistake(
+            "one draft unverified",
+            (("logits[:, -1 - len(drafts) :]", "logits[:, -max(1, len(drafts)) :]"),),
+            "There are as many distributions as drafts, and one more is needed.",
+            "the distributions are shifted by one: each draft is compared with what should come after it.",
+            "which of the logits become distributions.",
+        ),
+        Mistake(
+            "additional token counted",
+            (("counts.accepted += len(made) - 1", "counts.accepted += len(made)"),),
+            "The number of accepted drafts contains the token that the model adds in each round.",
+            "the share of accepted drafts would look better than it is, even with a useless block.",
+            "what is added to the counts.",
+        ),
+        Mistake(
+            "more tokens than wanted",
+            (("        made = made[: max_new_tokens - n_made]\n", ""),),
+            "The text is longer than max_new_tokens.",
+            "the last round can accept more drafts than there is room for.",
+            "what happens to the tokens of the last round.",
+        ),
+        Mistake(
+            "stop token in the text",
+            (
+                (
+                    "            if token in stop:\n                return\n            yield token\n",
+                    "            yield token\n            if token in stop:\n                return\n",
+                ),
+            ),
+            "The token that ends the text is part of it.",
+            "it is a sign for the program, such as the end of an answer in a chat, and would be shown.",
+            "the order of yielding and stopping.",
+        ),
+        Mistake(
+            "stops after the round",
+            (
+                (
+                    "            if token in stop:\n                return\n            yield token\n",
+                    "            if token not in stop:\n                yield token\n"
+                    "        if any(token in stop for token in made):\n            return\n",
+                ),
+            ),
+            "Tokens of the same round that come after the stop token are in the text.",
+            "drafts may run past the end of an answer. What is after the stop token must go.",
+            "what happens to the rest of a round after a stop token.",
+        ),
+        Mistake(
+            "room ignored",
+            ((CERTAIN, CERTAIN.replace("min(n_drafts, room)", "n_drafts")),),
+            "Near the end of the context, more tokens are drafted than there is room for.",
+            "the model has not been trained on positions beyond its context, and the cache does not have "
+            "them.",
+            "the number of drafts that are asked for.",
+        ),
+        Mistake(
+            "cache without room for drafts",
+            (("max_new_tokens + n_drafts)", "max_new_tokens)"),),
+            "The caches have no room for the drafts of the last round.",
+            "the last drafts can go beyond max_new_tokens, and are read before they are cut off.",
+            "the length of the caches.",
+        ),
+        Mistake(
+            "drafts kept after the cut",
+            (
+                (
+                    "            drafts, guessed = [], []\n            cache.length = draft_cache.length = "
+                    "0\n",
+                    "            cache.length = draft_cache.length = 0\n",
+                ),
+            ),
+            "When the window is cut, the drafts of the round before are used again.",
+            "they were examined already, and what follows them is in the text.",
+            "what happens when the window exceeds the context.",
+        ),
+        Mistake(
+            "block's cache kept after the cut",
+            (("cache.length = draft_cache.length = 0", "cache.length = 0"),),
+            "When the window is cut, the block's cache keeps its length.",
+            "the window begins anew at position 0, for the block too.",
+            "what happens when the window exceeds the context.",
+        ),
+    ),
+    rewrites=(
+        Rewrite(
+            "tokens by the piece, one return",
+            """
+@torch.inference_mode()
+def generate_with_drafts(model, prompt, max_new_tokens, vocab_size, n_drafts, temperature=0.8, top_k=None,
+                         top_p=1.0, generator=None, context=None, counts=None, stop=()):
+    context = context or model.config.block_size
+    counts = counts if counts is not None else DraftCounts()
+    device = next(model.parameters()).device
+    sampler = Sampler(vocab_size, temperature, top_k, top_p, generator)
+    room = cache_length(context, prompt, max_new_tokens + n_drafts)
+    caches = model.new_cache(1, room), model.new_cache(1, room, drafting=True)
+    text, drafts, guessed = prompt[-context:], [], []
+    while max_new_tokens > 0:
+        seen = caches[0].length
+        logits, hidden = model(
+            torch.tensor([text[seen:] + drafts], device=device), cache=caches[0], return_hidden=True
+        )
+        made = verified(sampler.distributions(logits)[len(text) - seen - 1 :], drafts, guessed, sampler)
+        counts.drafted, counts.accepted = counts.drafted + len(drafts), counts.accepted + len(made) - 1
+        for token in made:
+            if token in stop or not max_new_tokens:
+                return
+            yield token
+            max_new_tokens -= 1
+            text = text + [token]
+        drafts, guessed = [], []
+        if len(text) > context:
+            text = last_half(text, context)
+            for cache in caches:
+                cache.length = 0
+        else:
+            for cache in caches:
+                cache.length = min(cache.length, len(text) - 1)
+            known = torch.tensor([text[seen + 1 :]], device=device)
+            n = min(n_drafts, context - len(text))
+            drafts, guessed = draft_tokens(model, hidden[:, : known.size(1)], known, caches[1], n, sampler)
+            caches[1].length = len(text) - 1
+""",
+        ),
+        Rewrite(
+            "set back to the window",
+            (
+                (
+                    "n_certain = len(window) - 1",
+                    "n_certain = n_seen + new.size(1) - len(drafts) + len(made) - 1",
+                ),
+            ),
+        ),
+        Rewrite(
+            "tokens by the piece, one cache set back",
+            """
+@torch.inference_mode()
+def generate_with_drafts(model, prompt, max_new_tokens, vocab_size, n_drafts, temperature=0.8, top_k=None,
+                         top_p=1.0, generator=None, context=None, counts=None, stop=()):
+    context = context or model.config.block_size
+    counts = counts if counts is not None else DraftCounts()
+    device = next(model.parameters()).device
+    sampler = Sampler(vocab_size, temperature, top_k, top_p, generator)
+    room = cache_length(context, prompt, max_new_tokens + n_drafts)
+    cache, drafting = model.new_cache(1, room), model.new_cache(1, room, drafting=True)
+    text, drafts, guessed = prompt[-context:], [], []
+    while max_new_tokens > 0:
+        seen = cache.length
+        logits, hidden = model(
+            torch.tensor([text[seen:] + drafts], device=device), cache=cache, return_hidden=True
+        )
+        made = verified(sampler.distributions(logits)[len(text) - seen - 1 :], drafts, guessed, sampler)
+        counts.drafted, counts.accepted = counts.drafted + len(drafts), counts.accepted + len(made) - 1
+        for token in made:
+            if token in stop or not max_new_tokens:
+                return
+            yield token
+            max_new_tokens -= 1
+            text = text + [token]
+        drafts, guessed = [], []
+        if len(text) > context:
+            text = last_half(text, context)
+            cache.length = drafting.length = 0
+        else:
+            cache.length = len(text) - 1
+            known = torch.tensor([text[seen + 1 :]], device=device)
+            n = min(n_drafts, context - len(text))
+            drafts, guessed = draft_tokens(model, hidden[:, : known.size(1)], known, drafting, n, sampler)
+""",
+            mistake="block's cache not set back",
+        ),
+    ),
+    afterwards="The same loop, with a small model in the place of the block, is how large models are served. "
+    "python sample.py --stage 7 --draft shows the share of accepted drafts.",
+)
+
 # ---- the whole file
 
 
@@ -1545,7 +1910,7 @@ CHAPTER = Chapter(
     title="latent attention, multi-token prediction, drafts",
     source="stage7_mla_mtp/model.py",
     before=MLA,
-    exercises=(LATENT, ABSORB, MTP, DRAFT, ACCEPTANCE),
+    exercises=(LATENT, ABSORB, MTP, DRAFT, ACCEPTANCE, LOOP),
     questions=QUESTIONS,
     whole=WHOLE,
 )
