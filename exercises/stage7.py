@@ -1351,15 +1351,15 @@ class Rehearsed(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.config = SimpleNamespace(block_size=64)
         self.passes = []  # the tokens of each
+        self.beyond = 0  # the most tokens that a cache did not have room for
 
     def new_cache(self, batch_size, max_length, drafting=False):
         return SimpleNamespace(length=0, max_length=max_length, states=[])
 
     def advance(self, cache, state):
-        if cache.length >= cache.max_length:
-            raise ValueError(f"the cache holds {cache.max_length} tokens, not {cache.length + 1}")
         cache.states[cache.length :] = [state]
         cache.length += 1
+        self.beyond = max(self.beyond, cache.length - cache.max_length)
 
     def forward(self, idx, cache, return_hidden):
         self.passes.append(idx[0].tolist())
@@ -1427,7 +1427,9 @@ def end_of_the_text(m):
     """All tokens of a short text, and one that stops."""
     found = {}
     for n in (1, 6, 7):
-        found[f"text of {n} tokens"] = str(drafted_text(m, 3, 99, max_new_tokens=n)[0])
+        text, model, _ = drafted_text(m, 3, 99, max_new_tokens=n)
+        found[f"text of {n} tokens"] = str(text)
+        found[f"tokens beyond the end of a cache, for {n} tokens"] = model.beyond
     found["text with a stop token"] = str(drafted_text(m, 3, 99, stop=[right_text(4)[3]])[0])
     return found
 
@@ -1435,7 +1437,8 @@ def end_of_the_text(m):
 def small_context(m):
     """A context of 12 tokens, after which the last half goes on."""
     text, model, _ = drafted_text(m, 3, 30, context=12)
-    return {"text in a context of 12": str(text), "passes in a context of 12": str(model.passes)}
+    found = {"text in a context of 12": str(text), "passes in a context of 12": str(model.passes)}
+    return found | {"tokens beyond the end of a cache, in a context of 12": model.beyond}
 
 
 def same_text_as_without(m):
