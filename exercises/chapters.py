@@ -2,11 +2,12 @@
 
 import difflib
 import importlib
+from pathlib import Path
 
 from exercises.units import Chapter, Exercise
 from lab.errors import UserError
 
-FILES = ("stage1", "stage4", "stage6", "stage7")
+FILES = ("stage1", "stage2", "stage3", "stage4", "stage6", "stage7")
 CHAPTERS: list[Chapter] = [importlib.import_module(f"exercises.{file}").CHAPTER for file in FILES]
 
 
@@ -14,7 +15,8 @@ def find(wanted: str) -> tuple[Chapter, Exercise | None]:
     """The chapter given as 4, stage4 or quantization, or the chapter and the exercise given as 4.2."""
     given = wanted.strip().lower().removesuffix(".py").removeprefix("my/")
     for chapter in CHAPTERS:
-        if given in (chapter.number, chapter.name, f"stage{chapter.number}"):
+        folder = Path(chapter.source).parent.name
+        if given in (chapter.number, chapter.name, f"stage{chapter.number}", folder):
             return chapter, None
         for exercise in chapter.exercises:
             if given == exercise.number:

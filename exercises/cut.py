@@ -9,6 +9,7 @@ from lab.errors import UserError
 
 OURS = 1_000_000
 """Added to the line numbers of the course's code where it is mixed with the learner's."""
+FUTURE = "from __future__ import annotations"
 
 
 def find(tree: ast.Module, name: str) -> ast.FunctionDef | ast.ClassDef | None:
@@ -72,12 +73,14 @@ def merged(reference: str, mine: ast.Module, names: list[str]) -> ast.Module:
         if ours:
             known = {child.name for child in ours.body if isinstance(child, ast.FunctionDef)}
             ours.body += [n for n in node.body if isinstance(n, ast.FunctionDef) and n.name not in known]
-    known = {name for node in tree.body for name in defined(node)}
     imported = {ast.unparse(node) for node in tree.body if imports(node)}
-    new = [node for node in mine.body if imports(node) and ast.unparse(node) not in imported]
+    known = {name for node in tree.body for name in defined(node)}
+    new = [node for node in mine.body if imports(node) and ast.unparse(node) not in imported | {FUTURE}]
     new += [node for node in mine.body if defined(node) and not defined(node) & known]
+    early = [node for node in new if not used_at_once(node) & known]
     first = next(i for i, node in enumerate(tree.body) if defined(node))  # after the course's imports
-    tree.body[first:first] = [node for node in new if not is_future(node)]
+    tree.body[first:first] = early
+    tree.body += [node for node in new if node not in early]
     return tree
 
 
@@ -100,8 +103,14 @@ def imports(node: ast.stmt) -> bool:
     return isinstance(node, ast.Import | ast.ImportFrom)
 
 
-def is_future(node: ast.stmt) -> bool:
-    return isinstance(node, ast.ImportFrom) and node.module == "__future__"
+def used_at_once(node: ast.stmt) -> set[str]:
+    """The names that a statement at the top of a file needs when it is executed, not when it is called."""
+    parts = [node]
+    if isinstance(node, ast.FunctionDef):
+        parts = [*node.decorator_list, *node.args.defaults, *filter(None, node.args.kw_defaults)]
+    elif isinstance(node, ast.ClassDef):
+        parts = [*node.decorator_list, *node.bases]
+    return {child.id for part in parts for child in ast.walk(part) if isinstance(child, ast.Name)}
 
 
 def patched(source: str, functions: tuple[str, ...], patches: tuple[tuple[str, str], ...]) -> str:

@@ -120,7 +120,7 @@ def missing(functions, reference: ast.Module, mine: ast.Module, path: Path) -> l
         if not isinstance(node, ast.FunctionDef):
             return [f"{shown(path)}, line {node.lineno}: {name} should be a function, and is a class."]
         given, wanted = cut.arguments(node), cut.arguments(ours)
-        if given != wanted and not node.args.vararg:
+        if len(given) != len(wanted) and not node.args.vararg:
             return [
                 f"{shown(path)}, line {node.lineno}: {name} takes ({', '.join(given)}).",
                 f"The rest of the course calls it with ({', '.join(wanted)}), so it needs these parameters.",
@@ -147,23 +147,18 @@ def judge(exercise: Exercise, reference: str, code: ast.Module | str, path: Path
     if probe.distance(got, expected) <= TOLERANCE:
         return Feedback(PASSED, [])
 
-    known = recognized(exercise, reference, got)
-    lines = []
     unexpected = [raised for name, raised in got.raised.items() if name not in expected.raised]
+    if unexpected and unexpected[0].type == "NotImplementedError":
+        return Feedback(UNWRITTEN, [f"Not written yet: line {unexpected[0].line} is reached."])
+    known = recognized(exercise, reference, got, expected)
     if unexpected:
-        lines += exception(unexpected[0], path, returned(exercise, code, path))
-        if unexpected[0].type == "NotImplementedError":
-            return Feedback(
-                UNWRITTEN, [f"Not written yet: line {unexpected[0].line} is reached.", *lines[1:]]
-            )
+        lines = exception(unexpected[0], path, returned(exercise, code, path))
     else:
-        lines += other_kind(got, expected)
+        lines = other_kind(got, expected)
     if known:
         lines += diagnosis(known)
-    elif not lines:
-        lines += difference(got, expected)
-    if not known:
-        lines += held_and_failed(exercise, module)
+    elif not unexpected:
+        lines = (lines or difference(got, expected)) + held_and_failed(exercise, module)
     return Feedback(WRONG, lines, tuple(mistake.name for mistake in known))
 
 
@@ -175,10 +170,16 @@ def outcome_of(exercise: Exercise, source: str, *mistakes: Mistake) -> Outcome |
     key = (exercise.number, hash(source), *(mistake.name for mistake in mistakes))
     if key not in _outcomes:
         try:
+            wrong = source
             for mistake in mistakes:
-                source = cut.patched(source, exercise.functions, mistake.patches)
-            with torch.random.fork_rng(devices=[]):
-                _outcomes[key] = probe.run(exercise.probes, probe.load(source))
+                wrong = cut.patched(wrong, exercise.functions, mistake.patches)
+            outcome = probe.run(exercise.probes, probe.load(wrong))
+            if (
+                outcome.raised and mistakes and exercise.functions
+            ):  # again, to see it from the learner's functions
+                code = cut.merged(source, ast.parse(wrong), exercise.functions)
+                outcome = probe.run(exercise.probes, probe.load(code))
+            _outcomes[key] = outcome
         except (cut.UserError, SyntaxError):
             if len(mistakes) < 2:
                 raise
@@ -186,11 +187,22 @@ def outcome_of(exercise: Exercise, source: str, *mistakes: Mistake) -> Outcome |
     return _outcomes[key]
 
 
-def recognized(exercise: Exercise, reference: str, got: Outcome) -> tuple[Mistake, ...]:
-    """The known mistake, or two of them, that computes the same; empty if there is none."""
+def recognized(exercise: Exercise, reference: str, got: Outcome, expected: Outcome) -> tuple[Mistake, ...]:
+    """The known mistake, or two of them, that computes the same; empty if there is none.
+
+    If one probe raised an exception that no mistake explains, the others may still show a mistake.
+    """
     for mistake in exercise.mistakes:
         if probe.distance(got, outcome_of(exercise, reference, mistake)) <= TOLERANCE:
             return (mistake,)
+    if got.raised.keys() - expected.raised.keys():
+        names = got.values.keys()
+        if probe.distance(got, expected, names) <= TOLERANCE:
+            return ()
+        for mistake in exercise.mistakes:
+            if probe.distance(got, outcome_of(exercise, reference, mistake), names) <= TOLERANCE:
+                return (mistake,)
+        return ()
     started = time.perf_counter()
     for pair in itertools.combinations(exercise.mistakes, 2):
         if time.perf_counter() - started > SECONDS_FOR_PAIRS:
@@ -212,9 +224,8 @@ def exception(raised: probe.Raised, path: Path, returned: str) -> list[str]:
     """The exception, where it was raised, and what the variables there were."""
     said = f"{raised.type}: {raised.message}" if raised.message else raised.type
     if raised.line is None:
-        where = f" in {raised.ours}" if raised.ours else ""
-        lines = [f"The course's code fails{where} on what this exercise computes: {said}"]
-        return lines + ([f"There it gets: {returned}"] if returned else [])
+        where = f"{raised.ours} then fails" if raised.ours else "the check then fails"
+        return [f"{returned}; {where}: {said}" if returned else f"In the course's code, {where}: {said}"]
     inside = f", in {raised.function}" if raised.function != "<module>" else ""
     lines = [f"{shown(path)}, line {raised.line}{inside}: {said}"]
     if raised.ours:
@@ -231,7 +242,8 @@ def returned(exercise: Exercise, code, path: Path) -> str:
     def note(frame, event, value):
         code, theirs = frame.f_code, frame.f_lineno < OURS
         if event == "return" and theirs and code.co_filename == str(path) and code.co_name in names:
-            found[code.co_name] = probe.shown(value) or type(value).__name__
+            nothing = "nothing (None)" if value is None else ""
+            found[code.co_name] = nothing or probe.shown(value) or f"a {type(value).__name__}"
 
     sys.setprofile(note)
     try:
@@ -285,12 +297,13 @@ def difference(got: Outcome, expected: Outcome) -> list[str]:
             f"{name}: {wrong.sum()} of {wrong.numel()} numbers differ. The first is at [{place}]:"
             f" it is {x[first]:.6g}, and {y[first]:.6g} is expected."
         ]
-        return lines + relation(x, y)
+        kinds = name.partition("[")[2].removesuffix("]").split(", ")
+        return lines + relation(x, y, kinds)
     return ["The numbers differ."]
 
 
-def relation(x: torch.Tensor, y: torch.Tensor) -> list[str]:
-    """How wrong numbers relate to the right ones, where that is simple."""
+def relation(x: torch.Tensor, y: torch.Tensor, kinds: list[str]) -> list[str]:
+    """How wrong numbers relate to the right ones, where that is simple. kinds: the dimensions' names."""
     scale = y.abs().max() * 1e-4
     if not x.isfinite().all():
         kind = "NaN" if x.isnan().any() else "infinite"
@@ -308,7 +321,8 @@ def relation(x: torch.Tensor, y: torch.Tensor) -> list[str]:
         right = ((x - y).abs() <= scale).all(dim=rest) if rest else None
         if right is not None and right.any():
             indices = ", ".join(map(str, right.nonzero().flatten().tolist()[:12]))
-            return [f"Along dimension {dim}, everything at {indices} is right."]
+            kind = kinds[dim] if len(kinds) == x.dim() else f"dimension {dim}, index"
+            return [f"Only at {kind} {indices} is everything right."]
     return []
 
 

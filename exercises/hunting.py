@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 
 from exercises import cut, diagnose, probe, progress, properties
-from exercises.units import Chapter, Mistake
+from exercises.units import Chapter, Exercise, Mistake
 from exercises.words import say
 from lab import atomic, cli, stages
 from lab.errors import UserError, shown
@@ -24,26 +24,26 @@ VISIBLE = 0.01
 def hunt(chapter: Chapter, seed: int | None, answer: str | None, give_up: bool) -> None:
     """Shows the hunt that is open, or begins one; or judges an answer."""
     if not is_model(chapter):
-        raise UserError(
-            f"{chapter.title} has no model to train, so there is nothing to hunt: try {model_chapters()}"
-        )
+        raise UserError(f"{chapter.title} has no model to hunt in: try {model_chapters()}")
     known, path = progress.of(key(chapter)), stages.MY / f"hunt{chapter.number}.py"
-    going_on = known.get("seed") is not None and not known.get("found") and path.exists()
+    hidden = [pair for pair in candidates(chapter) if [pair[0].number, pair[1].name] == known.get("hidden")]
+    going_on = bool(hidden) and not known.get("found") and path.exists()
     if answer is not None or give_up:
         if not going_on:
             raise UserError(f"no hunt is open: {cli.program()} hunt {chapter.number}")
-        mistake, source, _ = hidden(chapter, known["seed"])
-        judge(chapter, mistake, source, answer, known)
+        judge(chapter, *hidden[0], answer, known)
         return
-    if seed is None:
-        seed = known["seed"] if going_on else random.randrange(1000)
-    _, source, module = hidden(chapter, seed)
-    if not going_on or seed != known["seed"]:
+    if not going_on or seed not in (None, known["seed"]):
+        seed = random.randrange(1000) if seed is None else seed
+        exercise, mistake = choose(chapter, seed)
+        hidden = [(exercise, mistake)]
         progress.keep(path)
-        atomic.write(path, source.encode())
-        progress.note(key(chapter), seed=seed, found=False, tries=0)
+        atomic.write(path, with_mistake(chapter, exercise, mistake).encode())
+        names = [exercise.number, mistake.name]
+        progress.note(key(chapter), seed=seed, hidden=names, found=False, tries=0)
+    seed = progress.of(key(chapter))["seed"]
     print(f"{shown(path)} is {chapter.source} with one mistake (seed {seed}).\n")
-    show_clues(chapter, module)
+    show_clues(chapter, probe.load(with_mistake(chapter, *hidden[0])))
     print(
         f"\nRead the file, change it, train it: python train.py --stage {shown(path)}\n"
         f"When you know where it is, name the function or the line:\n"
@@ -66,24 +66,33 @@ def model_chapters() -> str:
     return ", ".join(chapter.number for chapter in CHAPTERS if is_model(chapter))
 
 
-def hidden(chapter: Chapter, seed: int) -> tuple[Mistake, str, ModuleType]:
-    """The mistake of a seed, the stage's file with it, and its module. The loss or a fact gives it away."""
-    source = (stages.ROOT / chapter.source).read_text(encoding="utf-8")
-    tree = ast.parse(source)
+def candidates(chapter: Chapter) -> list[tuple[Exercise, Mistake]]:
+    """All mistakes in the chapter's model, but not those in functions beyond the stage."""
+    tree = ast.parse((stages.ROOT / chapter.source).read_text(encoding="utf-8"))
     parts = [*chapter.exercises_of(chapter.source), *([chapter.whole] if chapter.whole else [])]
-    parts = [e for e in parts if all(cut.find(tree, name) for name in e.functions)]
-    candidates = [(exercise, mistake) for exercise in parts for mistake in exercise.mistakes]
-    random.Random(seed).shuffle(candidates)
-    right = stages.load(stages.find(chapter.source))
-    for exercise, mistake in candidates:
-        wrong = cut.patched(source, exercise.functions, mistake.patches)
+    parts = [exercise for exercise in parts if all(cut.find(tree, name) for name in exercise.functions)]
+    return [(exercise, mistake) for exercise in parts for mistake in exercise.mistakes]
+
+
+def with_mistake(chapter: Chapter, exercise: Exercise, mistake: Mistake) -> str:
+    """The text of the stage's file with a mistake in it."""
+    source = (stages.ROOT / chapter.source).read_text(encoding="utf-8")
+    return cut.patched(source, exercise.functions, mistake.patches)
+
+
+def choose(chapter: Chapter, seed: int) -> tuple[Exercise, Mistake]:
+    """A mistake by seed: one that can be trained, and that the loss or a fact gives away."""
+    stage, mistakes = stages.load(stages.find(chapter.source)), candidates(chapter)
+    expected, right = losses(stage)[-1], facts(chapter, stage)
+    random.Random(seed).shuffle(mistakes)
+    for exercise, mistake in mistakes:
         try:
-            module = probe.load(wrong)
-            last, expected = losses(module)[-1], losses(right)[-1]
+            module = probe.load(with_mistake(chapter, exercise, mistake))
+            shows = abs(losses(module)[-1] - expected) > VISIBLE
         except Exception:
             continue  # a mistake that raises an exception needs no hunt
-        if abs(last - expected) > VISIBLE or facts(chapter, module) != facts(chapter, right):
-            return mistake, wrong, module
+        if shows or facts(chapter, module) != right:
+            return exercise, mistake
     raise UserError(f"no mistake of {chapter.title} can be hunted")
 
 
@@ -152,8 +161,9 @@ def show_clues(chapter: Chapter, module: ModuleType) -> None:
         print(f"    {text}: {found}{other}")
 
 
-def judge(chapter: Chapter, mistake: Mistake, source: str, answer: str | None, known: dict) -> None:
+def judge(chapter: Chapter, exercise: Exercise, mistake: Mistake, answer: str | None, known: dict) -> None:
     """Says whether the answer, a function or a line, is where the mistake is. None gives up."""
+    source = with_mistake(chapter, exercise, mistake)
     lines = changed_lines((stages.ROOT / chapter.source).read_text(encoding="utf-8"), source)
     tree = ast.parse(source)
     places = {function_at(tree, line) for line in lines} - {""}

@@ -13,19 +13,21 @@ SCORES = "(q * q.size(3) ** -0.5) @ k.transpose(2, 3) + mask"
 
 
 def grouped_attention(m):
-    """Three sizes of groups; more keys than queries; one dropout that drops everything; 16 bits."""
-    q, found = random(2, 6, 5, 8, seed=1, scale=1.5), {}
+    """Three sizes of groups; more keys than queries; a dropout that drops everything."""
+    q, mask, found = random(2, 6, 5, 8, seed=1, scale=1.5), m.causal_mask(5, 9, "cpu"), {}
     for n_kv_head in (3, 2, 1):
         k, v = random(2, n_kv_head, 9, 8, seed=2, scale=1.5), random(2, n_kv_head, 9, 8, seed=3)
-        y = m.attention(q, k, v, m.causal_mask(5, 9, "cpu"), 0.0)
-        found[f"attention with {n_kv_head} key/value heads [batch, head, position, dimension]"] = y
-    dropped = m.attention(q, k, v, m.causal_mask(5, 9, "cpu"), 1.0)
-    found["attention when every weight is dropped"] = dropped
-    q, k, v = (t.bfloat16() for t in (q, k, v))
-    found["dtype of attention for bfloat16"] = str(
-        m.attention(q, k, v, m.causal_mask(5, 9, "cpu"), 0.0).dtype
-    )
+        name = f"attention with {n_kv_head} key/value heads [batch, head, position, dimension]"
+        found[name] = m.attention(q, k, v, mask, 0.0)
+    found["attention when every weight is dropped"] = m.attention(q, k, v, mask, 1.0)
     return found
+
+
+def sixteen_bits(m):
+    """As when training with autocast: q, k and v in 16 bits, and the mask in 32."""
+    q, k, v = (random(2, 4, 5, 8, seed=i).bfloat16() for i in (1, 2, 3))
+    y = m.attention(q, k, v, m.causal_mask(5, 5, "cpu"), 0.0)
+    return {"dtype of attention for bfloat16": str(y.dtype)}
 
 
 def sees_no_later_key(m):
@@ -68,7 +70,7 @@ ATTENTION = Exercise(
     "3. Compute the scores, scaled by the root of head_dim, and add the mask.\n"
     "4. Take the softmax over keys, drop some of the weights, and convert them to v's dtype.\n"
     "5. Average v with these weights.",
-    probes=(grouped_attention,),
+    probes=(grouped_attention, sixteen_bits),
     properties={
         "no position sees a later key": sees_no_later_key,
         "with as many key/value heads as query heads, it is ordinary attention": without_groups,
@@ -157,6 +159,30 @@ ATTENTION = Exercise(
             "in training, the next token is among the inputs, so the loss falls quickly towards 0; and the "
             "model has learned to copy, which does not help when it generates.",
             "the line that computes the scores.",
+        ),
+        Mistake(
+            "upper-left corner",
+            ((" + mask", " + torch.full((q.size(2), k.size(2)), -torch.inf).triu(1)"),),
+            "Query i sees the keys up to i, counted from the first key. With more keys than queries, the "
+            "queries are the last tokens and should see the earlier ones, too.",
+            "without a cache both are the same. With one, a new token would see the beginning of the text "
+            "and not itself. (torch's is_causal counts from the first key.)",
+            "how the mask gets into the scores: the argument mask knows where the queries stand.",
+        ),
+        Mistake(
+            "keys read instead of values",
+            (("weights.type_as(v) @ v", "weights.type_as(k) @ k"),),
+            "The output is a mean of the keys, not of the values.",
+            "a key says what a token can be found by, and a value what it has to say. They have separate "
+            "projections so that they can differ.",
+            "the last product.",
+        ),
+        Mistake(
+            "weights stay in 32 bits",
+            (("weights.type_as(v) @ v", "weights @ v"),),
+            "In float32 all is right. In bfloat16, the weights are float32 and the values are not.",
+            "the mask is float32, and so is everything it is added to. A matrix product needs one dtype.",
+            "the last product, and the dtype of both of its factors.",
         ),
         Mistake(
             "softmax over queries",
@@ -255,7 +281,9 @@ def cached_model(m):
     attention = model.model.layers[0].self_attn
     found = {f"shape of {name}": tuple(weight.shape) for name, weight in attention.named_parameters()}
     found["logits without a cache [batch, position, token]"] = model(idx)[0]
-    found["logits with a cache, a few tokens at a time"], cache = in_steps(model, idx, (4, 1, 1, 5))
+    found["logits with a cache, a few tokens at a time [batch, position, token]"], cache = in_steps(
+        model, idx, (4, 1, 1, 5)
+    )
     found["shape of the cache's keys"] = tuple(cache.keys.shape)
     found["shape of the cache's values"] = tuple(cache.values.shape)
     found["bytes of the cache"] = cache.nbytes
@@ -307,6 +335,34 @@ CACHE = Exercise(
             "a smaller cache is what grouped-query attention is for. (With a single key/value head this even "
             "works, since it is broadcast to all, and nothing is saved.)",
             "the shape of the cache's tensors.",
+        ),
+        Mistake(
+            "one tensor for both",
+            (("self.values = torch.zeros(shape, device=device, dtype=dtype)", "self.values = self.keys"),),
+            "Keys and values share one tensor: the values overwrite the keys.",
+            "the new tokens are right until the cache is read again: then scores are computed with values.",
+            "the two tensors that the cache makes.",
+        ),
+        Mistake(
+            "wide heads in the cache",
+            ((SHAPE, SHAPE.replace("// config.n_head", "// config.n_kv_head")),),
+            "The cache's heads are wider than the keys.",
+            "there are fewer key heads, and each is as wide as a query head: otherwise no product of the two "
+            "would exist.",
+            "the last number of the cache's shape.",
+        ),
+        Mistake(
+            "wide heads",
+            (
+                (
+                    "self.head_dim = config.n_embd // config.n_head",
+                    "self.head_dim = config.n_embd // config.n_kv_head",
+                ),
+            ),
+            "The heads are as wide as if there were only n_kv_head of them.",
+            "the number of query heads does not change, and neither does their width. Only keys and values "
+            "get fewer heads.",
+            "head_dim in Attention.",
         ),
         Mistake(
             "bytes of the keys only",

@@ -1,8 +1,8 @@
 """Finds a stage's file by number or name, and loads it.
 
 The stages of the course are listed here; their relatives are in family/. Any other folder with a model.py is
-a variant, made by copying a stage's folder (cp -r stage3_swiglu my_relu) and editing the copy. A model in my/,
-where the exercises are written, is a variant, too: my/stage4.py has the name my_stage4.
+a variant, made by copying a stage's folder (cp -r stage3_swiglu my_relu) and editing the copy. A model in
+my/, where the exercises are written, is a variant, too: my/stage4.py has the name my_stage4.
 """
 
 import difflib

@@ -2,6 +2,7 @@
 
 import ast
 import itertools
+import re
 
 import pytest
 
@@ -78,3 +79,11 @@ def test_right_solutions_pass_in_any_style_and_a_mistake_in_another_style_is_rec
         else:
             feedback = diagnose.judge(exercise, source, code, FILE)
             assert (feedback.state, feedback.mistakes) == (WRONG, (rewrite.mistake,)), rewrite.name
+
+
+@pytest.mark.parametrize("chapter,exercise", EXERCISES + WHOLE)
+def test_feedback_is_in_whole_sentences_shows_no_code_and_blames_nobody(chapter, exercise):
+    for mistake in exercise.mistakes:
+        parts = (mistake.observed, mistake.why, mistake.look)
+        assert all(part.rstrip(")").endswith(".") for part in parts), mistake.name
+        assert not re.search(r"\b(you|your|self\.\w+|torch\.\w+)\b", " ".join(parts).lower()), mistake.name
