@@ -283,3 +283,34 @@ def test_the_examples_of_blocks_absorbing_and_drafts_add_up():
         q[0] + rejected * left[0]
     ).item() == pytest.approx(0.5)
     assert "0.2 + 0.4 · 0.75 = 0.5" in page_of("stage7")
+
+
+def test_the_bridge_to_published_models_shows_the_sizes_of_the_stages():
+    """The columns of published models are those of their config.json; see tests/test_published_configs.py."""
+    page = (stages.ROOT / "docs" / "learning-path.md").read_text()
+    for place, name in ((0, "stage4_gqa"), (2, "stage6_moe"), (4, "stage7_mla_mtp")):
+        config = made(name).config
+        is_mixture, latent = hasattr(config, "n_routed_experts"), getattr(config, "kv_lora_rank", None)
+        experts = "n_routed_experts", "num_experts_per_tok", "n_shared_experts"
+        shown = {
+            "vocabulary": config.vocab_size,
+            "`n_embd`": config.n_embd,
+            "layers": config.n_layer,
+            "query heads": config.n_head,
+            "key/value heads": f"a latent of {latent}" if latent else config.n_kv_head,
+            "width of the MLP, or of an expert": getattr(
+                config, "moe_intermediate_size", config.intermediate_size
+            ),
+            "experts: to choose from, per token, shared": ", ".join(
+                str(getattr(config, e, "–")) for e in experts
+            )
+            if is_mixture
+            else "–",
+            "router": getattr(config, "router", "–"),
+            "`rope_theta`": f"{config.rope_theta:,.0f}",
+            "context in training": config.block_size,
+            "head tied to the embedding": "yes" if config.tie_word_embeddings else "no",
+            "MTP blocks": getattr(config, "num_nextn_predict_layers", "–"),
+        }
+        for row, value in shown.items():
+            assert cells(page, row)[place] == str(value), (name, row)
