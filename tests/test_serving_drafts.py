@@ -1,5 +1,6 @@
 """Drafts in the batch: more tokens a step, and every text is the one that it is without them."""
 
+import copy
 import random
 
 import pytest
@@ -90,7 +91,7 @@ def check_content(engine, sequence):
     table, size = sequence.table, engine.pool.block_size
     if table.length < 2:
         return
-    model, tokens = engine.model, torch.tensor([sequence.tokens[: table.length]])
+    model, tokens = engine.model, torch.tensor([sequence.tokens[: table.length]], device=engine.device)
     with torch.inference_mode():
         _, hidden = model(tokens, return_hidden=True)
         cache = model.new_cache(1, table.length, drafting=True)
@@ -162,6 +163,16 @@ def test_any_mix_writes_with_drafts_what_it_writes_without(model, seed):
     assert bool(stats["prefix_hits"]) == options["prefix_cache"]
     assert stats["preemptions"] > 0 or not seed % 2
     assert stats["swapped"] > 0 or not options["swap_memory"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_a_mix_writes_with_drafts_what_it_writes_without(model):
+    on_gpu = copy.deepcopy(model).cuda()
+    prompts, params = mix(7)
+    expected = run(make_engine(on_gpu), prompts, params, random.Random(7))
+    engine = make_engine(on_gpu, n_blocks=18, draft=True, swap_memory=0.01)
+    same(run(engine, prompts, params, random.Random(7)), expected)
 
 
 def test_requests_that_are_aborted_leave_the_others_alone(model):
