@@ -227,9 +227,9 @@ ROUTER = Exercise(
         Mistake(
             "autocast on the meta device",
             (('"cpu" if x.is_meta else x.device.type', "x.device.type"),),
-            "On the meta device, torch.autocast raises an exception: it does not know that device.",
+            "On the meta device, autocast raises an exception: it does not know that device.",
             "the course builds models without numbers to count their parameters and their arithmetic.",
-            "the device type that torch.autocast is given.",
+            "the device type that autocast is given.",
         ),
     ),
     rewrites=(
@@ -476,7 +476,7 @@ BALANCE = Exercise(
             "The entropies are added up over the processes.",
             "after_step does that once for each step. Here they would be counted twice, and every forward "
             "pass would wait for a message more.",
-            "what is added to self.entropy.",
+            "what is added to the entropy.",
         ),
         Mistake(
             "entropy's sign",
@@ -484,7 +484,7 @@ BALANCE = Exercise(
             "The entropy has the wrong sign.",
             "the logarithm of a probability is negative, and an entropy is not: it is 0 for a router that is "
             "certain, and log E for one that knows nothing.",
-            "the line that adds to self.entropy.",
+            "the line that adds to the entropy.",
         ),
         Mistake(
             "mean entropy",
@@ -492,7 +492,7 @@ BALANCE = Exercise(
             "The entropy is averaged over the tokens, not added up.",
             "after_step divides by the number of tokens since the last step. With batches of different "
             "sizes, a sum of means is not the mean.",
-            "the line that adds to self.entropy.",
+            "the line that adds to the entropy.",
         ),
         Mistake(
             "logarithm of 0",
@@ -697,7 +697,7 @@ SIGMOID = Exercise(
             "The weights are right. The entropy is computed from scores that do not add up to 1.",
             "an entropy belongs to a distribution. With raw scores it would rise and fall with their sum, "
             "and the log would show nonsense.",
-            "what is passed to self.count.",
+            "the probabilities that are passed to count.",
         ),
     ),
     rewrites=(
