@@ -104,7 +104,7 @@ def tests(run: Run) -> None:
             if is_broken(run.device):
                 os._exit(BROKEN)
 
-    files = ["test_gpu", "test_flash", "test_parallel", "test_serving_engine"]
+    files = ["test_gpu", "test_flash", "test_parallel", "test_serving_engine", "test_serving_drafts"]
     status = pytest.main(
         ["-q", "-m", "gpu", "-p", "no:cacheprovider", *(f"tests/{name}.py" for name in files)],
         plugins=[Recorder()],

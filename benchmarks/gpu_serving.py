@@ -6,6 +6,7 @@ import time
 import torch
 
 from benchmarks.gpu_run import DECODING_STAGES, Run
+from deploy.quantization import linear, rtn
 from deploy.serving.engine import Engine
 from deploy.serving.graphs import Graphs
 from deploy.serving.sampling import SamplingParams
@@ -39,7 +40,7 @@ def serving(run: Run) -> None:
     baby = run.sizes.preset["model"] | {"vocab_size": 65}
     models = {name: (name, baby) for name in DECODING_STAGES}
     shape = SMOLLM2 if not run.smoke else SMOLLM2 | {"n_layer": 1, "vocab_size": 65, "block_size": 64}
-    models["SmolLM2's shape"] = ("stage5_flash", shape)
+    models["SmolLM2's shape"] = models["SmolLM2's shape, 4 bits"] = ("stage5_flash", shape)
     for name, (stage, sizes) in models.items():
         for n_requests in run.sizes.batch_sizes:
             part = f"{name}, {n_requests} at once"
@@ -55,6 +56,8 @@ def measure(run: Run, part: str, stage_name: str, sizes: dict, n_requests: int) 
     fields = stage.GPTConfig.__dataclass_fields__
     config = stage.GPTConfig(**{key: value for key, value in sizes.items() if key in fields})
     model = stage.GPT(config).to(run.device, run.dtype).eval()
+    if "4 bits" in part:
+        quantize(model)
     draw = random.Random(0)
     quarter = config.block_size // 4
     prompts = [draw.choices(range(config.vocab_size), k=draw.randint(1, quarter)) for _ in range(n_requests)]
@@ -72,6 +75,13 @@ def measure(run: Run, part: str, stage_name: str, sizes: dict, n_requests: int) 
     figures["graph"]["speed_up"] = figures["eager"]["seconds"] / figures["graph"]["seconds"]
     pairs = zip(texts["eager"], texts["graph"], strict=True)
     run.record(part, **figures, texts_that_differ=sum(a != b for a, b in pairs))
+
+
+def quantize(model: torch.nn.Module) -> None:
+    """Rounds the weights of all linear layers but the head to 4 bits in groups of 64."""
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+    codes = {name: rtn.rtn(layer.weight, 4, 64) for name, layer in layers if name != "lm_head"}
+    linear.replace(model, codes)
 
 
 def repeat(compute):

@@ -65,7 +65,8 @@ def test_commands_have_flags_that_exist(path, monkeypatch):
     text = path.read_text().replace("\\\n", " ")  # a command over several lines
     for starter, flags in re.findall(r"(python|torchrun [^`\n|]*) train\.py ([^`\n|]*)", text):
         if "--stage" in flags and "--help" not in flags:
-            flags = re.sub(r"my_\w+|my/stage\d\.py", "3", flags.replace("my.txt", __file__))  # a reader's file and variant
+            # A reader's own text, variant and solution.
+            flags = re.sub(r"my_\w+|my/stage\d\.py", "3", flags.replace("my.txt", __file__))
             parsed = settings.parse([*shlex.split(flags), "--device", "cpu"])
             processes = re.findall(r"--(?:nnodes|nproc-per-node) (\d+)", starter)
             monkeypatch.setattr(parallel, "WORLD_SIZE", math.prod(map(int, processes)))
