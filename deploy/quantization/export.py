@@ -150,8 +150,8 @@ def as_int32(packed: torch.Tensor) -> torch.Tensor:
 def block_type(tensor: torch.Tensor) -> str | None:
     """The type of GGUF that holds these words exactly: Q8_0, Q4_0 or Q4_1; None if there is none.
 
-    All have blocks of 32 numbers with a scale in float16. Q4_1 also has a float16 for -scale * zero, which
-    may round its 12 bits to 11; the others have no zero.
+    All have blocks of 32 numbers with a scale in float16. Q4_1 also has a float16 for -scale * zero, which is
+    exact for our grids (see grid.find_grid); the others have no zero.
     """
     if tensor.size(-1) % BLOCK:
         return None

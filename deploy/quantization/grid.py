@@ -38,6 +38,7 @@ def find_grid(
     middle: half of the codes are for negative weights. At 8 bits the grid is always symmetric, because the
     8-bit kernels and file formats know no zero, and 256 values can afford it. The scale is rounded to
     bfloat16, as it is stored: a method that corrects rounding errors must see the same grid as the model.
+    With a zero it is rounded to 7 bits, one fewer, so that scale * zero is exact in GGUF's float16 (11 bits).
     """
     highest = 2**bits - 1
     groups = in_groups(weight.float(), group_size)  # (out, groups, group_size)
@@ -47,7 +48,8 @@ def find_grid(
         zero = torch.full_like(low, 2 ** (bits - 1))
         scale = torch.maximum(-low / zero, high / (highest - zero))
     else:
-        scale = (high - low) / highest
+        mantissa, exponent = torch.frexp((high - low) / highest)
+        scale = torch.ldexp((mantissa * 2**7).round(), exponent - 7)
     scale = scale.bfloat16().float()
     scale = torch.where(scale > 0, scale, 1)  # a group of zeros
     if not (symmetric or bits == 8):
