@@ -139,7 +139,10 @@ def prepare_training(settings, model, dtype) -> tuple:
     if parallel.RANK:  # the weights are equal in all processes; from here on dropout differs
         torch.manual_seed(parallel.my_seed(settings.seed))
     if settings.compile:
-        trained = torch.compile(trained, options=devices.compile_options(next(model.parameters()).device))
+        micro_batch = parallel.micro_batch(settings.batch_size, settings.micro_batch_size)
+        one_pass = micro_batch == settings.batch_size
+        options = devices.training_options(next(model.parameters()).device, one_pass)
+        trained = torch.compile(trained, options=options)
     return trained, optimizer
 
 

@@ -50,6 +50,7 @@ SECTIONS = [
     Section("mixture", 4, 40),
     Section("compiled", 2, 130),
     Section("decoding", 5, 80),
+    Section("serving", 8, 60),
     Section("nanogpt", 7, 50),
     Section("training", 6, 160),
 ]
@@ -65,7 +66,7 @@ class Settings:
     """Folder for gpu.json, summary.md and the pictures. None: a new folder, runs/gpu-check."""
     only: str | None = None
     """Sections to run, such as 1,3. 1: tests, 2: training speed, 3: attention, 4: mixture of experts,
-    5: decoding, 6: a whole training run, 7: nanoGPT. None: all."""
+    5: decoding, 6: a whole training run, 7: nanoGPT, 8: serving. None: all."""
     nanogpt: str | None = None
     """Folder of a checkout of karpathy/nanoGPT, to measure its model too."""
     smoke: bool = False

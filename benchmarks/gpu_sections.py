@@ -18,6 +18,7 @@ import torch
 
 from benchmarks.gpu_layers import attention, attention_ways, decoder, decoding, mixture
 from benchmarks.gpu_run import BROKEN, DECODING_STAGES, FULL, Run, first_line, is_broken, seconds_of
+from benchmarks.gpu_serving import serving
 from benchmarks.gpu_training import Trainer, compiled, eager, float32, nanogpt, training
 from lab import device, stages
 from lab.sampling.compiled import CompiledStep
@@ -103,8 +104,11 @@ def tests(run: Run) -> None:
             if is_broken(run.device):
                 os._exit(BROKEN)
 
-    files = ["tests/test_gpu.py", "tests/test_flash.py", "tests/test_parallel.py"]
-    status = pytest.main(["-q", "-m", "gpu", "-p", "no:cacheprovider", *files], plugins=[Recorder()])
+    files = ["test_gpu", "test_flash", "test_parallel", "test_serving_engine", "test_serving_drafts"]
+    status = pytest.main(
+        ["-q", "-m", "gpu", "-p", "no:cacheprovider", *(f"tests/{name}.py" for name in files)],
+        plugins=[Recorder()],
+    )
     if status in (pytest.ExitCode.INTERNAL_ERROR, pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.INTERRUPTED):
         raise RuntimeError(f"pytest exited with status {int(status)}; see its output")
 
@@ -168,6 +172,7 @@ def main() -> None:
         attention,
         mixture,
         decoding,
+        serving,
         training,
         nanogpt,
         warm_up,

@@ -44,7 +44,7 @@ class Trainer:
         target_device,
         dtype,
         compiled=False,
-        graphs=False,
+        graphs=True,
         batch_size=None,
         **fields,
     ):
@@ -54,9 +54,7 @@ class Trainer:
         self.model = stage.GPT(config).to(target_device).train()
         self.training_model = self.model
         if compiled:
-            options = device.compile_options(target_device)
-            if graphs and target_device.type == "cuda":
-                options |= {"triton.cudagraphs": True}
+            options = device.training_options(target_device, one_pass=graphs)
             self.training_model = torch.compile(self.model, options=options)
         self.optimizer = optim.make("adamw", self.model, preset["lr"], 0.1, (0.9, preset["beta2"]))
         self.batch_size, self.lr = batch_size or preset["batch_size"], preset["lr"]
@@ -165,20 +163,20 @@ def compiled(run: Run) -> None:
                 speeds = trainer.speed(seconds["compiled"])
                 run.record(name, **figures, **speeds, speed_up=speed_up)
             run.record(name, loss=trainer.must_learn())
-        with run.attempt(f"{name}: CUDA graphs"):
-            run.record(name, graphs=with_graphs(run, name, trainer, share))
+        with run.attempt(f"{name}: without CUDA graphs"):
+            run.record(name, without_graphs=without_graphs(run, name, trainer, share))
 
 
-def with_graphs(run: Run, name: str, trainer: Trainer, share: float) -> dict:
-    """The speed of the compiled step recorded in CUDA graphs, interleaved with that without, and its loss."""
-    graphs = Trainer(run, name, run.device, run.dtype, compiled=True, graphs=True)
-    seconds_of(graphs, 3, run.device)  # compiles, then records
-    seconds = {"graphs": [], "compiled": []}
+def without_graphs(run: Run, name: str, trainer: Trainer, share: float) -> dict:
+    """The speed of the compiled step without CUDA graphs, interleaved with that with them, and its loss."""
+    plain = Trainer(run, name, run.device, run.dtype, compiled=True, graphs=False)
+    seconds_of(plain, 3, run.device)  # compiles
+    seconds = {"plain": [], "graphs": []}
     for _ in range(3):
-        for which, one in (("graphs", graphs), ("compiled", trainer)):
+        for which, one in (("plain", plain), ("graphs", trainer)):
             seconds[which] += seconds_of(one, max(1, run.sizes.steps // 5), run.device, share / 20)
-    speed_up = statistics.median(seconds["compiled"]) / statistics.median(seconds["graphs"])
-    return graphs.speed(seconds["graphs"]) | {"speed_up": speed_up, "loss": graphs.must_learn()}
+    speed_up = statistics.median(seconds["plain"]) / statistics.median(seconds["graphs"])
+    return plain.speed(seconds["plain"]) | {"speed_up": speed_up, "loss": plain.must_learn()}
 
 
 def float32(run: Run) -> None:

@@ -1,10 +1,11 @@
 """Throughput of the serving engine beside transformers and vLLM: python -m benchmarks.serving
 
-All answer the same mix of requests greedily, 16 at a time, in turn, so that noise affects all alike (vLLM
-runs last, in a process of its own). transformers runs twice: generate, with batches padded to their longest
-prompt and answer, and its continuous batching. Also measured: one request alone, and prompts that begin with
-the same 512 tokens, with and without the prefix cache. Prints a table, and writes the section "serving" of
-results/results.json.
+All answer the same requests greedily, in turn, so that noise affects all alike (vLLM in a process of its own,
+which waits for its turn). There are three kinds of requests: a mix of lengths, 16 at a time; one request
+alone; and prompts that begin with the same 512 tokens. transformers runs twice: generate, with batches padded
+to their longest prompt and answer, and its continuous batching. Also measured: which part of the cache's
+memory holds no token while the engine answers the mix. Writes the section "serving" of results/results.json,
+a picture beside it, and the lesson's tables.
 """
 
 import gc
@@ -14,7 +15,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,9 +24,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.pretrained import export
-from deploy.serving import Engine, SamplingParams
-from lab import cli, device
-from lab.comparison import markdown, timing
+from deploy.serving import Engine, SamplingParams, memory
+from lab import cli, device, stages
+from lab.comparison import stage_plots, timing
 from lab.errors import UserError
 from lab.pages import lessons
 from lab.storage import runs
@@ -32,6 +34,8 @@ from lab.storage import runs
 CPU = torch.device("cpu")
 PROMPTS, ANSWERS = (8, 32, 64, 128, 256), (4, 16, 32, 64, 128)  # lengths in tokens
 SHARED = 512
+BLOCK_SIZES = (16, 8)
+PICTURE = "serving_memory"
 
 Requests = list[tuple[list[int], int]]
 """Prompts, and how many tokens to generate for each."""
@@ -61,51 +65,57 @@ def main():
     settings = cli.parse_flags(Settings, sys.argv[1:])
     torch.set_num_threads(settings.threads)
     device.prepare(CPU)
-    requests = mix(settings.requests)
-    shared = with_shared_prefix(settings.slots)
-    alone = [([504, 3575, 282, 4649, 314], 64)]
-    options = {"max_batch": settings.slots, "cache_memory": 600.0}
-    engine = Engine.of_run(settings.run, device="cpu", dtype="bfloat16", **options)
-    without = Engine.of_run(settings.run, device="cpu", dtype="bfloat16", prefix_cache=False, **options)
-    programs: dict[str, tuple[Callable, Requests]] = {
-        "ours": (partial(ours, without), requests),
-        "ours, one request": (partial(ours, without), alone),
-        "ours, shared prefix, no prefix cache": (partial(ours, without), shared),
-        "ours, shared prefix": (partial(ours_from_empty, engine), shared),
+    requests = {
+        "mix": mix(settings.requests),
+        "alone": [([504, 3575, 282, 4649, 314], 64)],
+        "shared": with_shared_prefix(settings.slots),
     }
-    if settings.quantized:
-        quantized = Engine.of_run(settings.quantized, device="cpu", prefix_cache=False, **options)
-        programs["ours, quantized"] = (partial(ours, quantized), requests)
-        programs["ours, quantized, one request"] = (partial(ours, quantized), alone)
-    with tempfile.TemporaryDirectory() as folder:
-        hf = Path(folder) / "hf"
+    with ExitStack() as stack:
+        hf = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "hf"
         export(Path(settings.run), "hf", hf)
-        model = load_theirs(hf)
-        programs["transformers, padded"] = (partial(padded, model, settings.slots), requests)
-        programs["transformers, continuous"] = (partial(continuous, model, settings.slots), requests)
-        programs["transformers, one request"] = (partial(padded, model, settings.slots), alone)
-        seconds = measure(programs, settings)
+        engines, calls = {}, {}  # calls by program and kind of requests
+        options = {"device": "cpu", "max_batch": settings.slots, "cache_memory": 600.0}
+        engine = engines["this engine"] = Engine.of_run(settings.run, dtype="bfloat16", **options)
+        if settings.quantized:
+            engines["this engine, weights in 4 bits"] = Engine.of_run(settings.quantized, **options)
+        for name, each in engines.items():
+            calls |= {(name, kind): partial(ours, each, requests[kind]) for kind in requests}
+        options = {"max_batch": settings.slots, "cache_memory": 600.0}
+        without = Engine(engine.model, engine.tokenizer, prefix_cache=False, **options)
+        calls["this engine, no prefix cache", "shared"] = partial(ours, without, requests["shared"])
         if settings.vllm:
-            for name, each in (("vLLM", requests), ("vLLM, one request", alone)):
-                programs[name] = (None, each)
-                seconds[name] = vllm(settings, hf, each)
-    waste = engine_waste(without, requests)
-    measured = {}
-    for name, (_, each) in programs.items():
-        tokens = sum(n for _, n in each)
-        speeds = [tokens / one for one in seconds[name]]
-        measured[name] = {"tokens_per_second": statistics.median(speeds), "rounds": speeds}
-    heads = ["", "output tokens/s (lowest to highest)"]
-    rows = [
-        [name, f"{of['tokens_per_second']:.1f} ({min(of['rounds']):.1f} to {max(of['rounds']):.1f})"]
-        for name, of in measured.items()
-    ]
-    print(markdown.table(heads, rows))
-    print(f"\nempty slots in held blocks, mean over the steps: {waste:.1%}")
+            answer = stack.enter_context(vllm(settings, hf))
+            calls |= {("vLLM", kind): partial(answer, requests[kind]) for kind in ("mix", "alone")}
+        model = load_theirs(hf)
+        for kind in ("mix", "alone"):
+            call = partial(padded, model, settings.slots, requests[kind])
+            calls["transformers, padded batches", kind] = call
+        call = partial(continuous, model, settings.slots, requests["mix"])
+        calls["transformers, continuous batching", "mix"] = call
+        gc.collect()
+        seconds = timing.in_turn(calls, settings.rounds, CPU, warm_ups=1)
+    programs = {}
+    for (name, kind), times in seconds.items():
+        n_tokens = sum(n for _, n in requests[kind])
+        speeds = [n_tokens / one for one in times]
+        programs.setdefault(name, {})[kind] = {"median": statistics.median(speeds), "rounds": speeds}
+    used = {}
+    for size in BLOCK_SIZES:
+        sized = Engine(engine.model, engine.tokenizer, block_size=size, **options)
+        used[size] = memory_used(sized, requests["mix"])
+    wastes = {f"blocks of {size}": memory.waste(history) for size, history in used.items()}
+    wastes["one piece"] = memory.waste(used[BLOCK_SIZES[0]], "contiguous")
+    for dark in (False, True):
+        with stage_plots.theme(dark):
+            path = lessons.RESULTS.parent / f"{PICTURE}{'-dark' if dark else ''}.png"
+            memory.draw(used[BLOCK_SIZES[0]], BLOCK_SIZES[0], path)
     results = lessons.read_results()
-    results["serving"] = {"programs": measured, "waste": waste, "machine": runs.machine(CPU)}
+    results["serving"] = {"tokens_per_second": programs, "waste": wastes, "machine": runs.machine(CPU)}
     results["serving"] |= {"requests": settings.requests, "slots": settings.slots, "rounds": settings.rounds}
     runs.write_json(lessons.RESULTS, results)
+    print(lessons.serving(results["serving"]), lessons.serving_waste(wastes), sep="\n\n")
+    lesson = stages.ROOT / "deploy" / "serving" / "README.md"
+    lesson.write_text(lessons.filled(lesson.read_text(), "serving", results))
 
 
 def mix(n: int) -> Requests:
@@ -124,34 +134,22 @@ def with_shared_prefix(n: int) -> Requests:
     return [(prefix + [draw.randrange(100, 40000) for _ in range(16)], 16) for _ in range(n)]
 
 
-def measure(programs: dict, settings: Settings) -> dict[str, list[float]]:
-    """Seconds of each program in each round, after a round that only warms up."""
-    calls = {name: partial(program, requests) for name, (program, requests) in programs.items()}
-    gc.collect()
-    return timing.in_turn(calls, settings.rounds, CPU, warm_ups=1)
-
-
 def ours(engine: Engine, requests: Requests) -> list[list[int]]:
-    """The answers of the engine."""
+    """The answers of the engine, whose prefix cache is empty at first."""
+    engine.forget_prefixes()
     params = [SamplingParams(max_tokens=n, temperature=0, ignore_eos=True) for _, n in requests]
     return [texts[0].token_ids for texts in engine.generate([prompt for prompt, _ in requests], params)]
 
 
-def ours_from_empty(engine: Engine, requests: Requests) -> list[list[int]]:
-    """The answers of the engine, whose prefix cache knows nothing at first."""
-    engine.forget_prefixes()
-    return ours(engine, requests)
-
-
-def engine_waste(engine: Engine, requests: Requests) -> float:
-    """The share of the slots in held blocks that hold no token, mean over the steps."""
+def memory_used(engine: Engine, requests: Requests) -> list[dict[str, int]]:
+    """What the cache's memory is used for after each step (see memory.usage)."""
     for i, (prompt, n) in enumerate(requests):
-        engine.add(f"waste-{i}", prompt, SamplingParams(max_tokens=n, temperature=0, ignore_eos=True))
-    wastes = []
+        engine.add(str(i), prompt, SamplingParams(max_tokens=n, temperature=0, ignore_eos=True))
+    history = []
     while engine.has_work():
         engine.step()
-        wastes.append(engine.stats()["cache_waste"])
-    return statistics.mean(wastes)
+        history.append(memory.usage(engine, ANSWERS[-1]))
+    return history[:-1]  # after the last step, nothing is held
 
 
 def load_theirs(folder: Path):
@@ -204,34 +202,50 @@ def continuous(model, slots: int, requests: Requests) -> list[list[int]]:
 
 
 VLLM = """
-import json, os, sys, time
-given = json.load(sys.stdin)
+import json, sys
 from vllm import LLM, SamplingParams
+given = json.loads(sys.stdin.readline())
 model = LLM(given["model"], dtype="bfloat16", enforce_eager=True, max_num_seqs=given["slots"],
             max_model_len=2048, enable_prefix_caching=False, skip_tokenizer_init=True)
-prompts = [{"prompt_token_ids": prompt} for prompt, n in given["requests"]]
-params = [SamplingParams(max_tokens=n, temperature=0, ignore_eos=True, detokenize=False)
-          for prompt, n in given["requests"]]
-seconds = []
-for _ in range(given["rounds"] + 1):
-    started = time.perf_counter()
-    model.generate(prompts, params, use_tqdm=False)
-    seconds.append(time.perf_counter() - started)
-print("SECONDS", json.dumps(seconds[1:]))
+print("READY", flush=True)
+for line in sys.stdin:
+    requests = json.loads(line)
+    params = [SamplingParams(max_tokens=n, temperature=0, ignore_eos=True, detokenize=False)
+              for prompt, n in requests]
+    model.generate([{"prompt_token_ids": prompt} for prompt, n in requests], params, use_tqdm=False)
+    print("READY", flush=True)
 """
 
 
-def vllm(settings: Settings, folder: Path, requests: Requests) -> list[float]:
-    """Seconds of each round of vLLM, in a process of its own after the others."""
-    given = {"model": str(folder), "slots": settings.slots, "requests": requests, "rounds": settings.rounds}
+@contextmanager
+def vllm(settings: Settings, folder: Path) -> Iterator[Callable[[Requests], None]]:
+    """A function that lets vLLM, in a process of its own, answer requests."""
     threads = ",".join(map(str, range(settings.threads)))
     command = ["env", "VLLM_CPU_KVCACHE_SPACE=1", f"VLLM_CPU_OMP_THREADS_BIND={threads}", settings.vllm]
-    done = subprocess.run([*command, "-c", VLLM], input=json.dumps(given), capture_output=True, text=True)
-    found = [line for line in done.stdout.splitlines() if line.startswith("SECONDS ")]
-    if done.returncode or not found:
-        reason = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
-        raise UserError(f"vLLM failed: {reason}\ncheck {settings.vllm}, or leave --vllm out")
-    return json.loads(found[0].removeprefix("SECONDS "))
+    with tempfile.TemporaryFile("w+") as errors:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors}
+        process = subprocess.Popen([*command, "-c", VLLM], text=True, **pipes)
+
+        def ask(request) -> None:
+            with suppress(BrokenPipeError):  # it has ended, as the loop finds
+                print(json.dumps(request), file=process.stdin, flush=True)
+            for line in process.stdout:
+                if line == "READY\n":
+                    return
+            errors.seek(0)
+            reason = (errors.read().strip().splitlines() or ["it printed nothing"])[-1]
+            raise UserError(f"vLLM failed: {reason}\ncheck {settings.vllm}, or leave --vllm out")
+
+        try:
+            ask({"model": str(folder), "slots": settings.slots})
+            yield ask
+        finally:
+            with suppress(BrokenPipeError):
+                process.stdin.close()  # its loop ends, and it stops its own processes
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
 
 if __name__ == "__main__":

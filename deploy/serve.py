@@ -56,6 +56,9 @@ class Settings:
     cache_memory: float | None = None
     """Memory for the cache of keys and values, in MB. None: a quarter of what is free, or less if that is
     enough."""
+    cache_dtype: Literal["auto", "int8"] = "auto"
+    """Number format of the cache; with int8 about twice as many tokens fit as with bfloat16. auto: that of
+    the weights."""
     swap_memory: float = 0
     """Memory of the CPU for the blocks of requests that wait because the cache is full, in MB. 0: none, these
     requests are computed again."""
@@ -178,6 +181,7 @@ def load(settings: Settings):
         swap_memory=settings.swap_memory,
         draft=settings.draft,
         draft_tokens=settings.draft_tokens,
+        int8_cache=settings.cache_dtype == "int8",
     )
     context = settings.context or longest
     room = (engine.pool.n_blocks - 1) * engine.pool.block_size + 1  # the last token is never in the cache

@@ -145,6 +145,19 @@ def compile_options(device: torch.device) -> dict[str, object]:
     return {"cpp.use_decompose_tanh": True} if device.type == "cpu" else {}
 
 
+def training_options(device: torch.device, one_pass: bool) -> dict[str, object]:
+    """Options of torch.compile for training. one_pass: whether a step is a single pass of a single process.
+
+    Then one CUDA graph replays the forward pass and another the backward pass, so that the GPU does not wait
+    for Python. Each replay overwrites the results of the one before, so the gradients of several passes could
+    not be added up.
+    """
+    options = compile_options(device)
+    if device.type == "cuda" and one_pass:
+        options |= {"triton.cudagraphs": True}
+    return options
+
+
 def step_options(device: torch.device) -> dict[str, object]:
     """Options of torch.compile for decoding one token.
 

@@ -1,7 +1,8 @@
 """Finds a stage's file by number or name, and loads it.
 
 The stages of the course are listed here; their relatives are in family/. Any other folder with a model.py is
-a variant, made by copying a stage's folder (cp -r stage3_swiglu my_relu) and editing the copy.
+a variant, made by copying a stage's folder (cp -r stage3_swiglu my_relu) and editing the copy. A model in
+my/, where the exercises are written, is a variant, too: my/stage4.py has the name my_stage4.
 """
 
 import difflib
@@ -14,6 +15,7 @@ from types import ModuleType
 from lab.errors import UserError, shown
 
 ROOT = Path(__file__).resolve().parent.parent
+MY = ROOT / "my"
 COURSE = {  # in order
     "stage0_gpt": "stage0_gpt/model.py",
     "stage1_rmsnorm": "stage1_rmsnorm/model.py",
@@ -41,7 +43,12 @@ def names() -> list[str]:
     """The names of all stages: the course's in order, then its relatives and the variants by name."""
     folders = sorted(file.parent.name for file in ROOT.glob("*/model.py") if file.parent.name[0] != ".")
     variants = [name for name in folders if name not in COURSE and name not in relatives()]
-    return [*course(), *relatives(), *variants]
+    return [*course(), *relatives(), *variants, *written()]
+
+
+def written() -> list[str]:
+    """The names of the models in my/."""
+    return [f"my_{file.stem}" for file in sorted(MY.glob("*.py")) if b"\nclass GPT(" in file.read_bytes()]
 
 
 def path(name: str) -> Path:
@@ -51,6 +58,11 @@ def path(name: str) -> Path:
     relative, variant = ROOT / "family" / name / "model.py", ROOT / name / "model.py"
     if relative.exists() and variant.exists():
         raise UserError(f"{name} could be {name}/ or family/{name}/: rename your folder")
+    mine = MY / f"{name.removeprefix('my_')}.py"
+    if name.startswith("my_") and mine.exists():
+        if variant.exists():
+            raise UserError(f"{name} could be {name}/ or {shown(mine)}: rename your folder")
+        return mine
     return relative if relative.exists() else variant
 
 
@@ -59,6 +71,9 @@ def find(stage: str) -> str:
 
     Raises UserError if no stage fits, or more than one.
     """
+    file = Path(stage.strip())
+    if file.suffix == ".py" and MY in ((ROOT / file).parent, file.resolve().parent):
+        return find_written(file.stem)
     wanted = stage.strip().rstrip("/\\").removeprefix("./").removesuffix("/model.py")
     if Path(wanted).parent in (ROOT, Path("family"), ROOT / "family"):
         wanted = Path(wanted).name
@@ -76,6 +91,17 @@ def find(stage: str) -> str:
     close = difflib.get_close_matches(given, [*known, *map(word, known)], n=1)
     guess = f"did you mean {close[0]}? The" if close else "the"
     raise UserError(f"unknown stage {stage!r}; {guess} stages are: {listing()}")
+
+
+def find_written(stem: str) -> str:
+    """The name of a model in my/. Raises UserError if there is no such file, or no model in it."""
+    file = MY / f"{stem}.py"
+    if not file.exists():
+        begin = f"python exercise.py start {stem.removeprefix('stage')}"
+        raise UserError(f"{shown(file)} does not exist{f': {begin}' if stem.startswith('stage') else ''}")
+    if f"my_{stem}" not in written():
+        raise UserError(f"{shown(file)} has no class GPT: it is no model that could be trained")
+    return f"my_{stem}"
 
 
 def listing() -> str:

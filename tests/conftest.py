@@ -15,7 +15,7 @@ torch.set_num_threads(1)  # with tiny tensors, a second thread only slows things
 
 TINY_MODEL = {"vocab_size": 65, "block_size": 16, "n_layer": 2, "n_head": 4, "n_embd": 32}
 TINY_RUN = ["--model.n-layer", "2", "--model.n-head", "2", "--model.n-embd", "16", "--model.block-size", "8"]
-TINY_RUN += ["--batch-size", "4"]
+TINY_RUN += ["--batch-size", "4", "--eval-tokens", "200"]
 
 
 @pytest.fixture(autouse=True)
@@ -56,17 +56,24 @@ def workshop(tmp_path, monkeypatch, text):
     monkeypatch.setenv("DATA_DIR", str(tmp_path / "data"))
     monkeypatch.setenv("RUNS_DIR", str(tmp_path / "runs"))
     monkeypatch.setattr(runs, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(stages, "MY", tmp_path / "my")
     (tmp_path / "words.txt").write_text(text)
     return tmp_path
 
 
-def call(monkeypatch, driver, *arguments) -> int:
-    """Runs a command as from the command line; returns the exit status."""
-    monkeypatch.setattr(sys, "argv", [f"{driver.__name__}.py", *map(str, arguments)])
-    try:
-        driver.cli.run(driver.main)
-    except SystemExit as stop:
-        return stop.code or 0
+def call(monkeypatch, driver, *arguments, report=False) -> int:
+    """Runs a command as from the command line; returns the exit status.
+
+    Training ends without its report (pictures and a sample, which take longer than a tiny run) unless asked.
+    """
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{driver.__name__}.py", *map(str, arguments)])
+        if not report:
+            patch.setattr(train, "report", lambda *arguments: None)
+        try:
+            driver.cli.run(driver.main)
+        except SystemExit as stop:
+            return stop.code or 0
     return 0
 
 
@@ -74,8 +81,8 @@ def call(monkeypatch, driver, *arguments) -> int:
 def run_train(workshop, monkeypatch):
     """run_train(*flags): trains a tiny model on words.txt; returns the exit status."""
 
-    def run(*flags):
-        return call(monkeypatch, train, "--data", "words.txt", *TINY_RUN, *flags)
+    def run(*flags, **options):
+        return call(monkeypatch, train, "--data", "words.txt", *TINY_RUN, *flags, **options)
 
     return run
 

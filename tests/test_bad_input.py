@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import call
 
+import sample
+import train
 from benchmarks import gpt2_preset
 from data import sources, tokenizers
 from lab.comparison import spread
@@ -233,9 +236,9 @@ def test_a_wrong_flag_ends_the_process_with_status_2(driver, tmp_path):
     assert "--wrong" in done.stderr and len(done.stderr.splitlines()) <= 2
 
 
-@pytest.mark.parametrize("driver", ["train.py", "sample.py"])
-def test_help_explains_every_flag(driver):
-    done = subprocess.run([sys.executable, ROOT / driver, "--help"], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stderr == ""
-    flags = [line for line in done.stdout.splitlines() if "--" in line]
-    assert len(flags) >= 10
+@pytest.mark.parametrize("driver", [train, sample], ids=["train.py", "sample.py"])
+def test_help_explains_every_flag(driver, monkeypatch, capsys):
+    assert call(monkeypatch, driver, "--help") == 0
+    out, err = capsys.readouterr()
+    flags = [line for line in out.splitlines() if "--" in line]
+    assert err == "" and len(flags) >= 10

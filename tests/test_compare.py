@@ -1,5 +1,6 @@
 """compare.py: what is reused, resumed and missing, statistics, table, pictures, and a whole comparison."""
 
+import contextlib
 import io
 import json
 import math
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +19,9 @@ from conftest import TINY_RUN, call
 from rich.console import Console
 
 import compare
+import train
 from lab import stages
-from lab.comparison import diffs, interleaved, report, spread, wanted_runs
+from lab.comparison import diffs, interleaved, isolated, report, spread, wanted_runs
 from lab.errors import UserError
 from lab.storage import checkpoint, edits, runs
 
@@ -31,6 +34,22 @@ def run_compare(workshop, monkeypatch):
     """run_compare(*flags): calls compare.py on the tiny runs; returns the exit status."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     return lambda *flags: call(monkeypatch, compare, *flags, *FLAGS)
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """compare.py trains and measures in this process: each process of its own imports torch for seconds."""
+
+    def train_one(run, *_):
+        assert call(monkeypatch, train, *run.command()[2:]) == 0
+
+    def measured(command, **_):
+        with contextlib.redirect_stdout(io.StringIO()) as stdout:
+            status = call(monkeypatch, isolated, *command[3:])
+        return subprocess.CompletedProcess(command, status, stdout.getvalue(), "")
+
+    monkeypatch.setattr(compare, "train_one", train_one)
+    monkeypatch.setattr(isolated, "subprocess", types.SimpleNamespace(run=measured))
 
 
 def made_up(stage, seed, losses, steps=40, folder=None, **changes):
@@ -66,6 +85,12 @@ DRAW = ("--only-draw", "--steps", "40")
 @pytest.fixture
 def only_draw(workshop, monkeypatch):
     return lambda *flags: call(monkeypatch, compare, *DRAW, *flags)
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """A comparison writes its figures and no pictures, which take seconds."""
+    monkeypatch.setattr(report, "draw", lambda *arguments: [])
 
 
 def results_folder():
@@ -106,7 +131,7 @@ def test_one_point_is_enough(only_draw):
     assert results_of()["stages"]["stage3_swiglu"]["val_loss"]["std"] is None
 
 
-def test_some_stages_leave_the_figures_of_all_alone(only_draw, capsys):
+def test_some_stages_leave_the_figures_of_all_alone(only_draw, no_pictures, capsys):
     made_up("3", 0, [2.5])
     made_up("4", 0, [2.4])
     assert only_draw() == 0
@@ -123,7 +148,7 @@ def test_some_stages_leave_the_figures_of_all_alone(only_draw, capsys):
     assert list(results_of("runs/compare/laptop/results-4")["stages"]) == ["stage4_gqa"]
 
 
-def test_a_diverged_run_is_named_and_left_out(only_draw, capsys):
+def test_a_diverged_run_is_named_and_left_out(only_draw, no_pictures, capsys):
     made_up("0", 0, [3.0, 2.0])
     made_up("0", 1, [3.0, math.nan])
     assert only_draw("--stages", "0", "--seeds", "2") == 0
@@ -131,7 +156,7 @@ def test_a_diverged_run_is_named_and_left_out(only_draw, capsys):
     assert results_of()["stages"]["stage0_gpt"]["seeds"] == [0]
 
 
-def test_a_stage_that_is_not_here_and_damaged_runs_are_named(only_draw, capsys):
+def test_a_stage_that_is_not_here_and_damaged_runs_are_named(only_draw, no_pictures, capsys):
     made_up("0", 0, [3.0, 2.0])
     made_up("0", 1, [3.0], folder="runs/strange", config={"stage": "stage9_magic"})
     made_up("1", 0, [3.0], folder="runs/torn")
@@ -167,7 +192,7 @@ def test_wrong_flags_are_explained(only_draw, capsys, flags, message):
     assert message in err and len(err.splitlines()) <= 2
 
 
-def test_unfinished_runs_are_said_with_their_step(only_draw, capsys):
+def test_unfinished_runs_are_said_with_their_step(only_draw, no_pictures, capsys):
     made_up("0", 0, [3.0, 2.0])
     made_up("0", 1, [3.0], steps=40)
     path = Path("runs/0-1/metrics.jsonl")
@@ -216,7 +241,7 @@ def test_seconds_to_a_loss_lie_between_two_evaluations():
     assert report.seconds_to(metrics, 2.5) == 10.0
 
 
-def test_noise_is_marked(only_draw):
+def test_noise_is_marked(only_draw, no_pictures):
     for seed, (one, other) in enumerate([(1.90, 1.91), (1.95, 1.89), (1.85, 1.93)]):
         made_up("3", seed, [3.0, one])
         made_up("4", seed, [3.0, other])
@@ -281,7 +306,7 @@ def test_a_run_that_breaks_is_reported_and_the_rest_is_drawn(run_compare, monkey
 
 
 @pytest.mark.parametrize("reaches", ["both", "the run alone"])
-def test_an_interrupted_comparison_goes_on_where_it_was(run_compare, workshop, reaches):
+def test_an_interrupted_comparison_goes_on_where_it_was(workshop, no_pictures, monkeypatch, reaches):
     """The first run is stopped in its middle, by the signal that Ctrl-C gives to compare.py and its child.
 
     To the child alone is what remains of it where Python drops the exception of compare.py's own.
@@ -295,9 +320,9 @@ def test_an_interrupted_comparison_goes_on_where_it_was(run_compare, workshop, r
         "0",
         *FLAGS,
         "--steps",
-        "1500",
+        "500",
         "--eval-every",
-        "100",
+        "50",
     ]
     script = [sys.executable, str(ROOT / "compare.py"), *flags]
     environment = os.environ | {"RUNS_DIR": str(workshop / "runs"), "OMP_NUM_THREADS": "1"}
@@ -314,14 +339,14 @@ def test_an_interrupted_comparison_goes_on_where_it_was(run_compare, workshop, r
     _, err = parent.communicate(timeout=180)
     assert parent.returncode == 130 and b"to resume, rerun the same command" in err, err
     stopped = checkpoint.step(folder)
-    assert 0 < stopped < 1500
+    assert 0 < stopped < 500
     if reaches == "both":
-        assert subprocess.run(script, env=environment, cwd=workshop, timeout=300).returncode == 0
+        assert call(monkeypatch, compare, *flags) == 0
         resumed = json.loads((folder / "config.json").read_text())["resumed"]
         assert resumed[0]["step"] == stopped
 
 
-def test_all_stages_are_compared_and_drawn(run_compare, capfd):
+def test_all_stages_are_compared_and_drawn(run_compare, in_this_process, monkeypatch, capfd):
     assert run_compare("--seeds", "1", "--rounds", "1", "--contexts", "") == 0
     assert "missing" not in capfd.readouterr().err
     folder = Path("runs/compare/laptop/results")
@@ -333,9 +358,8 @@ def test_all_stages_are_compared_and_drawn(run_compare, capfd):
         assert row["training_tokens_per_second"]["median"] > 0 and row["peak_memory"] > 2**20
         assert len(row["decoding_tokens_per_second"]["values"]) == 1
     assert results["machine"]["versions"]["torch"]
-    began = time.perf_counter()
-    assert run_compare("--seeds", "1", "--only-draw") == 0  # nothing is trained again
-    assert time.perf_counter() - began < 60
+    monkeypatch.setattr(compare, "train_one", None)  # nothing is trained again
+    assert run_compare("--seeds", "1", "--only-draw") == 0
     assert (
         results_of()["stages"]["stage7_mla_mtp"]["val_loss"]
         == results["stages"]["stage7_mla_mtp"]["val_loss"]

@@ -1098,7 +1098,6 @@ FROZEN = ["--lr", "0", "--min-lr", "0", "--steps", "1", "--batch-size", "2", "--
 @pytest.fixture
 def fine_tune(workshop, monkeypatch):
     """fine_tune(*flags): trains on words.txt without sizes of its own; returns the exit status."""
-    monkeypatch.setattr(train, "report", lambda *arguments: None)  # the pictures take longest
     return lambda *flags: call(monkeypatch, train, "--data", "words.txt", *flags)
 
 

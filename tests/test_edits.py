@@ -1,7 +1,7 @@
 """Edited code, copied stages, two processes at one run: nothing goes stale or is overwritten in silence."""
 
+import contextlib
 import json
-import multiprocessing
 import os
 import re
 import shutil
@@ -416,29 +416,23 @@ def test_one_damaged_run_does_not_block_the_others(run_train, run_sample, capsys
 # Two at once
 
 
-def hold(path, ready):
-    with locks.held(path):
-        ready.set()
-        time.sleep(60)
+HOLD = "import sys, time; from lab.storage import locks\n"
+HOLD += "with locks.held(sys.argv[1]): print(flush=True); time.sleep(60)"
 
 
 @pytest.fixture
 def holder():
     """holder(path): another process that holds the lock; returns it."""
-    context = multiprocessing.get_context("spawn")
-    started = []
+    with contextlib.ExitStack() as started:
 
-    def start(path):
-        ready = context.Event()
-        process = context.Process(target=hold, args=(path, ready), daemon=True)
-        process.start()
-        started.append(process)
-        assert ready.wait(60)
-        return process
+        def start(path):
+            command = [sys.executable, "-c", HOLD, Path(path).resolve()]
+            process = started.enter_context(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE))
+            started.callback(process.kill)
+            assert process.stdout.readline() == b"\n"
+            return process
 
-    yield start
-    for process in started:
-        process.kill()
+        yield start
 
 
 def test_a_run_that_is_being_trained_is_not_trained_twice(run_train, holder, capsys):
@@ -451,7 +445,7 @@ def test_a_run_that_is_being_trained_is_not_trained_twice(run_train, holder, cap
     assert f"run is being trained by process {process.pid}" in err and len(err.splitlines()) == 2
     assert Path("run/metrics.jsonl").read_bytes() == before
     process.kill()
-    process.join()
+    process.wait()
     assert run_train("--resume", "--out", "run", "--steps", "4") == 0  # the lock ended with the process
 
 
@@ -497,7 +491,7 @@ def test_a_comparison_does_not_clear_a_run_that_another_one_has_begun(workshop, 
         pass
     assert (run.folder / "config.json").exists()
     process.kill()
-    process.join()
+    process.wait()
     with run.claimed():
         assert not run.folder.exists()  # what a killed run leaves is cleared
 

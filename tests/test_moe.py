@@ -405,7 +405,7 @@ def test_a_run_resumes_with_its_biases(run_train, workshop, monkeypatch, router)
 
 def test_what_the_routers_do_is_in_the_metrics_and_in_a_picture(run_train, workshop, capsys):
     flags = ("--stage", "6", "--model.router", "softmax", "--steps", "6", "--log-every", "2")
-    assert run_train(*flags, "--out", "run") == 0
+    assert run_train(*flags, "--out", "run", report=True) == 0
     for record in metrics("run"):
         assert [sum(layer) for layer in record["expert_tokens"]] == [2 * 4 * 8] * 2
         assert len(record["router_entropy"]) == 2 and 0 < record["router_entropy"][0] <= math.log(8) + 1e-4

@@ -114,6 +114,23 @@ def test_gguf_has_the_bytes_of_our_grid(run_export, capsys, bits, symmetric, kin
             assert torch.equal(found, weight)
 
 
+@pytest.mark.parametrize("bits, symmetric, kind", [(4, False, "Q4_1"), (4, True, "Q4_0"), (8, True, "Q8_0")])
+def test_transformers_reads_our_logits_from_gguf(run_export, bits, symmetric, kind):  # noqa: F811
+    """It dequantizes the file and multiplies in float32, which llama.cpp does not.
+
+    The numbers of Q4_0 and Q8_0 are ours. Q4_1 rounds -scale * zero to float16: 1e-3 of the largest logit.
+    """
+    pytest.importorskip("accelerate")
+    sizes = {"n_kv_head": 2, "intermediate_size": 192}
+    ours = make_quantized("stage4_gqa", bits, 64, head=True, seed=3, symmetric=symmetric, **sizes)
+    assert run_export("--run", "quantized", "--to", "gguf", "--out", "run.gguf") == 0
+    assert GGUFFile(Path("run.gguf")).tensors["blk.0.ffn_down.weight"].kind == kind
+    theirs = AutoModelForCausalLM.from_pretrained(".", gguf_file="run.gguf", dtype=torch.float32).eval()
+    expected = logits_of(ours)
+    tolerance = 1e-3 * expected.abs().max().item() if kind == "Q4_1" else 1e-4
+    torch.testing.assert_close(logits_of(theirs), expected, atol=tolerance, rtol=0)
+
+
 def test_rows_that_blocks_do_not_divide_are_written_as_numbers(run_export, capsys):  # noqa: F811
     make_quantized("stage3_swiglu")  # intermediate_size 176 = 5.5 · 32
     assert run_export("--run", "quantized", "--to", "gguf", "--out", "run.gguf") == 0

@@ -1,6 +1,7 @@
 """The grid of quantized weights, their packing, the modules that compute with them, and their files."""
 
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from conftest import call
 
 import sample
 import train
-from deploy.quantization import storage
+from deploy.quantization import linear, storage
 from deploy.quantization.grid import BITS, Quantized, dequantize, find_grid, pack, to_codes, unpack
 from deploy.quantization.linear import QuantizedLinear, prepare, replace
 from lab import stages
@@ -96,8 +97,67 @@ def test_the_kernel_gives_what_the_dequantized_weights_give(bits, group_size, sh
     fast = module(x.bfloat16())
     assert fast.shape == (2, 3, shape[0]) and fast.dtype == torch.bfloat16
     assert near(slow, exact, 0.005) and near(fast, exact, 0.008)
+    some = torch.randn(16, shape[1]).bfloat16()  # in 8 bits, computed in another way than few
+    assert near(module(some), F.linear(some.float(), dequantize(q), module.bias.float()), 0.008)
     many = torch.randn(100, shape[1]).bfloat16()
     assert torch.equal(module(many), F.linear(many, module.weight, module.bias))
+
+
+@pytest.mark.parametrize("width", [32, 64, 128, 344, 576])
+def test_codes_for_cuda_are_pairs_of_neighbours_and_as_many_tiles_as_divide_the_row(width, monkeypatch):
+    """Of each byte, the high half is the first column: that is what torch's kernel for CUDA documents."""
+    packed = []
+    monkeypatch.setattr(
+        torch.ops.aten, "_convert_weight_to_int4pack", lambda pairs, tiles: packed.append((pairs, tiles))
+    )
+    width += -width % 32
+    codes = torch.randint(0, 16, (8, width), dtype=torch.int32)
+    linear.pack_for_cuda(codes)
+    pairs, tiles = packed[0]
+    assert torch.equal(torch.stack((pairs >> 4, pairs & 15), -1).flatten(1).int(), codes)
+    assert width % (16 * tiles) == 0 and (tiles == 8 or width % (32 * tiles))
+
+
+@pytest.mark.parametrize("bits, group_size", [(2, 32), (3, 64), (4, 32), (4, 256), (4, None)])
+@pytest.mark.parametrize("shape", [(43, 344), (7, 20), (576, 64)])
+def test_the_kernel_for_cuda_is_given_what_it_multiplies_by(bits, group_size, shape, monkeypatch):
+    """Without a GPU: what the kernel documents, (code - 8) * scale + offset, is computed here."""
+
+    def product(x, pairs, size, scales):
+        assert x.is_contiguous() and x.dtype == scales.dtype == torch.bfloat16
+        assert size in (32, 64, 128, 256) and x.size(1) % size == 0 and len(pairs) % 8 == 0
+        assert scales.shape == (x.size(1) // size, len(pairs), 2)
+        codes = torch.stack((pairs >> 4, pairs & 15), -1).view(len(pairs), -1, size).float()
+        scale, offset = scales.transpose(0, 1).float().unsqueeze(-2).unbind(-1)
+        return (x.float() @ ((codes - 8) * scale + offset).flatten(1).T).bfloat16()
+
+    monkeypatch.setattr(linear, "kernels_of", lambda device: "cuda")
+    monkeypatch.setattr(torch.ops.aten, "_convert_weight_to_int4pack", lambda pairs, tiles: pairs)
+    monkeypatch.setattr(torch.ops.aten, "_weight_int4pack_mm", product)
+    q = quantized(torch.randn(shape), bits, group_size)
+    module, x = QuantizedLinear(q, torch.randn(shape[0]).bfloat16()).bfloat16(), torch.randn(shape[1], 6)
+    module.prepare()
+    x = x.bfloat16().T.unsqueeze(0)  # not contiguous
+    assert module.kernel[0] == "int4 on cuda"
+    exact = F.linear(x.float(), dequantize(q), module.bias.float())
+    assert near(module(x), exact, 0.008) and module(x).shape == (1, 6, shape[0])
+    assert torch.equal(module.codes(slice(None)), q.codes)  # these stay: the kernel's order is not read back
+
+
+@pytest.mark.parametrize(
+    "device, version, capability, kernels",
+    [
+        ("cuda", "13.0", (8, 0), "cuda"),
+        ("cuda", "13.0", (7, 5), None),  # Turing: the kernel would return without an error or a result
+        ("cuda", None, (9, 4), None),  # ROCm
+        ("cpu", None, None, "cpu"),
+        ("mps", None, None, None),
+    ],
+)
+def test_a_device_without_a_kernel_dequantizes(device, version, capability, kernels, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", version)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    assert linear.kernels_of(torch.device(device)) == kernels
 
 
 def test_in_float32_the_result_is_exactly_that_of_the_dequantized_weights():
@@ -238,6 +298,33 @@ def test_a_model_whose_codes_only_the_kernels_have_is_saved_too(quantized_run, b
         module = model.get_submodule(name.removesuffix(".packed"))
         assert torch.equal(unpack(found[name], module.bits, module.in_features), module.codes(slice(None)))
         assert found[name].shape == exact[name].shape
+
+
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() != "AVX512", reason="codes are read from the file"
+)
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of mapped files")
+def test_a_loaded_model_keeps_no_page_of_its_file_in_memory(quantized_run):
+    """One tensor that is memory-mapped would keep those of all codes, beside the kernels' copies."""
+    folder, saved = quantized_run("stage4_gqa", head=True, dtype=torch.bfloat16)
+    model, _ = runs.load(folder, "last", CPU, torch.bfloat16)
+    assert str(folder) not in Path("/proc/self/maps").read_text()
+    idx = torch.zeros(1, 4, dtype=torch.int64)
+    assert torch.equal(model(idx)[0], saved(idx)[0])
+
+
+def test_a_large_matrix_is_dequantized_in_parts(monkeypatch):
+    monkeypatch.setattr(linear, "ROWS_AT_ONCE", 64)
+    q, bias, x = quantized(torch.randn(200, 32), 4, 32), torch.randn(200), torch.randn(3, 5, 32)
+    module, made, part = QuantizedLinear(q, bias), [], linear.Packed.dense_part
+
+    def counted(self, rows, *rest):
+        made.append(part(self, rows, *rest))
+        return made[-1]
+
+    monkeypatch.setattr(linear.Packed, "dense_part", counted)
+    torch.testing.assert_close(module(x), F.linear(x, dequantize(q), bias))
+    assert [len(each) for each in made] == [64, 64, 64, 8]
 
 
 def test_scales_are_stored_in_16_bits_and_codes_packed(quantized_run):

@@ -22,9 +22,11 @@ openai = pytest.importorskip("openai", reason="the server's tests need pip insta
 uvicorn = pytest.importorskip("uvicorn", reason="the server's tests need pip install -e '.[serve]'")
 
 from deploy import serve  # noqa: E402  after the packages it needs
+from deploy.serving.sampling import SamplingParams  # noqa: E402
 from deploy.serving.server import Limits, make_app  # noqa: E402
 from deploy.serving.stopping import Server  # noqa: E402
-from lab.sampling import generation  # noqa: E402
+from lab import cli  # noqa: E402
+from lab.sampling import generation, int8_cache  # noqa: E402
 from lab.storage import runs  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -72,9 +74,14 @@ class Running:
         assert not self.thread.is_alive()
 
     def stats(self) -> dict:
-        return asyncio.run_coroutine_threadsafe(
-            self.worker.call(self.engine.stats), self.server.loop
-        ).result()
+        return self.call(self.engine.stats)
+
+    def generate(self, *given) -> list:
+        return self.call(lambda: self.engine.generate(*given))
+
+    def call(self, function):
+        """What the function returns in the engine's thread."""
+        return asyncio.run_coroutine_threadsafe(self.worker.call(function), self.server.loop).result()
 
     def post(self, path="/v1/completions", **body):
         return self.http.post(path, json={"model": "tiny"} | body)
@@ -209,6 +216,27 @@ def test_a_chat_without_max_tokens_may_fill_the_context(run):
     )
 
 
+@pytest.mark.parametrize("cache_dtype", ["auto", "int8"])
+def test_the_cache_dtype_gives_the_text_of_sample_py_with_the_same_flag(run, cache_dtype):
+    settings = cli.parse_flags(serve.Settings, ["--run", str(run), "--cache-dtype", cache_dtype])
+    settings.cache_memory, settings.device = 1.0, "cpu"
+    engine = serve.load(settings).engine
+    prompt = engine.tokenizer.encode("To be, or").tolist()
+    params = SamplingParams(max_tokens=40, temperature=0, logprobs=0)
+    ((answer,),) = engine.generate([prompt], params)
+    model, _ = runs.load(run, "best", torch.device("cpu"))
+    if cache_dtype == "int8":
+        int8_cache.use(model)
+    assert answer.token_ids == list(generation.generate(model, prompt, 40, len(CHARACTERS), temperature=0))
+    with torch.inference_mode():
+        cache = model.new_cache(1, 60)
+        logits = [model(torch.tensor([prompt]), cache=cache)[0][0, -1]]
+        logits += [model(torch.tensor([[token]]), cache=cache)[0][0, -1] for token in answer.token_ids[:-1]]
+    logprobs = torch.stack(logits).log_softmax(-1).gather(1, torch.tensor(answer.token_ids)[:, None])[:, 0]
+    found = torch.tensor([entry.logprob for entry in answer.logprobs])
+    torch.testing.assert_close(found, logprobs, atol=2e-5, rtol=0)
+
+
 def test_without_a_chat_template_the_error_says_so(run, server, tmp_path):
     (tmp_path / "other").mkdir()
     served = server.served
@@ -283,8 +311,32 @@ def test_logprobs_of_a_chat(client):
     assert {len(entry.top_logprobs) for entry in content} == {2}
 
 
+def test_beams_are_those_of_the_engine(server):
+    prompts = ["Ah", "To be"]
+    params = SamplingParams(max_tokens=9, beams=4, n=2, length_penalty=0.5)
+    texts = [[found.text for found in each] for each in server.generate(prompts, params)]
+    given = {"use_beam_search": True, "length_penalty": 0.5}
+    same = {"model": "tiny", "max_tokens": 9}
+    answer = server.client.completions.create(
+        prompt=prompts, n=2, best_of=4, logprobs=0, extra_body=given, **same
+    )
+    assert [choice.text for choice in answer.choices] == texts[0] + texts[1]
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    assert answer.choices[0].finish_reason == "length" and len(answer.choices[0].logprobs.tokens) == 9
+    answer = server.post(prompt="Ah", n=4, **given | same)  # n alone is the number of beams
+    assert [choice["text"] for choice in answer.json()["choices"]][:2] == texts[0]
+    chat = {"messages": [{"role": "user", "content": "Hi"}], "n": 2}
+    answer = server.post("/v1/chat/completions", **given | same | chat)
+    (found,) = server.generate(
+        ["user: Hi\nassistant: "], SamplingParams(max_tokens=9, beams=2, n=2, length_penalty=0.5)
+    )
+    assert [choice["message"]["content"] for choice in answer.json()["choices"]] == [f.text for f in found]
+    assert server.becomes_idle()
+
+
 # --- What is refused ---
 
+BEAMS = {"use_beam_search": True, "best_of": 4}
 REFUSED = {
     "tools": ("chat", {"tools": [{"type": "function"}]}, "tools", "'tools'"),
     "functions": ("chat", {"functions": [{}]}, "functions", "'functions'"),
@@ -327,6 +379,19 @@ REFUSED = {
     "stream options alone": ("text", {"stream_options": {}}, "stream_options", "stream = true"),
     "a tiny penalty": ("text", {"repetition_penalty": 5e-324}, "repetition_penalty", "0.01"),
     "a large seed": ("text", {"seed": 2**63}, "seed", "seed"),
+    "beams in a stream": ("chat", {"use_beam_search": True, "n": 2, "stream": True}, "stream", "at the end"),
+    "one beam": ("text", {"use_beam_search": True}, "use_beam_search", "needs two beams or more"),
+    "beams that are drawn": (
+        "text",
+        BEAMS | {"temperature": 0.7},
+        "temperature",
+        "not for beam search",
+    ),
+    "beams of likely tokens": ("chat", BEAMS | {"top_p": 0.5}, "top_p", "top_p = 0.5 is not for beam search"),
+    "beams that stop": ("text", BEAMS | {"stop": ["x"]}, "stop", 'stop = ["x"] is not for beam search'),
+    "beams beyond the batch": ("text", {"use_beam_search": True, "n": 17}, "n", "limit is 16"),
+    "many ends of beams": ("text", BEAMS | {"stop_token_ids": [*range(16)]}, None, "a vocabulary of 68"),
+    "a length penalty alone": ("text", {"length_penalty": 2}, "length_penalty", "use_beam_search = true"),
     "many logprobs": ("text", {"logprobs": 21}, "logprobs", "20"),
 }
 
@@ -365,6 +430,8 @@ EXTREMES = [
     {"seed": -(2**63)},
     {"n": 1, "best_of": 16},
     {"logprobs": 20},
+    {"use_beam_search": True, "n": 16, "best_of": 16, "length_penalty": -10, "logprobs": 20},
+    {"use_beam_search": True, "best_of": 2, "length_penalty": 10, "temperature": 1, "top_p": 1, "seed": 3},
     {"stop": ["a"] * 16, "stop_token_ids": [0] * 16},
     {"max_tokens": CONTEXT - 2, "stop_token_ids": list(range(16))},
 ]

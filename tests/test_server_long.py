@@ -117,7 +117,8 @@ def test_no_request_made_from_the_openapi_document_gets_a_500(run, tmp_path):
             fields["model"] = {"const": "tiny"}
             fields.get("max_tokens", {})["anyOf"] = [{"type": "integer", "minimum": 1, "maximum": 20}]
             fields.get("n", {})["anyOf"] = [{"type": "integer", "minimum": 1, "maximum": 3}]
-            for field in ("best_of", "beams", "stop_token_ids", "logit_bias", "stream_options"):
+            sampling = ("use_beam_search", "length_penalty", "stop_token_ids", "logit_bias")
+            for field in ("best_of", "stream_options", *sampling):
                 fields.pop(field, None)  # they are rarely valid beside the others
         document["components"]["schemas"]["CompletionRequest"]["properties"]["prompt"] = PROMPT
         (tmp_path / "openapi.json").write_text(json.dumps(document))

@@ -361,3 +361,15 @@ def test_only_a_model_with_an_mtp_block_drafts(model, tmp_path, monkeypatch, cap
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: --draft needs a block of multi-token")
     assert call(monkeypatch, serve, "--draft-tokens", "3") == 2
     assert "--draft-tokens is for --draft" in capsys.readouterr().err
+
+
+def test_beams_are_those_without_drafts(model):
+    prompts, params = mix(5)
+    prompts.append(TEXT[:9])
+    params.append(SamplingParams(max_tokens=12, beams=3, n=2, logprobs=1))
+    with_drafts, without = (
+        make_engine(model, draft=draft).generate(prompts, params) for draft in (True, False)
+    )
+    for found, expected in zip(with_drafts, without, strict=True):
+        assert [text.token_ids for text in found] == [text.token_ids for text in expected]
+    assert [text.score for text in with_drafts[-1]] == pytest.approx([text.score for text in without[-1]])

@@ -8,9 +8,12 @@ import torch
 from conftest import TINY_MODEL, call
 from test_deploy import make_run
 
+from benchmarks import serving as benchmark
 from data.tokenizers import CharTokenizer
-from deploy.serving import Engine, SamplingParams
+from deploy.serving import Engine, SamplingParams, attention
 from deploy.serving import __main__ as command
+from deploy.serving.graphs import Graphs
+from deploy.serving.memory import usage, waste
 from deploy.serving.pool import block_bytes
 from deploy.serving.sampling import Writer
 from lab import stages
@@ -97,6 +100,33 @@ def test_every_stage_writes_in_a_mix_what_it_writes_alone(make_model):
         assert all_free(engine)
 
 
+@pytest.mark.parametrize("name", ["stage3_swiglu", "stage5_flash", "stage7_mla_mtp"])
+def test_the_attention_of_many_rows_is_that_of_the_stage(name):
+    """On a CPU in bfloat16, other operations compute it; masked keys do not count, even if they are large."""
+    torch.manual_seed(0)
+    own = getattr(stages.load(name).attention, "args", [stages.load(name).attention])[0]
+    heads = 2 if name == "stage5_flash" else 6
+    q, k, v = torch.randn(9, 6, 1, 16), torch.randn(9, heads, 160, 16), torch.randn(9, heads, 160, 16)
+    hidden = torch.arange(160) >= torch.randint(1, 160, (9, 1, 1, 1))
+    mask = torch.zeros(9, 1, 1, 160).masked_fill(hidden, -torch.inf)
+    expected = own(q, k, v, mask, 0.0)
+    k = k.masked_fill(hidden.transpose(2, 3), 1e4)
+    q, k, v, mask = q.bfloat16(), k.bfloat16(), v.bfloat16(), mask.bfloat16()
+    assert attention.suits(q, k, v, mask) and not attention.suits(q[:4], k[:4], v[:4], mask[:4])
+    found = attention.attention(own, q, k, v, mask, 0.0)
+    assert found.shape == expected.shape and found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), expected, atol=0.03, rtol=0.03)
+    few = attention.attention(own, q[:4], k[:4], v[:4], mask[:4], 0.0)
+    assert torch.equal(few, own(q[:4], k[:4], v[:4], mask[:4], 0.0))
+
+
+def test_engines_of_one_stage_replace_its_attention_once(model):
+    make_engine(model), make_engine(model)
+    stage = stages.load("stage5_flash")
+    assert stage.attention.func is attention.attention
+    assert stage.attention.args[0].__name__ == "attention"
+
+
 def test_a_window_hides_the_keys_behind_it():
     """Mistral's cache is a ring; the pool keeps all tokens, and the mask hides those outside the window."""
     stage = stages.load("mistral")
@@ -154,6 +184,27 @@ def test_a_cached_prefix_is_not_computed_again(model):
         check(model, [prompt], [params], engine.generate([prompt], params))
     assert computed == [30, 1, 1, 1, 1, 2, 1, 1, 1, 1]
     assert engine.stats()["prefix_hits"] == 28
+
+
+@pytest.mark.parametrize("stage", ["stage0_gpt", "stage5_flash", "stage7_mla_mtp"])
+def test_recorded_decode_steps_write_what_each_request_writes_alone(stage):
+    """A recording computes with the tensors of its first step, so this repeats a step with these."""
+    torch.manual_seed(0)
+    module = stages.load(stage)
+    model = varied(module.GPT(module.GPTConfig(**TINY_MODEL | {"block_size": CONTEXT})).eval())
+    engine = make_engine(model, n_blocks=30, max_batch=8)
+    n_runs = []
+
+    def record(compute):
+        result = compute()
+        return result, lambda: n_runs.append(result.copy_(compute()))
+
+    engine.graphs = Graphs(model, engine.pool, record)
+    for seed in (3, 4):
+        prompts, params = mix(seed)
+        check(model, prompts, params, engine.generate(prompts, params))
+    assert len(n_runs) > 2 * len(engine.graphs.recorded) > 8
+    assert all_free(engine)
 
 
 @pytest.mark.gpu
@@ -400,7 +451,7 @@ def test_bad_requests_are_errors_that_say_why(model, prompt, options, message):
         ("stop", [""]),
         ("n", 0),
         ("best_of", 0),
-        ("beams", 2),
+        ("beams", 0),
     ],
 )
 def test_values_that_make_no_sense_are_refused(name, value):
@@ -508,9 +559,32 @@ def test_the_trace_shows_who_holds_each_block_at_each_step(tmp_path, monkeypatch
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_waste_is_what_held_blocks_have_no_token_for(model):
+    engine = make_engine(model, block_size=4)
+    engine.add("a", [1, 2, 3, 4, 5], SamplingParams(max_tokens=4, n=2, **GREEDY))
+    engine.step()  # two texts share the prompt's two blocks
+    used = usage(engine)
+    assert used == {"stored": 5, "paged": 8, "contiguous": 18}
+    assert usage(engine, longest_answer=10)["contiguous"] == 30
+    assert waste([used, {"stored": 7, "paged": 8, "contiguous": 9}]) == pytest.approx(4 / 16)
+
+
+def test_a_vllm_that_cannot_start_is_one_clear_line(tmp_path):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho no such module: vllm >&2\nexit 1\n")
+    python.chmod(0o755)
+    settings = benchmark.Settings(vllm=str(python))
+    with pytest.raises(UserError) as error, benchmark.vllm(settings, tmp_path):
+        pass
+    assert str(error.value).splitlines() == [
+        "vLLM failed: no such module: vllm",
+        f"check {python}, or leave --vllm out",
+    ]
+
+
 def test_a_picture_that_cannot_be_drawn_is_an_error(tmp_path, monkeypatch, capsys):
     make_run(tmp_path / "run", "4", CHARACTERS)
     arguments = ["--run", tmp_path / "run", "--prompts", "A", "--max-tokens", "1", "--picture"]
     for picture in (tmp_path / "missing" / "memory.png", tmp_path / "memory.nothing"):
         assert call(monkeypatch, command, *arguments, picture) == 2
-        assert "give --picture another file" in capsys.readouterr().err
+        assert "give the picture another file" in capsys.readouterr().err

@@ -295,7 +295,6 @@ def test_a_mistral_that_becomes_a_llama_keeps_its_ids(run_import, run_export, te
 
 
 def test_a_fine_tuned_model_keeps_the_side_files(run_import, run_export, workshop, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(train, "report", lambda *arguments: None)
     llama(vocab_size=len(words()), eos_token_id=3).save_pretrained("theirs")
     tokenizer_json.of_characters(words()).save("theirs/tokenizer.json")
     Path("theirs/tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')

@@ -15,10 +15,12 @@ import torch
 from conftest import TINY_RUN
 from safetensors.torch import load_file
 
-from lab import atomic, device, stages
+import train
+from lab import atomic, device, parallel, stages
 from lab.errors import UserError
 from lab.storage import checkpoint
 from lab.training import batches, cost, evaluation, log, optim, presets, settings
+from lab.training import settings as command_line
 
 ROOT = Path(__file__).parent.parent
 
@@ -196,7 +198,8 @@ def test_accumulated_gradients_and_losses_are_those_of_the_whole_batch(make_mode
 
 
 def test_a_run_leaves_all_that_is_promised(run_train, workshop, capsys):
-    assert run_train("--stage", "0", "--steps", "20", "--eval-every", "10", "--log-every", "5") == 0
+    flags = ("--stage", "0", "--steps", "20", "--eval-every", "10", "--log-every", "5")
+    assert run_train(*flags, report=True) == 0
     folder = workshop / "runs" / "stage0_gpt-words-seed0"
     out = capsys.readouterr().out
     assert (folder / "sample.txt").read_text() in out
@@ -341,6 +344,25 @@ def test_a_compiled_run_saves_plain_names(run_train, workshop, monkeypatch):
         load_file("compiled/last/model.safetensors").keys()
         == load_file("plain/last/model.safetensors").keys()
     )
+
+
+@pytest.mark.parametrize(
+    "flags, world_size, replayed",
+    [([], 1, True), (["--micro-batch-size", "6"], 1, False), (["--batch-size", "24"], 2, False)],
+)
+def test_a_step_is_replayed_on_cuda_only_if_it_is_a_single_pass(flags, world_size, replayed, monkeypatch):
+    """Each replay overwrites the gradients of the one before, so those of two could not be added up."""
+    monkeypatch.setattr(parallel, "WORLD_SIZE", world_size)
+    asked = []
+    monkeypatch.setattr(device, "training_options", lambda where, one_pass: asked.append(one_pass))
+    monkeypatch.setattr(torch, "compile", lambda model, options: model)
+    monkeypatch.setattr(parallel, "join", lambda model, *_: model)
+    settings = command_line.parse(["--stage", "0", "--device", "cpu", "--compile", *flags])
+    train.prepare_training(settings, torch.nn.Linear(2, 2), torch.float32)
+    assert asked == [replayed]
+    monkeypatch.undo()
+    options = device.training_options(torch.device("cuda"), replayed)
+    assert ("triton.cudagraphs" in options) == replayed
 
 
 def test_without_a_compiler_for_cpp_a_compiled_run_is_refused_before_it_begins(workshop):

@@ -2,9 +2,9 @@
 
 A module stores packed codes, scales and zeros, and computes in one of two ways:
 
-- On a CPU, in bfloat16 and for few tokens at a time, torch's 4-bit or 8-bit kernel multiplies by the codes
-  themselves. Decoding is bound by reading the weights, so it becomes faster the fewer bytes they have. The
-  kernels want the codes in an order of their own: `prepare` makes it.
+- In bfloat16 and for few tokens at a time, torch's 4-bit kernel (on a CPU or CUDA) or 8-bit kernel (on a CPU)
+  multiplies by the codes themselves. Decoding is bound by reading the weights, so it becomes faster the fewer
+  bytes they have. The kernels want the codes in an order of their own: `prepare` makes it.
 - Otherwise the weights are dequantized for each product. That costs time, but with many tokens the product
   itself takes longer, and the result is exactly that of the dequantized weights.
 """
@@ -17,9 +17,11 @@ import torch.nn.functional as F
 
 from deploy.quantization.grid import Quantized, by_column, in_groups, pack, unpack
 
-# The most rows (tokens) for which the CPU's kernels are faster than dequantizing: measured with 576 x 1536
-# weights on a CPU with AVX512. From there on the kernels are slower, in proportion to the rows.
-KERNEL_ROWS = {4: 64, 8: 12}
+# The kernels, and the most rows (tokens) for which they are faster than dequantizing: measured on a CPU with
+# AVX512 and 576 x 1536 weights. From there on they are slower, in proportion to the rows. With 8 bits there
+# is a third way in between, see int8_product.
+KERNEL_ROWS = {"int4 on cpu": 64, "int8 on cpu": 64, "int4 on cuda": 64}
+INT8_KERNEL_ROWS = 8
 KERNEL_GROUPS = (128, 64, 32)  # group sizes of the 4-bit kernel
 ROWS_AT_ONCE = 4096  # a large vocabulary's head is dequantized in parts
 
@@ -64,15 +66,22 @@ class Packed(nn.Module):
 
     def dense(self, dtype: torch.dtype, *expert: int) -> torch.Tensor:
         """The weights (out, in), dequantized. In dtype: the exact products, rounded once."""
-        zero, scale = self.zero[expert], self.scale[expert].to(dtype)
-        weight = torch.empty(self.shape[-2:], dtype=dtype, device=zero.device)
-        for start in range(0, len(weight), ROWS_AT_ONCE):
-            rows = slice(start, start + ROWS_AT_ONCE)
-            # Differences up to 255 are exact in 16 bits.
-            groups = in_groups(self.codes(rows, *expert).to(dtype), self.group_size)
-            groups = (groups - zero[rows].to(dtype).unsqueeze(-1)) * scale[rows].unsqueeze(-1)
-            weight[rows] = groups.flatten(1)[:, : self.shape[-1]]
+        weight = torch.empty(self.shape[-2:], dtype=dtype, device=self.zero.device)
+        for rows in self.parts():
+            weight[rows] = self.dense_part(rows, dtype, *expert)
         return weight
+
+    def parts(self) -> list[slice]:
+        """The rows of a matrix, ROWS_AT_ONCE in each part."""
+        return [slice(start, start + ROWS_AT_ONCE) for start in range(0, self.shape[-2], ROWS_AT_ONCE)]
+
+    def dense_part(self, rows: slice, dtype: torch.dtype, *expert: int) -> torch.Tensor:
+        """Some rows (rows, in) of `dense`."""
+        zero, scale = self.zero[expert][rows].to(dtype), self.scale[expert][rows].to(dtype)
+        # Differences up to 255 are exact in 16 bits.
+        groups = in_groups(self.codes(rows, *expert).to(dtype), self.group_size)
+        groups = (groups - zero.unsqueeze(-1)) * scale.unsqueeze(-1)
+        return groups.flatten(1)[:, : self.shape[-1]]
 
     def rows(self, indices: torch.Tensor) -> torch.Tensor:
         """Some rows of the matrix, dequantized: indices (…) -> (…, in)."""
@@ -91,6 +100,38 @@ class Packed(nn.Module):
         destination[prefix + "scale"] = destination[prefix + "scale"].bfloat16()
 
 
+def int8_product(x, codes, scales):
+    """x Wᵀ of x (rows, in) and W = codes (out, in) * scales (out,).
+
+    For more than a few rows, the codes are converted, which is exact, and the product is scaled. That takes a
+    tenth of the time of dequantizing a large head: its weights are never written to memory as a whole.
+    """
+    if len(x) <= INT8_KERNEL_ROWS:
+        return torch.ops.aten._weight_int8pack_mm(x, codes, scales)
+    y = x.new_empty(len(x), len(codes))
+    for start in range(0, len(codes), ROWS_AT_ONCE):
+        part = slice(start, start + ROWS_AT_ONCE)
+        torch.mul(F.linear(x, codes[part].to(x.dtype)), scales[part], out=y[:, part])
+    return y
+
+
+def kernels_of(device: torch.device) -> str | None:
+    """Whose kernels compute with codes on this device: "cpu", "cuda" (Ampere and later), or None."""
+    if device.type == "cuda" and torch.version.cuda is not None:  # else it is ROCm, which we have not tried
+        return "cuda" if torch.cuda.get_device_capability(device) >= (8, 0) else None
+    return "cpu" if device.type == "cpu" else None
+
+
+def pack_for_cuda(codes: torch.Tensor) -> torch.Tensor:
+    """Codes (out, in) in the order of the tensor cores. Widths are multiples of 32.
+
+    The kernel reads 2, 4 or 8 tiles of 16 columns at a time: the more, the faster.
+    """
+    pairs = (codes[:, ::2] << 4 | codes[:, 1::2]).to(torch.uint8)
+    tiles = next(n for n in (8, 4, 2) if codes.size(1) % (16 * n) == 0)
+    return torch.ops.aten._convert_weight_to_int4pack(pairs, tiles)
+
+
 class QuantizedLinear(Packed):
     """Stands in for an nn.Linear: y = x Wᵀ + bias, for x (…, in)."""
 
@@ -105,19 +146,23 @@ class QuantizedLinear(Packed):
 
     def forward(self, x):
         n_rows = x.numel() // max(1, x.size(-1))
-        suits = self.kernel is not None and x.device.type == "cpu" and x.dtype == torch.bfloat16
+        suits = self.kernel is not None and x.dtype == torch.bfloat16 and x.device == self.kernel[1].device
         if suits and n_rows <= KERNEL_ROWS[self.kernel[0]]:
             y = self.kernel_product(x.reshape(-1, x.size(-1))).view(*x.shape[:-1], -1)
             return y if self.bias is None else y + self.bias
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.dense(x.dtype), bias)
+        y = x.new_empty(*x.shape[:-1], self.out_features)
+        for rows in self.parts():  # the whole of a head would be as large as before quantization
+            part = None if bias is None else bias[rows]
+            y[..., rows] = F.linear(x, self.dense_part(rows, x.dtype), part)
+        return y
 
     def codes(self, rows: slice | torch.Tensor, *expert: int) -> torch.Tensor:
         """The codes of some rows: those stored, or else those of the kernel's copy."""
         if self.packed is not None:
             return super().codes(rows)
-        bits, codes, _, _, width = self.kernel
-        if bits == 8:
+        name, codes, _, _, width = self.kernel
+        if name == "int8 on cpu":
             codes = codes[rows].view(torch.uint8) ^ 128
         else:  # in blocks of 64 rows: a byte has a code of row i and of row i + 32
             first, last, _ = rows.indices(self.out_features)  # rows begin with a block
@@ -130,42 +175,59 @@ class QuantizedLinear(Packed):
 
     def kernel_product(self, x):
         """x Wᵀ of x (rows, in), computed from the codes."""
-        bits, codes, scales, group_size, width = self.kernel
+        name, codes, scales, group_size, width = self.kernel
         if width != self.in_features:
             x = F.pad(x, (0, width - self.in_features))
-        if bits == 8:
-            return torch.ops.aten._weight_int8pack_mm(x, codes, scales)
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, codes, group_size, scales)
-        return y[:, : self.out_features]
+        if name == "int8 on cpu":
+            return int8_product(x, codes, scales)
+        if name == "int4 on cuda":
+            y = torch.ops.aten._weight_int4pack_mm(x.contiguous(), codes, group_size, scales)
+        else:
+            y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, codes, group_size, scales)
+        return y if y.size(1) == self.out_features else y[:, : self.out_features]
 
     def prepare(self) -> None:
         """Makes the kernel's copy of the codes, where there is a kernel for them.
 
-        The stored codes are then dropped, if they can be read from the copy: its order is the processor's.
+        The stored codes are then dropped, if they can be read from the copy: its order is the processor's. On
+        CUDA they are kept.
         """
-        if self.packed is None or self.packed.device.type != "cpu" or self.scale.dtype != torch.bfloat16:
+        device = self.scale.device
+        if self.packed is None and self.kernel[1].device != device:  # the model was moved
+            self.packed = pack(self.codes(slice(None)), self.bits)
+        if self.packed is None or self.scale.dtype != torch.bfloat16 or kernels_of(device) is None:
             return
         self.kernel = self.make_kernel()
-        if self.kernel is None or (self.is_embedding and self.kernel[0] != 8):  # rows are looked up
+        if self.kernel is None or self.kernel[0] == "int4 on cuda":
             return
-        packed, stored, self.packed = self.packed, self.codes(slice(None)), None
-        if self.kernel[1].numel() % 32 or not torch.equal(self.codes(slice(None)), stored):
+        if self.is_embedding and self.kernel[0] != "int8 on cpu":  # rows are looked up
+            return
+        packed, self.packed = self.packed, None
+        if self.kernel[1].numel() % 32 or not all(
+            torch.equal(self.codes(rows), unpack(packed[rows], self.bits, self.in_features))
+            for rows in self.parts()
+        ):
             self.packed = packed
+        else:
+            self.zero = self.zero.clone()  # what is memory-mapped keeps all of the file's pages in memory
 
     def make_kernel(self) -> tuple | None:
-        """What kernel_product needs: (4 or 8, codes, scales, group size, width); None without a kernel.
+        """What kernel_product needs: (name, codes, scales, group size, width); None without a kernel.
 
-        The 4-bit kernel wants groups of 32, 64, 128 or 256 and a multiple of 16 rows. They are padded, the
-        rows to blocks of 64.
+        The 4-bit kernels want groups of 32, 64, 128 or 256 and a multiple of 16 rows (CUDA: 8). They are
+        padded, the rows to blocks of 64.
         It computes (code - 8) * scale + offset, with an offset in bfloat16. Codes of 2 and 3 bits are moved
         so that 8 is their zero, and the offset is 0. The 8-bit kernel has one scale for each row and no
         zero (groups of 8-bit codes are always dequantized), and reads columns in blocks of 32.
         """
         codes, scale, zero, bits, group_size = self.quantized()
+        where = kernels_of(codes.device)
         if bits == 8:
-            if group_size is None and bool((zero == 128).all()):
-                codes = F.pad((codes ^ 128).view(torch.int8), (0, -self.in_features % 32))  # code - 128
-                return 8, codes, scale.view(-1), None, codes.size(1)
+            if where == "cpu" and group_size is None and bool((zero == 128).all()):
+                codes = (codes ^ 128).view(torch.int8)  # code - 128
+                if self.in_features % 32:
+                    codes = F.pad(codes, (0, -self.in_features % 32))
+                return "int8 on cpu", codes, scale.view(-1), None, codes.size(1)
             return None
         # The kernel's groups: those of the grid, or parts of them that all have the same scale.
         size = next((each for each in KERNEL_GROUPS if (group_size or each) % each == 0), None)
@@ -182,8 +244,11 @@ class QuantizedLinear(Packed):
         both = torch.stack((scale, offset.bfloat16()), -1)  # (out, groups, 2)
         both = both.repeat_interleave(repeats, 1)[:, :n_groups]
         both = F.pad(both, (0, 0, 0, 0, 0, pad_rows)).transpose(0, 1).contiguous()  # (groups, out, 2)
-        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-        return 4, packed, both, size, codes.size(1)
+        if where == "cuda":
+            packed = pack_for_cuda(codes)
+        else:
+            packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+        return f"int4 on {where}", packed, both, size, codes.size(1)
 
     @property
     def weight(self) -> torch.Tensor:

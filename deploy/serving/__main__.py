@@ -15,11 +15,12 @@ if __name__ == "__main__":
 import string
 from dataclasses import dataclass, field
 
+from deploy.serving import memory
 from deploy.serving.blocks import NULL
 from deploy.serving.engine import Engine
 from deploy.serving.sampling import SamplingParams
 from lab import cli
-from lab.errors import UserError, shown
+from lab.errors import shown
 from lab.storage import runs
 
 PROMPTS = [
@@ -47,6 +48,8 @@ class Settings:
     """Seed of the first text; the others count up from it."""
     n: int = 1
     """Texts for each prompt; they share its blocks."""
+    beams: int = 1
+    """More than 1: beam search, with that many beams for each prompt, of which n are shown at the end."""
     blocks: int = 16
     """Blocks in the cache."""
     block_size: int = 4
@@ -63,9 +66,11 @@ class Settings:
     """Draws the use of memory over time into this file, such as memory.png, beside a cache without pages."""
 
     def __post_init__(self):
-        for name in ("blocks", "block_size", "max_batch", "token_budget", "max_tokens", "n"):
+        for name in ("blocks", "block_size", "max_batch", "token_budget", "max_tokens", "n", "beams"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.beams > 1 and self.temperature:
+            raise ValueError(f"--beams {self.beams} draws nothing: add --temperature 0")
         if not 1 <= len(self.prompts) <= 26:
             raise ValueError(f"there must be 1 to 26 prompts, not {len(self.prompts)}")
 
@@ -85,7 +90,11 @@ def main():
     texts: dict[tuple[str, int], str] = {}
     for number, (name, prompt) in enumerate(names.items()):
         params = SamplingParams(
-            settings.max_tokens, settings.temperature, seed=settings.seed + number * settings.n, n=settings.n
+            settings.max_tokens,
+            settings.temperature,
+            seed=settings.seed + number * settings.n,
+            n=settings.n,
+            beams=settings.beams,
         )
         engine.add(name, engine.tokenizer.encode(prompt), params)
         texts |= {(name, index): prompt for index in range(settings.n)}
@@ -97,7 +106,7 @@ def main():
         outputs = engine.step()
         for output in outputs:
             texts[output.request_id, output.index] += output.text
-        history.append(usage(engine))
+        history.append(memory.usage(engine))
         if settings.trace:
             print("\n".join(trace(engine, outputs, before)), end="\n\n")
     for (name, index), text in texts.items():
@@ -110,7 +119,8 @@ def main():
     if settings.draft:
         print(f"--- {stats['accepted_tokens']} of {stats['drafted_tokens']} drafted tokens were accepted")
     if settings.picture:
-        draw(history, settings)
+        memory.draw(history, settings.block_size, Path(settings.picture))
+        print(f"drew {shown(Path(settings.picture))}", file=sys.stderr)
 
 
 def label(request_id: str, index: int) -> str:
@@ -143,6 +153,8 @@ def trace(engine: Engine, outputs: list, before: dict) -> list[str]:
         if output is not None:
             what += f", writes {output.text!r}" if output.text else ", writes nothing yet"
             what += f" and ends ({output.finish_reason})" if output.finish_reason else ""
+        elif sequence.params.beams > 1 and sequence.generated and sequence.table.blocks:
+            what += f", is {engine.tokenizer.decode(sequence.generated)!r} ({sequence.logprob:.1f})"
         table = " ".join(map(str, sequence.table.blocks))
         lines.append(f"  {label(sequence.request_id, sequence.index):3} [{table}] {what}")
     cells = []
@@ -150,48 +162,6 @@ def trace(engine: Engine, outputs: list, before: dict) -> list[str]:
         free = "#" if blocks.hashes[block] else "."
         cells.append(f"{block}:{'+'.join(holders[block]) if block in holders else free}")
     return [*lines, "  " + " ".join(cells)]
-
-
-def usage(engine: Engine) -> dict[str, int]:
-    """How many tokens' room is used, held in blocks, and would be reserved without pages."""
-    running = engine.scheduler.running
-    size = engine.pool.block_size
-    last = {s.table.blocks[-1]: s.table.length for s in running}  # shared blocks count once
-    held = len({block for s in running for block in s.table.blocks}) * size
-    return {
-        "stored": held - sum(-length % size for length in last.values()),
-        "paged": held,
-        "contiguous": sum(min(len(s.prompt) + s.params.max_tokens, engine.longest) for s in running),
-    }
-
-
-def draw(history: list[dict[str, int]], settings: Settings) -> None:
-    """Draws what each step held in memory, and what a cache without pages would have reserved."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 3.5))
-    steps = range(1, len(history) + 1)
-    names = {
-        "contiguous": "reserved without pages: room for the longest answer",
-        "paged": "held in blocks",
-        "stored": "tokens stored",
-    }
-    for (name, text), color in zip(names.items(), ("#d0d0d0", "#8fb8de", "#1f5f99"), strict=True):
-        values = [each[name] for each in history]
-        axes.fill_between(steps, values, color=color, label=text, step="mid")
-    axes.set(xlabel="step", ylabel="tokens", title=f"Blocks of {settings.block_size} tokens")
-    axes.legend(loc="upper right", fontsize=8)
-    figure.tight_layout()
-    try:
-        figure.savefig(settings.picture, dpi=150)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"cannot draw {shown(Path(settings.picture))}: {error}\ngive --picture another file"
-        ) from None
-    print(f"drew {shown(Path(settings.picture))}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ class Drafter:
         beams, whose next tokens are not drawn.
         """
         params = sequence.params
-        if not sequence.generated or params.beams not in (None, 1):
+        if not sequence.generated or params.beams > 1:
             return 0
         longest = self.model.config.block_size
         n_left = min(params.max_tokens - len(sequence.generated), longest - sequence.n_tokens)

@@ -15,9 +15,11 @@ from pathlib import Path
 import torch
 
 from data.tokenizers import end_tokens
-from deploy.serving import sampling
+from deploy.serving import attention, sampling
+from deploy.serving.beams import BeamSearch
 from deploy.serving.blocks import Blocks, Swap
 from deploy.serving.drafting import Drafter, check_can_draft
+from deploy.serving.graphs import Graphs
 from deploy.serving.pool import Batch, HostMemory, Pool, block_bytes
 from deploy.serving.sampling import Logprob, SamplingParams, Writer
 from deploy.serving.scheduler import Scheduler, Sequence
@@ -45,6 +47,8 @@ class Output:
     """One entry for each of token_ids, if the request asks for them."""
     finish_reason: str | None = None
     """stop: an end-of-text token or a stop string; length: max_tokens, or the model has no more positions."""
+    score: float | None = None
+    """Of a text from beam search: total log-probability / length ** length_penalty, with its end token."""
 
 
 @dataclass
@@ -53,6 +57,7 @@ class Request:
 
     params: SamplingParams
     sequences: list[Sequence]
+    search: BeamSearch | None = None  # if it has beams
     whole: dict[int, Output] = field(default_factory=dict)  # for best_of: everything so far, by index
     scores: dict[int, float] = field(default_factory=dict)  # and how good it is
 
@@ -88,6 +93,7 @@ class Engine:
     ):
         self.model, self.tokenizer, self.end_tokens = model, tokenizer, frozenset(end_tokens)
         self.device = next(model.parameters()).device
+        attention.use(model)
         self.longest = model.config.block_size
         if block_size < 1 or max_batch < 1:
             raise UserError(f"block_size ({block_size}) and max_batch ({max_batch}) must be at least 1")
@@ -109,6 +115,7 @@ class Engine:
         self.drafter = Drafter(model, self.pool, self.blocks, vocab_size, draft_tokens) if draft else None
         n_drafts = self.drafter.n_useful if draft else None
         self.scheduler = Scheduler(self.blocks, max_batch, token_budget, swap, n_drafts)
+        self.graphs = Graphs(model, self.pool) if self.device.type == "cuda" else None
         self.requests: dict[str, Request] = {}
         self.n_added = self.n_steps = 0
         self.plan: dict[Sequence, int] = {}  # of the last step, for those who watch
@@ -155,16 +162,20 @@ class Engine:
                 "its answer\nshorten it"
             )
         longest = min(len(prompt) + params.max_tokens, self.longest)
-        n_blocks = self.blocks.count(longest - 1)  # the last token is never computed
+        n_blocks = params.beams * self.blocks.count(longest - 1)  # the last token is never computed
         if n_blocks > self.pool.n_blocks - 1:
             room = (self.pool.n_blocks - 1) * self.pool.block_size
+            beams = f" in each of its {params.beams} beams" if params.beams > 1 else ""
             raise UserError(
-                f"the request may have {longest:,} tokens, and the cache has room for {room:,}\n"
+                f"the request may have {longest:,} tokens{beams}, and the cache has room for {room:,}\n"
                 "lower its max_tokens, or give the cache more memory"
             )
+        ends = frozenset() if params.ignore_eos else self.end_tokens
+        sizes = (longest - len(prompt), vocab_size, self.scheduler.max_batch)
+        search = BeamSearch(params, ends, *sizes) if params.beams > 1 else None
         self.n_added += 1
         first = self.new_sequence(request_id, 0, (self.n_added, 0), params, prompt)
-        self.requests[request_id] = Request(params, [first])
+        self.requests[request_id] = Request(params, [first], search)
         self.scheduler.add(first)
 
     def new_sequence(self, request_id, index, order, params, prompt) -> Sequence:
@@ -214,16 +225,21 @@ class Engine:
             return []
         logits = torch.cat(rows).cpu()
         ready, logits = self.fork(ready, logits)
+        ready, logits, texts_of_beams = self.search(ready, logits)
         outputs = self.write(ready, logits)
         if drafts:
             self.accept(drafts, ready, outputs)
         self.scheduler.limit()
-        return self.finished(outputs)
+        return self.finished(outputs) + texts_of_beams
 
     def forward(self, sequences: list[Sequence], n_new: int) -> torch.Tensor:
         """Logits (B, vocab_size) after n_new more tokens of each sequence."""
         starts = [s.table.length for s in sequences]
         new = [next_tokens(s, n_new) for s in sequences]
+        if self.graphs and n_new == 1:
+            tables = [s.table.blocks for s in sequences]
+            logits = self.graphs.decode([token for (token,) in new], tables, starts)
+            return logits[:, -1, : self.tokenizer.vocab_size]
         batch = Batch(self.pool, [s.table.blocks for s in sequences], starts, n_new)
 
         # Only the last token's logits are wanted; in a prefill, the others would cost more than a layer.
@@ -277,6 +293,29 @@ class Engine:
             for (_, output), new in zip(rows, self.write(sequences, logits), strict=True):
                 extend(output, new)
         self.drafter.forget(drafts)
+
+    def search(
+        self, ready: list[Sequence], logits: torch.Tensor
+    ) -> tuple[list[Sequence], torch.Tensor, list[Output]]:
+        """Continues the beams. Returns the other sequences, their logits, and the texts that are found."""
+        others = [row for row, sequence in enumerate(ready) if sequence.params.beams == 1]
+        if len(others) == len(ready):
+            return ready, logits, []
+        for row in set(range(len(ready))).difference(others):
+            self.requests[ready[row].request_id].search.logits[ready[row].index] = logits[row]
+        outputs = []
+        for name, request in list(self.requests.items()):
+            beams, search = request.sequences, request.search
+            if not search or any(beam.n_left for beam in beams):
+                continue  # if some beams were preempted, the others wait for them
+            for index, found in enumerate(search.advance(beams, self.blocks)):
+                text = "".join(map(self.tokenizer.stream(beams[0].prompt), (*found.tokens, None)))
+                logprobs = found.logprobs if request.params.logprobs is not None else None
+                ending = (found.finish_reason, found.score)
+                outputs.append(Output(name, index, found.tokens, text, logprobs, *ending))
+            if search.is_over:
+                self.abort(name)  # frees what its beams hold
+        return [ready[row] for row in others], logits[others], outputs
 
     def logprobs(
         self, ready: list[Sequence], logits: torch.Tensor, tokens: list[int]
@@ -415,7 +454,7 @@ def extend(whole: Output, new: Output) -> None:
     whole.text += new.text
     if new.logprobs is not None:
         whole.logprobs = (whole.logprobs or []) + new.logprobs
-    whole.finish_reason = new.finish_reason
+    whole.finish_reason, whole.score = new.finish_reason, new.score
 
 
 def count_blocks(

@@ -47,6 +47,10 @@ class Pool:
     def nbytes(self) -> int:
         return sum(t.nbytes for t in self.everything())
 
+    @property
+    def device(self) -> torch.device:
+        return self.tensors[0].device
+
     def everything(self) -> list[torch.Tensor]:
         """All that a block stores."""
         return [t for t in (*self.tensors, *self.scales, self.hidden) if t is not None]
@@ -101,15 +105,23 @@ class Batch:
     """Stands in for a cache while the model computes n_new more tokens of every row.
 
     tables: the blocks of each row, with room for the new tokens; starts: how many tokens they hold already.
+    n_blocks: how many blocks of each row to read; None: as many as the longest has.
     """
 
     length = 0  # stage 0 adds it to n_new to check its positions; the scheduler checks them here
 
-    def __init__(self, pool: Pool, tables: list[list[int]], starts: list[int], n_new: int):
-        self.pool, self.size = pool, pool.block_size
-        device = pool.tensors[0].device
-        self.is_first = not any(starts)  # all keys are new, so none need to be read from the pool
-        n_blocks = -(-(max(starts) + n_new) // self.size)
+    def __init__(
+        self,
+        pool: Pool,
+        tables: list[list[int]],
+        starts: list[int],
+        n_new: int,
+        n_blocks: int | None = None,
+    ):
+        self.pool, self.size, device = pool, pool.block_size, pool.device
+        # All keys are new, so none need to be read from the pool.
+        self.is_first = n_blocks is None and not any(starts)
+        n_blocks = n_blocks or -(-(max(starts) + n_new) // self.size)
         filled = [(table + [NULL] * n_blocks)[:n_blocks] for table in tables]
         table = torch.tensor(filled)  # (B, n_blocks)
         positions = torch.tensor(starts)[:, None] + torch.arange(n_new)  # (B, n_new)
@@ -134,6 +146,14 @@ class Batch:
             hidden |= keys <= positions - window
         mask = torch.zeros(hidden.shape, dtype=self.pool.dtype, device=positions.device)
         return mask.masked_fill_(hidden, -torch.inf)
+
+    def copy(self, other: "Batch") -> None:
+        """Takes over the rows of a batch of the same shape, into this one's tensors."""
+        for heads in self.pieces:
+            self.pieces[heads].copy_(other.pieces[heads])
+            self.slots[heads].copy_(other.slots[heads])
+        self._positions.copy_(other._positions)
+        self._mask.copy_(other._mask)
 
     def positions(self, n_new: int) -> torch.Tensor:
         """(B, n_new)"""

@@ -8,13 +8,14 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from deploy.serving.sampling import MOST_LENGTH_PENALTY, NOT_FOR_BEAMS
+
 MOST_STOPS = 16
 MOST_LOGPROBS = 20
 # Fields that OpenAI documents and this server does not implement, with the values that change nothing. None,
 # which clients send for "not given", is always one of them.
 NOT_IMPLEMENTED = {
     "audio": [],
-    "beams": [1],
     "echo": [False],
     "function_call": ["none"],
     "functions": [[]],
@@ -34,7 +35,6 @@ NOT_IMPLEMENTED = {
     "suffix": [""],
     "tool_choice": ["none"],
     "tools": [[]],
-    "use_beam_search": [False],
     "user": [],
     "verbosity": [],
     "web_search_options": [],
@@ -62,7 +62,7 @@ class StreamOptions(Strict):
 
 
 class Common(Strict):
-    """The fields of both kinds of completions. The last five are not OpenAI's; vLLM has them too."""
+    """The fields of both kinds of completions. Those from top_k on are not OpenAI's; vLLM has them too."""
 
     model: str
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
@@ -81,6 +81,9 @@ class Common(Strict):
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     stop_token_ids: Annotated[list[int], Field(max_length=MOST_STOPS)] | None = None
     ignore_eos: bool | None = None
+    use_beam_search: bool | None = None
+    """Searches with as many beams as best_of says, or n if it is not given."""
+    length_penalty: Annotated[float, Field(ge=-MOST_LENGTH_PENALTY, le=MOST_LENGTH_PENALTY)] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -108,7 +111,21 @@ class Common(Strict):
             raise Refused("with best_of, the texts are chosen at the end: leave stream out", "best_of")
         if "" in self.stops:
             raise Refused("a stop string is empty", "stop")
+        if self.use_beam_search:
+            self.check_beams()
+        elif self.length_penalty not in (None, 1):
+            raise Refused("length_penalty is only for use_beam_search = true", "length_penalty")
         return self
+
+    def check_beams(self):
+        if self.texts == 1:
+            raise Refused("use_beam_search needs two beams or more: set best_of (or n)", "use_beam_search")
+        if self.stream:
+            raise Refused("with use_beam_search, the texts are chosen at the end: leave stream out", "stream")
+        for name, neutral in NOT_FOR_BEAMS.items():
+            value = getattr(self, name)
+            if value is not None and value not in neutral:
+                raise Refused(f"{name} = {json.dumps(value)} is not for beam search: leave it out", name)
 
     @property
     def stops(self) -> list[str]:

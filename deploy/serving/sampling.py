@@ -9,6 +9,9 @@ from lab.errors import UserError
 from lab.sampling.generation import is_greedy, next_token_probs
 
 LARGEST = 1e6  # of what is added to a logit
+MOST_LENGTH_PENALTY = 10
+NOT_FOR_BEAMS = {"temperature": (0, 1), "top_k": (), "top_p": (1,), "min_p": (0,), "stop": ([],)}
+"""Fields that beam search cannot obey, with the values that change nothing. None is always one of them."""
 
 
 @dataclass
@@ -46,8 +49,12 @@ class SamplingParams:
     """How many texts to generate."""
     best_of: int | None = None
     """How many to generate if only the n with the highest mean log-probability are returned."""
-    beams: int | None = None
-    """Not implemented."""
+    beams: int = 1
+    """More than 1: beam search, which keeps that many texts at each length and returns the n best. At least
+    n."""
+    length_penalty: float = 1.0
+    """Beam search ranks texts by their total log-probability / length ** length_penalty. Above 0 favours long
+    texts, below 0 short ones."""
     ignore_eos: bool = False
     """Continues after an end-of-text token."""
 
@@ -68,16 +75,26 @@ class SamplingParams:
             "logprobs": self.logprobs is None or self.logprobs >= 0,
             "n": self.n >= 1,
             "best_of": self.best_of is None or self.best_of >= self.n,
-            "beams": self.beams in (None, 1),
+            "beams": self.beams == 1 or self.beams >= self.n,
+            "length_penalty": abs(self.length_penalty) <= MOST_LENGTH_PENALTY,
         }
         for name, is_good in checks.items():
             if not is_good:
                 raise UserError(f"{name} = {getattr(self, name)!r} is not possible: see SamplingParams")
+        if self.beams > 1:
+            for name, neutral in (NOT_FOR_BEAMS | {"best_of": ()}).items():
+                value = getattr(self, name)
+                if value is not None and value not in neutral:
+                    raise UserError(f"{name} = {value!r} is not for beam search: leave it out")
+        elif self.length_penalty != 1:
+            raise UserError(
+                f"length_penalty = {self.length_penalty} is for beam search: set beams, or leave it out"
+            )
 
     @property
     def n_texts(self) -> int:
         """How many texts are generated."""
-        return max(self.n, self.best_of or 1)
+        return max(self.n, self.best_of or 1, self.beams)
 
     @property
     def changes_logits(self) -> bool:

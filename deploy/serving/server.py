@@ -588,9 +588,11 @@ class Answer:
             },
         }
         same = ("top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
-        for field in (*same, "seed", "ignore_eos", "n", "best_of"):
+        for field in (*same, "seed", "ignore_eos", "n", "best_of", "length_penalty"):
             if getattr(body, field) is not None:
                 given[field] = getattr(body, field)
+        if body.use_beam_search:
+            given |= {"beams": body.texts, "best_of": None}
         return SamplingParams(**given)
 
     async def respond(self, request: Request) -> Response:

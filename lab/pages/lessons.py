@@ -179,6 +179,24 @@ def transformers(measured: dict) -> str:
     return markdown.table(["stage", *speeds, "ratio", "with `--compile`"], rows)
 
 
+def serving(measured: dict) -> str:
+    """The table of the serving engine's throughput beside others."""
+    kinds = {
+        "mix": f"{measured['requests']} requests, {measured['slots']} at a time",
+        "alone": "one request",
+        "shared": "prompts that share 512 tokens",
+    }
+    rows = []
+    for name, speeds in measured["tokens_per_second"].items():
+        rows.append([name, *(f"{speeds[kind]['median']:.1f}" if kind in speeds else "" for kind in kinds)])
+    return markdown.table(["output tokens/s", *kinds.values()], rows)
+
+
+def serving_waste(measured: dict) -> str:
+    """The table of cache memory that is held and stores no token."""
+    return markdown.table(["the cache", "waste"], [[name, f"{part:.1%}"] for name, part in measured.items()])
+
+
 def filled(page: str, name: str, results: dict) -> str:
     """The page with its generated parts updated; name as in `pages`."""
     parts = generated_parts(name, results)
@@ -203,6 +221,11 @@ def generated_parts(name: str, results: dict) -> dict[str, str]:
             "table": ladder(stages.course(), results),
             "nanogpt": nanogpt(results["against_nanogpt"]),
             "transformers": transformers(results["against_transformers"]["stages"]),
+        }
+    if name == "serving":
+        return {
+            "throughput": serving(results["serving"]),
+            "waste": serving_waste(results["serving"]["waste"]),
         }
     parts = of_stage(name, results)
     if name == "stage5_flash":
@@ -234,6 +257,7 @@ def pages() -> dict[Path, str]:
     """Every page with generated parts, and its name in `filled`: for a lesson, its stage."""
     found = {stages.ROOT / "README.md": "front"}
     found |= {stages.ROOT / "docs" / f"{name}.md": name for name in ("scale", "benchmarks")}
+    found[stages.ROOT / "deploy" / "serving" / "README.md"] = "serving"
     for name in stages.names():
         file = stages.path(name)
         if file.name == "model.py" and (file.parent / "README.md").exists():

@@ -23,11 +23,7 @@ def next_token_probs(
     """
     logits = logits.float()
     largest = logits.max()
-    if not largest.isfinite():  # the maximum is NaN if any logit is
-        raise UserError(
-            f"the model's output is not a number ({largest.item()})\n"
-            "its weights are damaged, or it diverged in training: use another run or checkpoint"
-        )
+    check_finite(largest)
     if is_greedy(temperature):
         return F.one_hot(logits.argmax(), len(logits)).float()
     probs = F.softmax((logits - largest) / temperature, dim=-1)  # never infinite, however low the temperature
@@ -42,6 +38,15 @@ def next_token_probs(
         kept[dropped] = 0
         probs = torch.zeros_like(probs).scatter(0, tokens, kept / kept.sum())
     return probs
+
+
+def check_finite(largest: torch.Tensor) -> None:
+    """Raises UserError if the largest logit is not a finite number. It is NaN if any logit is."""
+    if not largest.isfinite():
+        raise UserError(
+            f"the model's output is not a number ({largest.item()})\n"
+            "its weights are damaged, or it diverged in training: use another run or checkpoint"
+        )
 
 
 def is_greedy(temperature: float) -> bool:

@@ -225,7 +225,8 @@ def load(
     checkpoint.load_weights(run, name, model)
     for key, parameter in model.named_parameters():  # one by one: few are in memory twice
         before = parameter.data
-        parameter.data = before.to(device, dtype)
+        # A copy, if quantized: the file need not stay in memory beside the kernels' form of its codes.
+        parameter.data = before.to(device, dtype, copy="quantization" in config)
         if dtype == torch.float16 != before.dtype and not parameter.isfinite().all():
             largest = before.abs().max().item()
             raise UserError(
