@@ -108,6 +108,7 @@ def run(engine, prompts, params, draw, abort=0.0):
     """The whole texts, by request and index, of requests that come and go while the engine runs."""
     waiting, texts = list(range(len(prompts))), {}
     while waiting or engine.has_work():
+        assert engine.n_steps < 2000, "it never ends"
         while waiting and draw.random() < 0.5:
             i = waiting.pop(0)
             engine.add(str(i), prompts[i], params[i])
