@@ -108,6 +108,7 @@ def run(engine, prompts, params, draw, abort=0.0):
     """The whole texts, by request and index, of requests that come and go while the engine runs."""
     waiting, texts = list(range(len(prompts))), {}
     while waiting or engine.has_work():
+        assert engine.n_steps < 2000, "it never ends"
         while waiting and draw.random() < 0.5:
             i = waiting.pop(0)
             engine.add(str(i), prompts[i], params[i])
@@ -185,6 +186,19 @@ def test_requests_that_are_aborted_leave_the_others_alone(model):
     same(whole, {key: expected[key] for key in whole})
     for key in found.keys() - whole.keys():
         assert found[key][0] == expected[key][0][: len(found[key][0])]
+
+
+def test_a_text_that_stops_at_an_accepted_draft_goes_no_further(model):
+    params = SamplingParams(max_tokens=24, temperature=0)
+    plain, drafting = make_engine(model), make_engine(model, draft=True, draft_tokens=3)
+    ((whole,),) = plain.generate([TEXT[:9]], params)
+    assert drafting.generate([TEXT[:9]], params) == [[whole]]
+    for i in range(0, 20, 3):
+        for end in ({"stop": whole.text[i : i + 2]}, {"stop_token_ids": [whole.token_ids[i]]}):
+            given = SamplingParams(max_tokens=24, temperature=0, **end)
+            assert drafting.generate([TEXT[:9]], given) == plain.generate([TEXT[:9]], given)
+            check_blocks(drafting)
+    assert drafting.stats()["accepted_tokens"] > 20
 
 
 def test_a_text_alone_has_the_drafts_of_sample_py(model):
