@@ -1,12 +1,14 @@
 """The blocks of the paged cache and the scheduler, without a model: who holds what, after any history."""
 
 import pytest
+import torch
 
 pytest.importorskip("hypothesis", reason="these tests need pip install -e '.[dev]'")
 
 from hypothesis import HealthCheck, settings, stateful
 from hypothesis import strategies as st
 
+from deploy.serving.beams import BeamSearch
 from deploy.serving.blocks import NULL, Blocks, Swap, Table
 from deploy.serving.sampling import SamplingParams
 from deploy.serving.scheduler import Scheduler, Sequence
@@ -23,6 +25,7 @@ class Simulated:
         self.scheduler = Scheduler(self.blocks, max_batch, token_budget, self.swap)
         self.n_added = 0
         self.size = block_size
+        self.searches = {}  # of requests with beams
         self.done = []
 
     def copy(self, source, target):
@@ -34,9 +37,12 @@ class Simulated:
     def load(self, place, block):
         self.content[block] = list(self.saved[place])
 
-    def add(self, prompt, max_tokens=3, n=1):
+    def add(self, prompt, max_tokens=3, n=1, beams=1):
         self.n_added += 1
-        params = SamplingParams(max_tokens=max_tokens, n=n)
+        params = SamplingParams(max_tokens=max_tokens, n=n, beams=beams)
+        if beams > 1:
+            sizes = (max_tokens, N_BEAM_TOKENS, self.scheduler.max_batch)
+            self.searches[str(self.n_added)] = BeamSearch(params, frozenset(), *sizes)
         sequence = Sequence(str(self.n_added), 0, (self.n_added, 0), params, list(prompt), None, None)
         self.scheduler.add(sequence)
         return sequence
@@ -68,13 +74,32 @@ class Simulated:
                 every += self.scheduler.fork(sequence, make)
             for each in every:
                 each.is_forked = True
+                if each.params.beams > 1:
+                    self.searches[each.request_id].logits[each.index] = beam_logits(each.tokens)
+                    continue
                 each.generated.append((sum(each.tokens) + each.index) % 2)
                 if len(each.generated) == each.params.max_tokens:
                     self.scheduler.remove(each)
                     self.done.append(each)
+        self.search()
         self.scheduler.limit()
         self.check()
         return plan
+
+    def search(self):
+        """Continues the beams of requests whose beams are all computed."""
+        for name, search in list(self.searches.items()):
+            beams = [s for s in self.sequences() if s.request_id == name]
+            if not any(beam.n_left for beam in beams):
+                search.advance(beams, self.blocks)
+                if search.is_over:
+                    self.done.append(beams[0])
+                    self.abort(name)
+
+    def abort(self, name):
+        self.searches.pop(name, None)
+        for sequence in [s for s in self.sequences() if s.request_id == name]:
+            self.scheduler.remove(sequence)
 
     def finish(self):
         for _ in range(3000):
@@ -111,6 +136,15 @@ class Simulated:
         assert sorted(saved + (self.swap.free if self.swap else [])) == list(range(len(self.saved)))
 
 
+N_BEAM_TOKENS = 10  # enough for 5 beams
+
+
+def beam_logits(tokens):
+    """Any logits that depend on the text alone."""
+    generator = torch.Generator().manual_seed(sum(3**i * token for i, token in enumerate(tokens)))
+    return torch.randn(N_BEAM_TOKENS, generator=generator)
+
+
 class AnyHistory(stateful.RuleBasedStateMachine):
     @stateful.initialize(
         n_blocks=st.integers(2, 14),
@@ -132,6 +166,19 @@ class AnyHistory(stateful.RuleBasedStateMachine):
         max_tokens = data.draw(st.integers(1, min(8, self.room - len(prompt) + 1)))
         self.simulated.add(prompt, max_tokens, n)
 
+    @stateful.rule(
+        prompt=st.lists(st.integers(0, 1), min_size=1, max_size=20), beams=st.integers(2, 5), data=st.data()
+    )
+    def add_beams(self, prompt, beams, data):
+        """As many as the engine would accept: all of them fit, even if they share nothing."""
+        blocks, max_batch = self.simulated.blocks, self.simulated.scheduler.max_batch
+        beams = min(beams, max_batch, len(blocks.references) - 1)
+        room = (len(blocks.references) - 1) // beams * blocks.block_size
+        if beams > 1:
+            prompt = prompt[:room]
+            max_tokens = data.draw(st.integers(1, min(8, room - len(prompt) + 1)))
+            self.simulated.add(prompt, max_tokens, beams=beams)
+
     @stateful.rule()
     def step(self):
         self.simulated.step()
@@ -140,9 +187,7 @@ class AnyHistory(stateful.RuleBasedStateMachine):
     @stateful.rule(data=st.data())
     def abort(self, data):
         sequence = data.draw(st.sampled_from(self.simulated.sequences()))
-        for each in self.simulated.sequences():
-            if each.request_id == sequence.request_id:
-                self.simulated.scheduler.remove(each)
+        self.simulated.abort(sequence.request_id)
         self.simulated.check()
 
     def teardown(self):
@@ -293,6 +338,20 @@ def test_more_texts_than_rows_take_turns():
     simulated.add([0, 1, 1], n=5)
     simulated.finish()
     assert len(simulated.done) == 5
+
+
+def test_beams_that_lose_their_blocks_find_the_same_texts():
+    found = []
+    for older in ([], [0, 0, 0]):
+        simulated = Simulated(n_blocks=9, block_size=2, share_prefixes=False)
+        if older:
+            simulated.add(older, max_tokens=12)
+        simulated.add([1, 1, 1], max_tokens=6, beams=2)
+        (search,) = simulated.searches.values()
+        simulated.finish()
+        found.append([(each.tokens, each.score) for each in search.found])
+    assert found[0] == found[1] and simulated.scheduler.n_preempted > 0
+    assert len(simulated.done) == 2 and len(simulated.blocks.free) == 8
 
 
 def test_swapped_blocks_are_not_computed_again():
