@@ -1060,7 +1060,12 @@ def verify(m, probs, drafts, guessed, numbers):
     def bernoulli(p, *, generator=None):
         return (rand(p.shape, generator=generator) < p).float()
 
-    with mock.patch.object(torch, "rand", rand), mock.patch.object(torch, "bernoulli", bernoulli):
+    def multinomial(probs, n, *, generator=None):
+        generators.append(generator is sampler.generator)
+        return torch.tensor([sampler.draw(probs)])
+
+    ours = {"rand": rand, "bernoulli": bernoulli, "multinomial": multinomial}
+    with mock.patch.multiple(torch, **ours), mock.patch("random.random", lambda: float(rand(1))):
         return m.verified(list(probs), list(drafts), list(guessed), sampler), sampler.noted, generators
 
 
@@ -1074,38 +1079,39 @@ def chance(m, p, q, draft) -> float:
     if at_0 == at_1:
         return float(at_0)
     low, high = 0.0, 1.0
-    for _ in range(24):
+    for _ in range(22):
         middle = (low + high) / 2
         low, high = (middle, high) if accepts(m, p, q, draft, middle) == at_0 else (low, middle)
     return high if at_0 else 1 - high
 
 
 def after_rejection(m, p, q, draft):
-    """The distribution of the token in a rejected draft's place; zeros if a draft is never rejected."""
+    """The distribution of the token in a rejected draft's place; zeros if it is not rejected or replaced."""
     for number in (ALMOST_1, 0.0):
         if not accepts(m, p, q, draft, number):
-            return verify(m, [p, p], [draft], [q], [number])[1][0]
+            noted = verify(m, [p, p], [draft], [q], [number])[1]
+            return noted[0] if noted else torch.zeros(3)
     return torch.zeros(3)
 
 
-def in_the_end(m, p, q):
+def chances(m, p, q):
+    """The probabilities that the drafts 0, 1 and 2 are accepted."""
+    return torch.tensor([chance(m, p, q, draft) for draft in range(3)])
+
+
+def in_the_end(m, p, q, accepted):
     """The exact distribution of the first token: of all ways in which it can come about."""
-    total = torch.zeros(3)
-    for draft in range(3):
-        accepted = chance(m, p, q, draft)
-        total[draft] += q[draft] * accepted
-        total += q[draft] * (1 - accepted) * after_rejection(m, p, q, draft)
-    return total
+    replaced = [q[draft] * (1 - accepted[draft]) * after_rejection(m, p, q, draft) for draft in range(3)]
+    return q * accepted + sum(replaced)
 
 
 def one_draft(m):
     found = {}
     for name, p in (("", P), (" if the model rules token 0 out", ZERO)):
-        found[f"chances that the drafts 0, 1, 2 are accepted{name}"] = torch.tensor(
-            [chance(m, p, Q, draft) for draft in range(3)]
-        )
+        accepted = chances(m, p, Q)
+        found[f"chances that the drafts 0, 1, 2 are accepted{name} [draft]"] = accepted
         found[f"distribution after draft 1 is rejected{name} [token]"] = after_rejection(m, p, Q, 1)
-        found[f"distribution of the token in the end{name} [token]"] = in_the_end(m, p, Q)
+        found[f"distribution of the token in the end{name} [token]"] = in_the_end(m, p, Q, accepted)
     rounded = Q * torch.tensor([1.0, 1 + 2**-20, 1.0])
     found["distribution after a rejection by rounding [token]"] = after_rejection(m, Q, rounded, 1)
     return found
@@ -1133,11 +1139,11 @@ def two_drafts(m):
 
 def the_model_s_own(m):
     """The first token has the model's distribution."""
-    return properties.close(in_the_end(m, P, Q), P) and properties.close(in_the_end(m, ZERO, Q), ZERO)
+    return all(properties.close(in_the_end(m, p, Q, chances(m, p, Q)), p) for p in (P, ZERO))
 
 
 def never_what_is_ruled_out(m):
-    return bool(in_the_end(m, ZERO, Q)[0] < 1e-6)
+    return bool(in_the_end(m, ZERO, Q, chances(m, ZERO, Q))[0] < 1e-6)
 
 
 ACCEPT = "if float(torch.rand(1, generator=sampler.generator)) * q[draft] < p[draft]:"
@@ -1316,6 +1322,15 @@ def verified(probs, drafts, guessed, sampler):
 """,
         ),
         Rewrite(
+            "drawn by torch.multinomial",
+            (
+                (
+                    REJECTED,
+                    "return [*made, int(torch.multinomial(left, 1, generator=sampler.generator))]",
+                ),
+            ),
+        ),
+        Rewrite(
             "minimum subtracted",
             ((LEFT, "left = p - torch.minimum(p, q)"),),
         ),
@@ -1330,6 +1345,22 @@ def verified(probs, drafts, guessed, sampler):
     return [*drafts, sampler.draw(probs[len(drafts)])]
 """,
             mistake="resampled from p",
+        ),
+        Rewrite(
+            "Python's random numbers",
+            """
+import random
+
+def verified(probs, drafts, guessed, sampler):
+    out = []
+    for d, p, q in zip(drafts, probs, guessed):
+        if random.random() >= p[d] / q[d]:
+            r = torch.clamp(p - q, min=0)
+            return out + [sampler.draw(r / r.sum() if r.sum() > 0 else p)]
+        out.append(d)
+    return out + [sampler.draw(probs[-1])]
+""",
+            mistake="another generator",
         ),
     ),
     afterwards="The check has computed the distribution exactly, over all ways in which the first token can "
@@ -1874,7 +1905,7 @@ def accepted_share() -> float:
     """The probability that a draft from Q is accepted."""
     from lab.sampling import generation
 
-    return sum(Q[draft].item() * chance(generation, P, Q, draft) for draft in range(3))
+    return (Q * chances(generation, P, Q)).sum().item()
 
 
 QUESTIONS = (
