@@ -49,7 +49,7 @@ def ask(chapter: Chapter) -> None:
 def as_text(answer: float | str) -> str:
     if isinstance(answer, str):
         return answer
-    return f"{answer:,}" if isinstance(answer, int) else f"{answer:.4g}"
+    return f"{answer:,.0f}" if isinstance(answer, int) or abs(answer) >= 1000 else f"{answer:.4g}"
 
 
 def asked(question: Question) -> float | str | None:

@@ -3,6 +3,7 @@
 import torch
 
 from exercises import properties
+from exercises.measured import CHANGES, loss_change
 from exercises.probe import random, randomize, small_model, tokens
 from exercises.units import Chapter, Exercise, Mistake, Question, Rewrite
 
@@ -62,6 +63,8 @@ RMSNORM = Exercise(
     "2. Take the mean of the squares over the last dimension, and keep that dimension.\n"
     "3. Add eps, and divide x by the root.\n"
     "4. Convert back to the dtype of x, and multiply by the weight.",
+    afterwards="The mean stays in, and nothing is missed: what a norm is for is to make the scale vanish. "
+    "Most models since Llama use this one.",
     probes=(norms,),
     properties={
         "multiplying the input by 10 changes nothing (without eps)": scale_does_not_matter,
@@ -271,6 +274,8 @@ BIASES = Exercise(
     steps="1. In Attention, define the four projections of stage 0 without a bias.\n"
     "2. In MLP, likewise the two layers.\n"
     "3. In RMSNorm, keep eps and define a weight of ones; there is no bias.",
+    afterwards="Stage 1's loss is that of stage 0, within chance. Files get simpler: they hold only matrices "
+    "and the norms' weights.",
     probes=(without_biases,),
     mistakes=(
         Mistake(
@@ -476,6 +481,12 @@ QUESTIONS = (
         "norms has 768.",
         difference_in_parameters,
         "12 · (5 · 768 + 3,072) + 25 · 768 = {answer}, less than a thousandth of all.",
+    ),
+    Question(
+        "Does RMSNorm without biases change the validation loss on TinyShakespeare?",
+        lambda: loss_change("stage1_rmsnorm"),
+        "Measured over three seeds: {answer}. docs/benchmarks.md has the numbers.",
+        choices=CHANGES,
     ),
 )
 

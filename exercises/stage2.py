@@ -3,6 +3,7 @@
 import torch
 
 from exercises import properties
+from exercises.measured import CHANGES, loss_change
 from exercises.probe import in_steps, random, small_model, tokens
 from exercises.units import Chapter, Exercise, Mistake, Question, Rewrite
 
@@ -50,6 +51,8 @@ ROTATION = Exercise(
     "2. Divide them by head_dim, raise theta to them, and take the reciprocal: the frequencies.\n"
     "3. Multiply every position with every frequency.\n"
     "4. Insert the dimension of the heads before the last two, and return the cosine and the sine.",
+    afterwards="The first pairs tell neighbouring tokens apart, the last ones distant parts of a text. A "
+    "larger theta slows all but the first, for longer contexts.",
     probes=(angles,),
     properties={
         "at position 0 nothing is rotated": starts_unrotated,
@@ -205,6 +208,8 @@ ROTATE = Exercise(
     steps="1. Convert x to float32 and cut it into two halves along the last dimension.\n"
     "2. Compute the new halves with cos and sin.\n"
     "3. Put them one after the other, and convert back to x's dtype.",
+    afterwards="Rotations keep lengths, and two of them add up. So the product of a rotated query and a "
+    "rotated key depends on the difference of their positions, besides what the two tokens are.",
     probes=(rotated,),
     properties={
         "the length of every vector is kept": properties.norm_is_kept,
@@ -384,6 +389,7 @@ PLACE = Exercise(
     "2. Rotate q and k with rope.\n"
     "3. Hand k and v to the cache, if there is one.\n"
     "4. Attend, put the heads side by side, and project.",
+    afterwards="A key is rotated once, by its own position, and can then stay in the cache for good.",
     probes=(attention_with_cache,),
     properties={
         "no position sees a later one": properties.no_leak,
@@ -576,6 +582,8 @@ PAIRS = Exercise(
     steps="1. Copy the dict, so that the caller's stays as it was.\n"
     "2. Split the rows of q_proj and k_proj into heads, two halves, and the dimensions of a half.\n"
     "3. Exchange the last two of these three, and join the rows again.",
+    afterwards="Scores are sums over dimensions, so any order will do, if queries and keys share it and the "
+    "rotation knows it. deploy/llama2c.py does this for llama2.c.",
     probes=(reordered,),
     properties={"the scores are the same when neighbours are rotated": scores_agree},
     mistakes=(
@@ -776,6 +784,12 @@ QUESTIONS = (
         period_of_last_pair,
         "2π · 10000^(62/64) = {answer} tokens.",
         tolerance=0.1,
+    ),
+    Question(
+        "Stage 2 against stage 1, on TinyShakespeare: which way does the validation loss go?",
+        lambda: loss_change("stage2_rope"),
+        "Measured over three seeds: {answer}. docs/benchmarks.md has the numbers.",
+        choices=CHANGES,
     ),
 )
 

@@ -1,6 +1,7 @@
 """The exercises of stage 3: SwiGLU."""
 
 from exercises import properties
+from exercises.measured import CHANGES, loss_change
 from exercises.probe import random, small_model, tokens
 from exercises.units import Chapter, Exercise, Mistake, Question, Rewrite
 
@@ -37,6 +38,8 @@ SWIGLU = Exercise(
     steps="1. Project x with gate_proj, and apply silu.\n"
     "2. Project x with up_proj.\n"
     "3. Multiply both, element by element, and project with down_proj.",
+    afterwards="The gate decides for each element and each token. The names gate, up and down are those of "
+    "Llama's files.",
     probes=(gated,),
     properties={
         "zero stays zero": zero_for_zero,
@@ -174,6 +177,7 @@ WIDTH = Exercise(
     steps="1. Write down the parameters of both layers, and solve for the width.\n"
     "2. Divide it by the multiple, round up, and multiply again.\n"
     "3. Return an int.",
+    afterwards="So a difference in the loss comes from the gate, not from more parameters.",
     probes=(widths,),
     properties={
         "three matrices have as many parameters as two of 4 n_embd, or up to 5 % more": as_many_parameters
@@ -362,6 +366,12 @@ QUESTIONS = (
         silu_of_minus_one,
         "sigmoid(−1) = 0.2689, so silu(−1) = {answer}. Unlike ReLU, it lets a little pass.",
         tolerance=0.05,
+    ),
+    Question(
+        "Stage 3 against stage 2, with as many parameters: which way does the validation loss go?",
+        lambda: loss_change("stage3_swiglu"),
+        "Measured over three seeds: {answer}. docs/benchmarks.md has the numbers.",
+        choices=CHANGES,
     ),
 )
 

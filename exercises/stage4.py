@@ -3,6 +3,7 @@
 import torch
 
 from exercises import properties
+from exercises.measured import CHANGES, loss_change
 from exercises.probe import in_steps, random, small_model, tokens
 from exercises.units import Chapter, Exercise, Mistake, Question, Rewrite
 
@@ -70,6 +71,8 @@ ATTENTION = Exercise(
     "3. Compute the scores, scaled by the root of head_dim, and add the mask.\n"
     "4. Take the softmax over keys, drop some of the weights, and convert them to v's dtype.\n"
     "5. Average v with these weights.",
+    afterwards="Only the order of the copies was at stake. It decides which query heads share a key, and "
+    "every checkpoint relies on it.",
     probes=(grouped_attention, sixteen_bits),
     properties={
         "no position sees a later key": sees_no_later_key,
@@ -307,6 +310,8 @@ CACHE = Exercise(
     "2. Give the cache n_kv_head heads of width head_dim; its bytes are those of keys and values.\n"
     "3. In forward, cut q, k and v into heads of head_dim, rotate q and k, and hand k and v to the cache.\n"
     "4. Call attention with what the cache returns, put the heads side by side, and project.",
+    afterwards="The cache shrinks by the size of a group. The scores take as many multiplications as before, "
+    "since every query head still computes its own.",
     probes=(cached_model,),
     properties={
         "no position sees a later one": properties.no_leak,
@@ -570,6 +575,8 @@ CONVERSION = Exercise(
     steps="1. Copy the dict, so that the caller's stays as it was.\n"
     "2. For the weights of k_proj and v_proj: split the rows into (n_kv_head, group, head_dim).\n"
     "3. Take the mean over the group, and join the heads' rows again.",
+    afterwards="The mean is a start, not the end: the paper then trains for 5 % of the original steps. "
+    "deploy/import_hf.py loads models that were trained in groups from the beginning.",
     probes=(averaged,),
     properties={"a group of equal heads becomes that head": equal_heads_stay},
     mistakes=(
@@ -786,6 +793,12 @@ QUESTIONS = (
         "than stage 3?",
         parameters_saved,
         "k_proj and v_proj lose half of their 768 rows in each of 12 layers: 12 · 2 · 384 · 768 = {answer}.",
+    ),
+    Question(
+        "Half of the key and value heads are gone. Which way does the validation loss go, against stage 3?",
+        lambda: loss_change("stage4_gqa"),
+        "Measured over three seeds: {answer}. docs/benchmarks.md has the numbers.",
+        choices=CHANGES,
     ),
 )
 

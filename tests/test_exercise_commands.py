@@ -299,9 +299,9 @@ def test_a_hunt_hides_one_mistake_that_shows_and_judges_answers(run, my, monkeyp
 def test_predictions_are_computed_and_judged(run, my, monkeypatch):
     right = [question.answer() for question in chapters.find("4")[0].questions]
     assert right[0] == 2 * 12 * 12 * 1024 * 64 * 2 and right[1] * 3 == right[0]
-    monkeypatch.setattr(sys, "stdin", io.StringIO(f"36 MiB\nabc\n{right[1] + 1}\n\n"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"36 MiB\nabc\n{right[1] + 1}\n\nlower\n"))
     status, said = run("predict", "4")
-    assert status == 0 and said.count("Right.") == 1 and said.count("Not quite.") == 1
+    assert status == 0 and said.count("Right.") == 1 and said.count("Not quite.") == 2
     assert "7,077,888" in said and "a number or a product" in said
     assert json.loads((my / "progress.json").read_text())["exercises"]["predict 4"]["right"] == 1
 

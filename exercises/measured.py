@@ -1,0 +1,18 @@
+"""Answers to predictions from what was measured: results/results.json."""
+
+import json
+
+from lab import stages
+
+CHANGES = ("lower", "higher", "no significant difference")
+"""How the loss of a stage may compare with that of the stage before."""
+
+
+def loss_change(name: str) -> str:
+    """How the validation loss of a stage differs from the stage before: one of CHANGES."""
+    rows = json.loads((stages.ROOT / "results/results.json").read_text(encoding="utf-8"))["stages"]
+    row = rows[name]
+    if not row["differs"]["val_loss"]:
+        return CHANGES[2]
+    lower = row["val_loss"]["mean"] < rows[row["from"]]["val_loss"]["mean"]
+    return CHANGES[0] if lower else CHANGES[1]
