@@ -11,6 +11,7 @@ from unittest import mock
 import torch
 
 from exercises import properties
+from exercises.measured import CHANGES, loss_change
 from exercises.probe import in_steps, random, randomize, small_model, tokens
 from exercises.units import Chapter, Exercise, Mistake, Question, Rewrite
 
@@ -1935,6 +1936,13 @@ QUESTIONS = (
         accepted_share,
         "Each token is accepted with min(p, q) in total: 0.2 + 0.2 + 0.3 = {answer}.",
         tolerance=0.01,
+    ),
+    Question(
+        "A block of multi-token prediction is trained along with the model. Which way does the validation "
+        "loss of the next token go, against stage 7a?",
+        lambda: loss_change("stage7_mla_mtp"),
+        "Measured over three seeds: {answer}. docs/benchmarks.md has the numbers.",
+        choices=CHANGES,
     ),
 )
 
