@@ -252,7 +252,7 @@ def check_all(chapter: Chapter) -> diagnose.Feedback:
     if chapter.whole and all(feedback.state == PASSED or feedback.absent for _, feedback in results):
         path, tree, _ = read_answer(chapter, None)
         results.append((chapter.whole, diagnose.check_whole(chapter, tree, path)))
-    failed = next((feedback for _, feedback in results if feedback.state != PASSED), None)
+    failed = next((f for _, f in results if f.state != PASSED and not f.absent), None)
     if results[-1][1].state == PASSED:
         failed = None
     for exercise, feedback in results:

@@ -1738,27 +1738,28 @@ def generate_with_drafts(model, prompt, max_new_tokens, vocab_size, n_drafts, te
 
 
 def whole_model(m):
-    """Losses, hidden states, drafts and the cache's sizes, with a dense first layer."""
+    """Logits, losses and parameters, with a dense first layer and other numbers of blocks."""
     found, idx, targets = {}, tokens(2, 9), tokens(2, 9, seed=4)
     model = small_model(m, first_k_dense_replace=1, **SIZES)
     found["logits [batch, position, token]"], losses = model(idx, targets)
     found |= {f"{name} loss": loss for name, loss in losses.items()}
-    _, hidden = model(idx, return_hidden=True)
-    found["hidden states [batch, position, dimension]"] = hidden
-    found |= {
-        f"parameter {name}": tuple(p.shape) for name, p in model.named_parameters() if ".layers.2." in name
-    }
+    block = [(name, p) for name, p in model.named_parameters() if ".layers.2." in name]
+    found |= {f"parameter {name}": tuple(parameter.shape) for name, parameter in block}
     found["number of routers"] = len(model.routers())
     for n in (0, 2):
-        found[f"losses with {n} blocks"] = ", ".join(
-            small_model(m, num_nextn_predict_layers=n)(idx, targets)[1]
-        )
+        losses = small_model(m, num_nextn_predict_layers=n)(idx, targets)[1]
+        found[f"losses with {n} blocks"] = ", ".join(losses)
     try:
         m.GPTConfig(num_nextn_predict_layers=-1)
         found["-1 blocks"] = "accepted"
     except ValueError:
         found["-1 blocks"] = "refused"
     return found
+
+
+def whole_hidden(m):
+    model = small_model(m, **SIZES)
+    return {"hidden states [batch, position, dimension]": model(tokens(2, 9), return_hidden=True)[1]}
 
 
 def whole_drafts(m):
@@ -1786,7 +1787,7 @@ WHOLE = Exercise(
     "3. Append the blocks to the layers, and leave them out when the model computes its logits.\n"
     "4. Keep the hidden state after the last norm: for the blocks' loss, and to return it.\n"
     "5. Write mtp_loss and draft, and let the cache have as many layers as it is told.",
-    probes=(whole_model, whole_drafts),
+    probes=(whole_model, whole_hidden, whole_drafts),
     properties={
         "no position sees a later one": properties.no_leak,
         "with a cache the logits are the same": properties.cache_equals_no_cache,

@@ -225,6 +225,13 @@ def test_a_function_without_return_is_named(answer):
     assert status == 1 and "attention returned nothing (None)" in said
 
 
+def test_a_whole_diff_without_the_stage_s_functions_gets_feedback_on_the_file(run, my):
+    run("start", "6", "--whole")
+    status, said = run("check", "6")
+    assert status == 1 and "6.1 The softmax router: not checked alone" in said
+    assert "6 The whole stage: not right yet\n  " in said and "n_shared_experts" in said
+
+
 def test_hints_come_one_after_the_other_and_the_solution_only_after_passing(run, my):
     run("start", "1")
     found = [run("hint", "1.1")[1] for _ in range(4)]
