@@ -231,7 +231,7 @@ def test_a_whole_diff_without_the_stage_s_functions_gets_feedback_on_the_file(ru
     (my / "stage6.py").write_text(text[: text.index("\ndef looped_experts")])
     status, said = run("check", "6")
     assert status == 1 and "6.1 The softmax router: not checked alone" in said
-    assert "6 The whole stage: not right yet\n  " in said and "n_shared_experts" in said
+    assert "6 The whole stage: not right yet\n  " in said and "moe_intermediate_size" in said
 
 
 def test_hints_come_one_after_the_other_and_the_solution_only_after_passing(run, my):
