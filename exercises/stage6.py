@@ -493,7 +493,7 @@ BALANCE = Exercise(
             ),
             "The entropies are added up over the processes.",
             "after_step does that once for each step. Here they would be counted twice, and every forward "
-            "pass would wait for a message more.",
+            "pass would wait for one more message.",
             "what is added to the entropy.",
         ),
         Mistake(

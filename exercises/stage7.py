@@ -708,7 +708,7 @@ MTP = Exercise(
             "rolled",
             ((SHIFTED, "targets = targets.roll(-1, 1)"),),
             "The targets are rolled: the last position should predict the first target.",
-            "the last position has no target. Rolled round, it learns a relation that does not exist.",
+            "the last position has no target. Rolled around, it learns a relation that does not exist.",
             "what stands at the end of the shifted targets.",
         ),
         Mistake(
@@ -1378,8 +1378,9 @@ class Rehearsed(torch.nn.Module):
     only if it gets the hidden state of the position that its cache expects, and the token after it.
     """
 
-    def __init__(self):
+    def __init__(self, counts):
         super().__init__()
+        self.counts, self.counted = counts, []  # drafted and accepted before each pass
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.config = SimpleNamespace(block_size=64)
         self.passes = []  # the tokens of each
@@ -1395,6 +1396,7 @@ class Rehearsed(torch.nn.Module):
 
     def forward(self, idx, cache, return_hidden):
         self.passes.append(idx[0].tolist())
+        self.counted.append((self.counts.drafted, self.counts.accepted))
         hidden = []
         for token in idx[0].tolist():
             state = after(cache.states[cache.length - 1] if cache.length else 1, token)
@@ -1424,12 +1426,13 @@ PROMPT = [3, 1, 4, 1, 5]
 
 
 def drafted_text(m, n_drafts, taken, max_new_tokens=40, **options):
-    """The first tokens of a greedy text; the model; and the counts so far."""
-    model, counts = Rehearsed(), m.DraftCounts()
+    """The first tokens of a greedy text, and the model that wrote it."""
+    counts = m.DraftCounts()
+    model = Rehearsed(counts)
     text = m.generate_with_drafts(
         model, PROMPT, max_new_tokens, 11, n_drafts, temperature=0.0, counts=counts, **options
     )
-    return list(islice(text, taken)), model, counts
+    return list(islice(text, taken)), model
 
 
 def right_text(n: int) -> list[int]:
@@ -1447,11 +1450,10 @@ def loop(m):
     found = {}
     for n_drafts in (1, 3):
         of = f"with {n_drafts} draft{'s' * (n_drafts > 1)} at a time"
-        text, model, counts = drafted_text(m, n_drafts, 16)
+        text, model = drafted_text(m, n_drafts, 16)
         found[f"text {of}"] = str(text)
         found[f"what the model gets in each pass {of}"] = str(model.passes)
-        found[f"tokens drafted {of}"] = counts.drafted
-        found[f"tokens accepted {of}"] = counts.accepted
+        found[f"tokens drafted and accepted before each pass {of}"] = str(model.counted)
     return found
 
 
@@ -1459,7 +1461,7 @@ def end_of_the_text(m):
     """All tokens of a short text, and one that stops."""
     found = {}
     for n in (1, 6, 7):
-        text, model, _ = drafted_text(m, 3, 99, max_new_tokens=n)
+        text, model = drafted_text(m, 3, 99, max_new_tokens=n)
         found[f"text of {n} tokens"] = str(text)
         found[f"tokens beyond the end of a cache, for {n} tokens"] = model.beyond
     found["text with a stop token"] = str(drafted_text(m, 3, 99, stop=[right_text(4)[3]])[0])
@@ -1468,7 +1470,7 @@ def end_of_the_text(m):
 
 def small_context(m):
     """A context of 12 tokens, after which the last half goes on."""
-    text, model, _ = drafted_text(m, 3, 30, context=12)
+    text, model = drafted_text(m, 3, 30, context=12)
     found = {"text in a context of 12": str(text), "passes in a context of 12": str(model.passes)}
     return found | {"tokens beyond the end of a cache, in a context of 12": model.beyond}
 
@@ -1480,7 +1482,7 @@ def same_text_as_without(m):
 
 def fewer_passes(m):
     """With three drafts at a time, 16 tokens take fewer than 10 passes."""
-    _, model, _ = drafted_text(m, 3, 16)
+    _, model = drafted_text(m, 3, 16)
     return len(model.passes) < 10
 
 
@@ -1681,6 +1683,20 @@ def generate_with_drafts(model, prompt, max_new_tokens, vocab_size, n_drafts, te
             drafts, guessed = draft_tokens(model, hidden[:, : known.size(1)], known, caches[1], n, sampler)
             caches[1].length = len(text) - 1
 """,
+        ),
+        Rewrite(
+            "counted at the end of a round",
+            (
+                (
+                    "        counts.drafted += len(drafts)\n        counts.accepted += len(made) - 1\n",
+                    "        right = len(drafts), len(made) - 1\n",
+                ),
+                (
+                    "        n_made += len(made)\n",
+                    "        n_made += len(made)\n"
+                    "        counts.drafted += right[0]\n        counts.accepted += right[1]\n",
+                ),
+            ),
         ),
         Rewrite(
             "set back to the window",
