@@ -253,7 +253,15 @@ def test_unknown_names_get_a_suggestion(run):
     status, said = run("check", "4.9")
     assert status == 2 and "did you mean 4." in said
     assert "start 4" in run("check", "4.1")[1]
-    assert "name an exercise" in run("hint", "4")[1]
+    assert "name an exercise" in run("solution", "4")[1]
+
+
+def test_without_a_name_the_next_exercise_is_meant(run, my):
+    assert "start 1" in run()[1] and run("start")[0] == 0 and (my / "stage1.py").exists()
+    assert "1.1 RMSNorm: not written" in run("check")[1] and "for 1.1 RMSNorm" in run("hint")[1]
+    solve(my, chapters.find("1")[0])
+    run("check")
+    assert "1.2 No biases: passed" in run("check")[1] and "1 The whole stage: passed" in run("check")[1]
 
 
 def test_watch_checks_at_each_save_and_ends_once_it_passes_or_at_ctrl_c(run, my, monkeypatch):
