@@ -4,6 +4,7 @@ import ast
 import io
 import json
 import sys
+import textwrap
 
 import pytest
 from conftest import call
@@ -108,7 +109,7 @@ def cut_body(number, name):
     chapter, _ = chapters.find(number)
     source = chapter.reference(chapter.source)
     start, end = cut.body_lines(ast.parse(source), source, name)
-    return "\n".join(line.removeprefix("    ") for line in source.splitlines()[start:end])
+    return textwrap.dedent("\n".join(source.splitlines()[start:end]))
 
 
 def test_an_exception_names_the_learner_s_line_and_the_shapes_there(answer, my):
@@ -116,6 +117,15 @@ def test_an_exception_names_the_learner_s_line_and_the_shapes_there(answer, my):
     line = 1 + (my / "stage4.py").read_text().splitlines().index("    scores = q @ k.mT")
     assert status == 1 and f"stage4.py, line {line}, in attention: RuntimeError" in said
     assert "q (2, 6, 5, 8), k (2, 3, 9, 8), v (2, 3, 9, 8)" in said and "Traceback" not in said
+
+
+def test_an_exception_in_the_course_s_code_names_the_learner_s_line_that_called_it(answer, my):
+    bodies = [cut_body("4", name) for name in chapters.find("4.2")[1].functions]
+    bodies[0] = bodies[0].replace("config.n_embd // config.n_head", "3")
+    status, said = answer("4.2", *bodies)
+    text = (my / "stage4.py").read_text().splitlines()
+    line = 1 + next(i for i, code in enumerate(text) if "cache.update(self.layer_idx" in code)
+    assert status == 1 and f"line {line}, in forward" in said and "(raised in update" in said, said
 
 
 def test_a_mistake_inside_a_helper_of_the_learner_is_found_at_its_line(my, run, answer):
@@ -262,7 +272,15 @@ def test_unknown_names_get_a_suggestion(run):
     status, said = run("check", "4.9")
     assert status == 2 and "did you mean 4." in said
     assert "start 4" in run("check", "4.1")[1]
-    assert "name an exercise" in run("hint", "4")[1]
+    assert "name an exercise" in run("solution", "4")[1]
+
+
+def test_without_a_name_the_next_exercise_is_meant(run, my):
+    assert "start 1" in run()[1] and run("start")[0] == 0 and (my / "stage1.py").exists()
+    assert "1.1 RMSNorm: not written" in run("check")[1] and "for 1.1 RMSNorm" in run("hint")[1]
+    solve(my, chapters.find("1")[0])
+    run("check")
+    assert "1.2 No biases: passed" in run("check")[1] and "1 The whole stage: passed" in run("check")[1]
 
 
 def test_watch_checks_at_each_save_and_ends_once_it_passes_or_at_ctrl_c(run, my, monkeypatch):
