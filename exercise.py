@@ -34,8 +34,8 @@ COMMANDS = ("start", "check", "watch", "hint", "solution", "hunt", "predict")
 class Start:
     """Writes the file of a chapter in my/, with blanks to fill in."""
 
-    what: Positional[str]
-    """The chapter, such as 4."""
+    what: Positional[str | None] = None
+    """The chapter, such as 4. None: the one that comes next."""
     whole: bool = False
     """Begin with the file of the stage before, and write the whole diff."""
     again: bool = False
@@ -46,24 +46,24 @@ class Start:
 class Check:
     """Checks an exercise (4.2) inside the course's code, or all of a chapter and its file as a whole (4)."""
 
-    what: Positional[str]
-    """The exercise or the chapter."""
+    what: Positional[str | None] = None
+    """The exercise or the chapter. None: the exercise that comes next."""
 
 
 @dataclass
 class Watch:
     """Checks at each save an exercise (4.2), or a chapter's first that has not passed (4). Ctrl-C ends."""
 
-    what: Positional[str]
-    """The exercise or the chapter."""
+    what: Positional[str | None] = None
+    """The exercise or the chapter. None: the exercise that comes next."""
 
 
 @dataclass
 class Hint:
     """Shows the next hint: a question, then shapes and formula, then the steps."""
 
-    what: Positional[str]
-    """The exercise, such as 4.2."""
+    what: Positional[str | None] = None
+    """The exercise, such as 4.2. None: the one that comes next."""
     level: Literal[1, 2, 3] | None = None
     """Show this one. None: the next one."""
 
@@ -72,8 +72,8 @@ class Hint:
 class Solution:
     """Shows the course's code beside yours, once the exercise has passed."""
 
-    what: Positional[str]
-    """The exercise, such as 4.2."""
+    what: Positional[str | None] = None
+    """The exercise, such as 4.2. None: the one that comes next."""
     give_up: bool = False
     """Show it before."""
 
@@ -82,8 +82,8 @@ class Solution:
 class Hunt:
     """Hides a mistake in a model, and shows its loss and tests; the answer is a function or a line."""
 
-    what: Positional[str]
-    """The chapter, such as 4."""
+    what: Positional[str | None] = None
+    """The chapter, such as 4. None: the one that comes next."""
     seed: int | None = None
     """Which mistake. None: the one being hunted, or else a new one."""
     answer: str | None = None
@@ -96,8 +96,8 @@ class Hunt:
 class Predict:
     """Asks for numbers before they are computed."""
 
-    what: Positional[str]
-    """The chapter, such as 4."""
+    what: Positional[str | None] = None
+    """The chapter, such as 4. None: the one that comes next."""
 
 
 Command = (
@@ -122,7 +122,7 @@ def main():
         guess = f"did you mean {close[0]}? " if close else ""
         raise UserError(f"there is no command {first!r}; {guess}The commands are: {', '.join(COMMANDS)}")
     command = cli.parse_flags(Command, sys.argv[1:])
-    chapter, exercise = chapters.find(command.what)
+    chapter, exercise = chapters.find(command.what or current()[1].number)
     match command:
         case Start():
             start(chapter, command.whole, command.again)
@@ -132,7 +132,7 @@ def main():
         case Watch():
             watch(chapter, exercise)
         case Hint():
-            hint(needed(exercise, command), command.level)
+            hint(exercise or chapter.whole or needed(exercise, command), command.level)
         case Solution():
             solution(chapter, needed(exercise, command), command.give_up)
         case Hunt():
@@ -172,22 +172,23 @@ def parts(chapter: Chapter) -> list[Exercise]:
     return [*chapter.exercises, *([chapter.whole] if chapter.whole else [])]
 
 
-def next_command() -> str:
-    """What to do next: go on where the learner is, or start the first chapter that is not finished."""
+def current() -> tuple[Chapter, Exercise]:
+    """The first exercise that has not passed, in a chapter that has been started if there is one."""
     done = progress.read()
-    open_ones = [
-        (chapter, exercise)
-        for chapter in chapters.CHAPTERS
-        for exercise in parts(chapter)
-        if done.get(exercise.number, {}).get("state") != PASSED
-    ]
-    if not open_ones:
-        return f"{cli.program()} hunt {chapters.CHAPTERS[-1].number}   (all exercises have passed)"
-    started = [(c, e) for c, e in open_ones if progress.file(c, e).exists()]
-    if started:
-        chapter, exercise = started[0]
-        return f"edit {shown(progress.file(chapter, exercise))}, then {cli.program()} check {exercise.number}"
-    return f"{cli.program()} start {open_ones[0][0].number}"
+    every = [(chapter, exercise) for chapter in chapters.CHAPTERS for exercise in parts(chapter)]
+    left = [(c, e) for c, e in every if done.get(e.number, {}).get("state") != PASSED]
+    started = [(c, e) for c, e in left if progress.file(c, e).exists()]
+    return (started or left or every[-1:])[0]
+
+
+def next_command() -> str:
+    chapter, exercise = current()
+    if progress.of(exercise.number).get("state") == PASSED:
+        return f"{cli.program()} hunt {chapter.number}   (all exercises have passed)"
+    path = progress.file(chapter, exercise)
+    if path.exists():
+        return f"edit {shown(path)}, then {cli.program()} check {exercise.number}"
+    return f"{cli.program()} start {chapter.number}"
 
 
 # ---- start
@@ -252,7 +253,7 @@ def check_all(chapter: Chapter) -> diagnose.Feedback:
     if chapter.whole and all(feedback.state == PASSED or feedback.absent for _, feedback in results):
         path, tree, _ = read_answer(chapter, None)
         results.append((chapter.whole, diagnose.check_whole(chapter, tree, path)))
-    failed = next((feedback for _, feedback in results if feedback.state != PASSED), None)
+    failed = next((f for _, f in results if f.state != PASSED and not f.absent), None)
     if results[-1][1].state == PASSED:
         failed = None
     for exercise, feedback in results:

@@ -49,7 +49,8 @@ def parse(text: str, path: Path) -> tuple[ast.Module | None, list[str]]:
     except SyntaxError as error:
         lines = text.split("\n")
         line = lines[error.lineno - 1] if error.lineno and error.lineno <= len(lines) else ""
-        told = [f"{shown(path)}, line {error.lineno}: {error.msg}.", f"    {line.strip()}"]
+        place = f", line {error.lineno}" if error.lineno else ""
+        told = [f"{shown(path)}{place}: {error.msg}."] + [f"    {line.strip()}"] * bool(line.strip())
         if isinstance(error, TabError) or (isinstance(error, IndentationError) and "\t" in line):
             told.append("The line is indented with tabs, the others with spaces: convert the tabs to spaces.")
         return None, told
@@ -167,7 +168,7 @@ _outcomes: dict = {}
 
 def outcome_of(exercise: Exercise, source: str, *mistakes: Mistake) -> Outcome | None:
     """What the course's code computes with some mistakes in it; None if they exclude each other."""
-    key = (exercise.number, hash(source), *(mistake.name for mistake in mistakes))
+    key = (exercise.number, source, *(mistake.name for mistake in mistakes))
     if key not in _outcomes:
         try:
             wrong = source

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from exercises import properties
+from exercises.measured import CHANGES, loss_change
 from exercises.probe import random, small_model, tokens
 from exercises.units import Chapter, Exercise, Mistake, Question, Rewrite
 
@@ -30,16 +31,14 @@ def by_expert(weights, indices):
 
 
 def routing(m, kind):
-    """Three experts per token, and a single one; autocast; and what a router keeps, in training only."""
+    """Three experts per token, and a single one; and what a router keeps, in training only."""
     found, x = {}, random(13, 12, seed=1)
     for k in (3, 1):
         weights, indices = router_of(m, kind, k).eval()(x)
         found[f"shape of the weights for {k} of 8 experts"] = tuple(weights.shape)
         found[f"weights of all experts, {k} per token [token, expert]"] = by_expert(weights, indices)
-    with torch.autocast("cpu", torch.bfloat16):
-        found["weights under autocast to bfloat16"] = by_expert(*router_of(m, kind, 3).eval()(x))
     router = router_of(m, kind, 3).eval()
-    found["weights for an input in bfloat16"] = by_expert(*router(x.bfloat16()))
+    router(x)
     found["tokens counted in evaluation"] = router.tokens_per_expert.clone()
     router.train()(x)
     found["tokens counted in training"] = router.tokens_per_expert
@@ -49,8 +48,20 @@ def routing(m, kind):
     return found
 
 
+def routing_in_16_bits(m, kind):
+    """An input in bfloat16, and autocast to it."""
+    router, x = router_of(m, kind, 3).eval(), random(13, 12, seed=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = {"weights under autocast to bfloat16": by_expert(*router(x))}
+    return found | {"weights for an input in bfloat16": by_expert(*router(x.bfloat16()))}
+
+
 def softmax_routing(m):
     return routing(m, "softmax")
+
+
+def softmax_routing_in_16_bits(m):
+    return routing_in_16_bits(m, "softmax")
 
 
 def on_meta(m):
@@ -104,7 +115,7 @@ ROUTER = Exercise(
     "4. In training, pass all probabilities and the indices to self.count. It returns the tokens of each "
     "expert, from which balance_loss makes the loss that GPT.forward looks for in self.balance_loss.\n"
     "5. Return the weights times the factor, and the indices. (The sigmoid router is exercise 6.3.)",
-    probes=(softmax_routing, on_meta),
+    probes=(softmax_routing, softmax_routing_in_16_bits, on_meta),
     properties={
         "the weights of a token add up to the factor": sum_is_the_factor("softmax"),
         "the experts with the largest logits are chosen": best_are_chosen,
@@ -185,6 +196,13 @@ ROUTER = Exercise(
             "the balance would follow text that the model is only tested on, and evaluating a model would "
             "change how it is trained.",
             "when the statistics are kept.",
+        ),
+        Mistake(
+            "nothing in training",
+            (("if self.training:", "if False:"),),
+            "In training, the router neither counts its tokens nor keeps a balance loss.",
+            "without them nothing shows how busy the experts are, and a few get nearly all tokens.",
+            "what the router does in training.",
         ),
         Mistake(
             "no balance loss",
@@ -475,7 +493,7 @@ BALANCE = Exercise(
             ),
             "The entropies are added up over the processes.",
             "after_step does that once for each step. Here they would be counted twice, and every forward "
-            "pass would wait for a message more.",
+            "pass would wait for one more message.",
             "what is added to the entropy.",
         ),
         Mistake(
@@ -561,6 +579,10 @@ def sigmoid_routing(m):
     return routing(m, "sigmoid")
 
 
+def sigmoid_routing_in_16_bits(m):
+    return routing_in_16_bits(m, "sigmoid")
+
+
 def without_bias(m):
     """Without biases, the experts with the largest scores are chosen."""
     router, x = router_of(m, "sigmoid", 3).eval(), random(13, 12, seed=1)
@@ -594,7 +616,7 @@ SIGMOID = Exercise(
     "3. Add the bias, and take the indices of the k largest. The sums themselves are not needed.\n"
     "4. Gather the scores at these indices.\n"
     "5. Scale them as before, also by the factor, and count in training. There is no balance loss.",
-    probes=(sigmoid_routing,),
+    probes=(sigmoid_routing, sigmoid_routing_in_16_bits),
     properties={
         "the weights of a token add up to the factor": sum_is_the_factor("sigmoid"),
         "without a bias, the experts with the largest logits are chosen": without_bias,
@@ -692,6 +714,13 @@ SIGMOID = Exercise(
             "the call that chooses.",
         ),
         Mistake(
+            "not counted",
+            (("if self.training:", "if False:"),),
+            "In training, the router does not count its tokens.",
+            "after_step moves the biases by these counts, so the experts would never be balanced.",
+            "what the router does in training.",
+        ),
+        Mistake(
             "raw scores counted",
             (("probs = scores / scores.sum(-1, keepdim=True)", "probs = scores"),),
             "The weights are right. The entropy is computed from scores that do not add up to 1.",
@@ -780,7 +809,7 @@ def experts(function):
         (y * random(13, 16, seed=6)).sum(), list(wanted.values()), allow_unused=True
     )
     for name, gradient in zip(wanted, gradients, strict=True):
-        found[f"gradient of the {name}"] = gradient
+        found[f"gradient of the {name}"] = torch.zeros_like(wanted[name]) if gradient is None else gradient
     return found
 
 
@@ -869,7 +898,7 @@ LOOP = Exercise(
         ),
         Mistake(
             "weights forgotten",
-            (("output * weights[token, choice, None]", "output"),),
+            (("weights[token, choice, None]", "torch.ones_like(weights)[token, choice, None]"),),
             "The outputs of the experts are added up without their weights.",
             "the weights are the only way in which the loss reaches the router, so it would learn nothing.",
             "what an expert's output is multiplied by.",
@@ -915,6 +944,14 @@ LOOP = Exercise(
             "The outputs are averaged, not added up.",
             "the weights add up to 1 already, so the output would be too small by the number of choices.",
             "what happens after the loop.",
+        ),
+        Mistake(
+            "not converted back",
+            (("return y.type_as(x)", "return y"),),
+            "The output is in float32, whatever the dtype of the tokens.",
+            "the weights are in float32, and so is their product with an output. The residual stream should "
+            "keep its dtype.",
+            "the dtype of what is returned.",
         ),
         Mistake(
             "weights of the wrong tokens",
@@ -1121,6 +1158,14 @@ SORTED = Exercise(
             "the product takes its groups from neighbouring rows, so most tokens are multiplied by matrices "
             "of experts that they did not choose.",
             "the order of the rows before the first product.",
+        ),
+        Mistake(
+            "not converted back",
+            ((f"{OUT}.type_as(x)", OUT),),
+            "The output is in float32, whatever the dtype of the tokens.",
+            "the weights are in float32, and so is their product with an output. The residual stream should "
+            "keep its dtype.",
+            "the dtype of what is returned.",
         ),
         Mistake(
             "ends in 64 bits",
@@ -1616,14 +1661,6 @@ def lone_weight() -> str:
     return "zero" if scores.grad.abs().max() < 1e-6 else "not zero"
 
 
-def bias_after() -> float:
-    model = stage6().GPT(stage6().GPTConfig(vocab_size=29, n_layer=1, n_head=6, n_embd=12, block_size=12))
-    (router,) = model.routers()
-    router.tokens_per_expert.copy_(torch.tensor([300.0] + [100.0] * 7))
-    model.after_step()
-    return round(router.e_score_correction_bias[0].item(), 6)
-
-
 QUESTIONS = (
     Question(
         "GPT-2's size: width 768, experts of width 680. Each expert has three matrices. A token uses 2 of 8 "
@@ -1645,11 +1682,11 @@ QUESTIONS = (
         choices=("zero", "not zero"),
     ),
     Question(
-        "After a step, expert 0 has 300 tokens, and the 7 others have 100 each. The biases were 0, and "
-        "bias_update_speed is 0.001. What is the bias of expert 0 now?",
-        bias_after,
-        "It has more than the mean, so its bias falls by the speed, however large the difference: {answer}.",
-        tolerance=0.001,
+        "A token uses as many parameters as in stage 5, out of several times as many. Both are small models, "
+        "trained on a small text. Which way does the validation loss go, against stage 5?",
+        lambda: loss_change("stage6_moe"),
+        "Measured over three seeds: {answer}. docs/benchmarks.md has the numbers.",
+        choices=CHANGES,
     ),
 )
 

@@ -11,6 +11,7 @@ from unittest import mock
 import torch
 
 from exercises import properties
+from exercises.measured import CHANGES, loss_change
 from exercises.probe import in_steps, random, randomize, small_model, tokens
 from exercises.units import Chapter, Exercise, Mistake, Question, Rewrite
 
@@ -707,7 +708,7 @@ MTP = Exercise(
             "rolled",
             ((SHIFTED, "targets = targets.roll(-1, 1)"),),
             "The targets are rolled: the last position should predict the first target.",
-            "the last position has no target. Rolled round, it learns a relation that does not exist.",
+            "the last position has no target. Rolled around, it learns a relation that does not exist.",
             "what stands at the end of the shifted targets.",
         ),
         Mistake(
@@ -1060,7 +1061,12 @@ def verify(m, probs, drafts, guessed, numbers):
     def bernoulli(p, *, generator=None):
         return (rand(p.shape, generator=generator) < p).float()
 
-    with mock.patch.object(torch, "rand", rand), mock.patch.object(torch, "bernoulli", bernoulli):
+    def multinomial(probs, n, *, generator=None):
+        generators.append(generator is sampler.generator)
+        return torch.tensor([sampler.draw(probs)])
+
+    ours = {"rand": rand, "bernoulli": bernoulli, "multinomial": multinomial}
+    with mock.patch.multiple(torch, **ours), mock.patch("random.random", lambda: float(rand(1))):
         return m.verified(list(probs), list(drafts), list(guessed), sampler), sampler.noted, generators
 
 
@@ -1074,38 +1080,39 @@ def chance(m, p, q, draft) -> float:
     if at_0 == at_1:
         return float(at_0)
     low, high = 0.0, 1.0
-    for _ in range(24):
+    for _ in range(22):
         middle = (low + high) / 2
         low, high = (middle, high) if accepts(m, p, q, draft, middle) == at_0 else (low, middle)
     return high if at_0 else 1 - high
 
 
 def after_rejection(m, p, q, draft):
-    """The distribution of the token in a rejected draft's place; zeros if a draft is never rejected."""
+    """The distribution of the token in a rejected draft's place; zeros if it is not rejected or replaced."""
     for number in (ALMOST_1, 0.0):
         if not accepts(m, p, q, draft, number):
-            return verify(m, [p, p], [draft], [q], [number])[1][0]
+            noted = verify(m, [p, p], [draft], [q], [number])[1]
+            return noted[0] if noted else torch.zeros(3)
     return torch.zeros(3)
 
 
-def in_the_end(m, p, q):
+def chances(m, p, q):
+    """The probabilities that the drafts 0, 1 and 2 are accepted."""
+    return torch.tensor([chance(m, p, q, draft) for draft in range(3)])
+
+
+def in_the_end(m, p, q, accepted):
     """The exact distribution of the first token: of all ways in which it can come about."""
-    total = torch.zeros(3)
-    for draft in range(3):
-        accepted = chance(m, p, q, draft)
-        total[draft] += q[draft] * accepted
-        total += q[draft] * (1 - accepted) * after_rejection(m, p, q, draft)
-    return total
+    replaced = [q[draft] * (1 - accepted[draft]) * after_rejection(m, p, q, draft) for draft in range(3)]
+    return q * accepted + sum(replaced)
 
 
 def one_draft(m):
     found = {}
     for name, p in (("", P), (" if the model rules token 0 out", ZERO)):
-        found[f"chances that the drafts 0, 1, 2 are accepted{name}"] = torch.tensor(
-            [chance(m, p, Q, draft) for draft in range(3)]
-        )
+        accepted = chances(m, p, Q)
+        found[f"chances that the drafts 0, 1, 2 are accepted{name} [draft]"] = accepted
         found[f"distribution after draft 1 is rejected{name} [token]"] = after_rejection(m, p, Q, 1)
-        found[f"distribution of the token in the end{name} [token]"] = in_the_end(m, p, Q)
+        found[f"distribution of the token in the end{name} [token]"] = in_the_end(m, p, Q, accepted)
     rounded = Q * torch.tensor([1.0, 1 + 2**-20, 1.0])
     found["distribution after a rejection by rounding [token]"] = after_rejection(m, Q, rounded, 1)
     return found
@@ -1133,11 +1140,11 @@ def two_drafts(m):
 
 def the_model_s_own(m):
     """The first token has the model's distribution."""
-    return properties.close(in_the_end(m, P, Q), P) and properties.close(in_the_end(m, ZERO, Q), ZERO)
+    return all(properties.close(in_the_end(m, p, Q, chances(m, p, Q)), p) for p in (P, ZERO))
 
 
 def never_what_is_ruled_out(m):
-    return bool(in_the_end(m, ZERO, Q)[0] < 1e-6)
+    return bool(in_the_end(m, ZERO, Q, chances(m, ZERO, Q))[0] < 1e-6)
 
 
 ACCEPT = "if float(torch.rand(1, generator=sampler.generator)) * q[draft] < p[draft]:"
@@ -1316,6 +1323,15 @@ def verified(probs, drafts, guessed, sampler):
 """,
         ),
         Rewrite(
+            "drawn by torch.multinomial",
+            (
+                (
+                    REJECTED,
+                    "return [*made, int(torch.multinomial(left, 1, generator=sampler.generator))]",
+                ),
+            ),
+        ),
+        Rewrite(
             "minimum subtracted",
             ((LEFT, "left = p - torch.minimum(p, q)"),),
         ),
@@ -1330,6 +1346,22 @@ def verified(probs, drafts, guessed, sampler):
     return [*drafts, sampler.draw(probs[len(drafts)])]
 """,
             mistake="resampled from p",
+        ),
+        Rewrite(
+            "Python's random numbers",
+            """
+import random
+
+def verified(probs, drafts, guessed, sampler):
+    out = []
+    for d, p, q in zip(drafts, probs, guessed):
+        if random.random() >= p[d] / q[d]:
+            r = torch.clamp(p - q, min=0)
+            return out + [sampler.draw(r / r.sum() if r.sum() > 0 else p)]
+        out.append(d)
+    return out + [sampler.draw(probs[-1])]
+""",
+            mistake="another generator",
         ),
     ),
     afterwards="The check has computed the distribution exactly, over all ways in which the first token can "
@@ -1346,8 +1378,9 @@ class Rehearsed(torch.nn.Module):
     only if it gets the hidden state of the position that its cache expects, and the token after it.
     """
 
-    def __init__(self):
+    def __init__(self, counts):
         super().__init__()
+        self.counts, self.counted = counts, []  # drafted and accepted before each pass
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.config = SimpleNamespace(block_size=64)
         self.passes = []  # the tokens of each
@@ -1363,6 +1396,7 @@ class Rehearsed(torch.nn.Module):
 
     def forward(self, idx, cache, return_hidden):
         self.passes.append(idx[0].tolist())
+        self.counted.append((self.counts.drafted, self.counts.accepted))
         hidden = []
         for token in idx[0].tolist():
             state = after(cache.states[cache.length - 1] if cache.length else 1, token)
@@ -1392,12 +1426,13 @@ PROMPT = [3, 1, 4, 1, 5]
 
 
 def drafted_text(m, n_drafts, taken, max_new_tokens=40, **options):
-    """The first tokens of a greedy text; the model; and the counts so far."""
-    model, counts = Rehearsed(), m.DraftCounts()
+    """The first tokens of a greedy text, and the model that wrote it."""
+    counts = m.DraftCounts()
+    model = Rehearsed(counts)
     text = m.generate_with_drafts(
         model, PROMPT, max_new_tokens, 11, n_drafts, temperature=0.0, counts=counts, **options
     )
-    return list(islice(text, taken)), model, counts
+    return list(islice(text, taken)), model
 
 
 def right_text(n: int) -> list[int]:
@@ -1415,11 +1450,10 @@ def loop(m):
     found = {}
     for n_drafts in (1, 3):
         of = f"with {n_drafts} draft{'s' * (n_drafts > 1)} at a time"
-        text, model, counts = drafted_text(m, n_drafts, 16)
+        text, model = drafted_text(m, n_drafts, 16)
         found[f"text {of}"] = str(text)
         found[f"what the model gets in each pass {of}"] = str(model.passes)
-        found[f"tokens drafted {of}"] = counts.drafted
-        found[f"tokens accepted {of}"] = counts.accepted
+        found[f"tokens drafted and accepted before each pass {of}"] = str(model.counted)
     return found
 
 
@@ -1427,7 +1461,7 @@ def end_of_the_text(m):
     """All tokens of a short text, and one that stops."""
     found = {}
     for n in (1, 6, 7):
-        text, model, _ = drafted_text(m, 3, 99, max_new_tokens=n)
+        text, model = drafted_text(m, 3, 99, max_new_tokens=n)
         found[f"text of {n} tokens"] = str(text)
         found[f"tokens beyond the end of a cache, for {n} tokens"] = model.beyond
     found["text with a stop token"] = str(drafted_text(m, 3, 99, stop=[right_text(4)[3]])[0])
@@ -1436,7 +1470,7 @@ def end_of_the_text(m):
 
 def small_context(m):
     """A context of 12 tokens, after which the last half goes on."""
-    text, model, _ = drafted_text(m, 3, 30, context=12)
+    text, model = drafted_text(m, 3, 30, context=12)
     found = {"text in a context of 12": str(text), "passes in a context of 12": str(model.passes)}
     return found | {"tokens beyond the end of a cache, in a context of 12": model.beyond}
 
@@ -1448,7 +1482,7 @@ def same_text_as_without(m):
 
 def fewer_passes(m):
     """With three drafts at a time, 16 tokens take fewer than 10 passes."""
-    _, model, _ = drafted_text(m, 3, 16)
+    _, model = drafted_text(m, 3, 16)
     return len(model.passes) < 10
 
 
@@ -1651,6 +1685,20 @@ def generate_with_drafts(model, prompt, max_new_tokens, vocab_size, n_drafts, te
 """,
         ),
         Rewrite(
+            "counted at the end of a round",
+            (
+                (
+                    "        counts.drafted += len(drafts)\n        counts.accepted += len(made) - 1\n",
+                    "        right = len(drafts), len(made) - 1\n",
+                ),
+                (
+                    "        n_made += len(made)\n",
+                    "        n_made += len(made)\n"
+                    "        counts.drafted += right[0]\n        counts.accepted += right[1]\n",
+                ),
+            ),
+        ),
+        Rewrite(
             "set back to the window",
             (
                 (
@@ -1706,27 +1754,28 @@ def generate_with_drafts(model, prompt, max_new_tokens, vocab_size, n_drafts, te
 
 
 def whole_model(m):
-    """Losses, hidden states, drafts and the cache's sizes, with a dense first layer."""
+    """Logits, losses and parameters, with a dense first layer and other numbers of blocks."""
     found, idx, targets = {}, tokens(2, 9), tokens(2, 9, seed=4)
     model = small_model(m, first_k_dense_replace=1, **SIZES)
     found["logits [batch, position, token]"], losses = model(idx, targets)
     found |= {f"{name} loss": loss for name, loss in losses.items()}
-    _, hidden = model(idx, return_hidden=True)
-    found["hidden states [batch, position, dimension]"] = hidden
-    found |= {
-        f"parameter {name}": tuple(p.shape) for name, p in model.named_parameters() if ".layers.2." in name
-    }
+    block = [(name, p) for name, p in model.named_parameters() if ".layers.2." in name]
+    found |= {f"parameter {name}": tuple(parameter.shape) for name, parameter in block}
     found["number of routers"] = len(model.routers())
     for n in (0, 2):
-        found[f"losses with {n} blocks"] = ", ".join(
-            small_model(m, num_nextn_predict_layers=n)(idx, targets)[1]
-        )
+        losses = small_model(m, num_nextn_predict_layers=n)(idx, targets)[1]
+        found[f"losses with {n} blocks"] = ", ".join(losses)
     try:
         m.GPTConfig(num_nextn_predict_layers=-1)
         found["-1 blocks"] = "accepted"
     except ValueError:
         found["-1 blocks"] = "refused"
     return found
+
+
+def whole_hidden(m):
+    model = small_model(m, **SIZES)
+    return {"hidden states [batch, position, dimension]": model(tokens(2, 9), return_hidden=True)[1]}
 
 
 def whole_drafts(m):
@@ -1754,7 +1803,7 @@ WHOLE = Exercise(
     "3. Append the blocks to the layers, and leave them out when the model computes its logits.\n"
     "4. Keep the hidden state after the last norm: for the blocks' loss, and to return it.\n"
     "5. Write mtp_loss and draft, and let the cache have as many layers as it is told.",
-    probes=(whole_model, whole_drafts),
+    probes=(whole_model, whole_hidden, whole_drafts),
     properties={
         "no position sees a later one": properties.no_leak,
         "with a cache the logits are the same": properties.cache_equals_no_cache,
@@ -1874,7 +1923,7 @@ def accepted_share() -> float:
     """The probability that a draft from Q is accepted."""
     from lab.sampling import generation
 
-    return sum(Q[draft].item() * chance(generation, P, Q, draft) for draft in range(3))
+    return (Q * chances(generation, P, Q)).sum().item()
 
 
 QUESTIONS = (
@@ -1904,6 +1953,13 @@ QUESTIONS = (
         accepted_share,
         "Each token is accepted with min(p, q) in total: 0.2 + 0.2 + 0.3 = {answer}.",
         tolerance=0.01,
+    ),
+    Question(
+        "A block of multi-token prediction is trained along with the model. Which way does the validation "
+        "loss of the next token go, against stage 7a?",
+        lambda: loss_change("stage7_mla_mtp"),
+        "Measured over three seeds: {answer}. docs/benchmarks.md has the numbers.",
+        choices=CHANGES,
     ),
 )
 

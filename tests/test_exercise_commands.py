@@ -4,6 +4,7 @@ import ast
 import io
 import json
 import sys
+import textwrap
 
 import pytest
 from conftest import call
@@ -108,7 +109,7 @@ def cut_body(number, name):
     chapter, _ = chapters.find(number)
     source = chapter.reference(chapter.source)
     start, end = cut.body_lines(ast.parse(source), source, name)
-    return "\n".join(line.removeprefix("    ") for line in source.splitlines()[start:end])
+    return textwrap.dedent("\n".join(source.splitlines()[start:end]))
 
 
 def test_an_exception_names_the_learner_s_line_and_the_shapes_there(answer, my):
@@ -116,6 +117,15 @@ def test_an_exception_names_the_learner_s_line_and_the_shapes_there(answer, my):
     line = 1 + (my / "stage4.py").read_text().splitlines().index("    scores = q @ k.mT")
     assert status == 1 and f"stage4.py, line {line}, in attention: RuntimeError" in said
     assert "q (2, 6, 5, 8), k (2, 3, 9, 8), v (2, 3, 9, 8)" in said and "Traceback" not in said
+
+
+def test_an_exception_in_the_course_s_code_names_the_learner_s_line_that_called_it(answer, my):
+    bodies = [cut_body("4", name) for name in chapters.find("4.2")[1].functions]
+    bodies[0] = bodies[0].replace("config.n_embd // config.n_head", "3")
+    status, said = answer("4.2", *bodies)
+    text = (my / "stage4.py").read_text().splitlines()
+    line = 1 + next(i for i, code in enumerate(text) if "cache.update(self.layer_idx" in code)
+    assert status == 1 and f"line {line}, in forward" in said and "(raised in update" in said, said
 
 
 def test_a_mistake_inside_a_helper_of_the_learner_is_found_at_its_line(my, run, answer):
@@ -225,6 +235,15 @@ def test_a_function_without_return_is_named(answer):
     assert status == 1 and "attention returned nothing (None)" in said
 
 
+def test_a_whole_diff_without_the_stage_s_functions_gets_feedback_on_the_file(run, my):
+    run("start", "6", "--whole")
+    text = (my / "stage6.py").read_text()
+    (my / "stage6.py").write_text(text[: text.index("\ndef looped_experts")])
+    status, said = run("check", "6")
+    assert status == 1 and "6.1 The softmax router: not checked alone" in said
+    assert "6 The whole stage: not right yet\n  " in said and "moe_intermediate_size" in said
+
+
 def test_hints_come_one_after_the_other_and_the_solution_only_after_passing(run, my):
     run("start", "1")
     found = [run("hint", "1.1")[1] for _ in range(4)]
@@ -253,7 +272,15 @@ def test_unknown_names_get_a_suggestion(run):
     status, said = run("check", "4.9")
     assert status == 2 and "did you mean 4." in said
     assert "start 4" in run("check", "4.1")[1]
-    assert "name an exercise" in run("hint", "4")[1]
+    assert "name an exercise" in run("solution", "4")[1]
+
+
+def test_without_a_name_the_next_exercise_is_meant(run, my):
+    assert "start 1" in run()[1] and run("start")[0] == 0 and (my / "stage1.py").exists()
+    assert "1.1 RMSNorm: not written" in run("check")[1] and "for 1.1 RMSNorm" in run("hint")[1]
+    solve(my, chapters.find("1")[0])
+    run("check")
+    assert "1.2 No biases: passed" in run("check")[1] and "1 The whole stage: passed" in run("check")[1]
 
 
 def test_watch_checks_at_each_save_and_ends_once_it_passes_or_at_ctrl_c(run, my, monkeypatch):
@@ -299,9 +326,9 @@ def test_a_hunt_hides_one_mistake_that_shows_and_judges_answers(run, my, monkeyp
 def test_predictions_are_computed_and_judged(run, my, monkeypatch):
     right = [question.answer() for question in chapters.find("4")[0].questions]
     assert right[0] == 2 * 12 * 12 * 1024 * 64 * 2 and right[1] * 3 == right[0]
-    monkeypatch.setattr(sys, "stdin", io.StringIO(f"36 MiB\nabc\n{right[1] + 1}\n\n"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"36 MiB\nabc\n{right[1] + 1}\n\nlower\n"))
     status, said = run("predict", "4")
-    assert status == 0 and said.count("Right.") == 1 and said.count("Not quite.") == 1
+    assert status == 0 and said.count("Right.") == 1 and said.count("Not quite.") == 2
     assert "7,077,888" in said and "a number or a product" in said
     assert json.loads((my / "progress.json").read_text())["exercises"]["predict 4"]["right"] == 1
 

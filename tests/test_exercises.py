@@ -5,12 +5,15 @@ import itertools
 import re
 
 import pytest
+import torch
+import torch.nn.functional as F
 
-from exercises import cut, diagnose, probe
-from exercises.chapters import CHAPTERS
+from exercises import cut, diagnose, probe, stage7
+from exercises.chapters import CHAPTERS, find
 from exercises.diagnose import PASSED, UNWRITTEN, WRONG
 from exercises.probe import TOLERANCE
 from lab import stages
+from lab.sampling import generation
 
 FILE = stages.ROOT / "my" / "answer.py"  # is never written
 EXERCISES = [
@@ -87,3 +90,26 @@ def test_feedback_is_in_whole_sentences_shows_no_code_and_blames_nobody(chapter,
         parts = (mistake.observed, mistake.why, mistake.look)
         assert all(part.rstrip(")").endswith(".") for part in parts), mistake.name
         assert not re.search(r"\b(you|your|self\.\w+|torch\.\w+)\b", " ".join(parts).lower()), mistake.name
+
+
+@pytest.mark.parametrize("chapter,exercise", EXERCISES + WHOLE)
+def test_what_should_hold_for_a_right_solution_holds_for_the_course_s_code(chapter, exercise):
+    module = probe.load(reference(chapter, exercise))
+    with torch.no_grad():
+        for text, holds in exercise.properties.items():
+            assert holds(module), text
+
+
+def test_the_sorted_experts_can_be_checked_in_a_pytorch_without_grouped_mm(monkeypatch):
+    chapter, exercise = find("6.5")
+    expected = diagnose.outcome_of(exercise, reference(chapter, exercise))
+    monkeypatch.delattr(F, "grouped_mm", raising=False)
+    outcome = probe.run(exercise.probes, probe.load(reference(chapter, exercise)))
+    assert probe.distance(outcome, expected) <= TOLERANCE / 10, outcome.raised
+
+
+def test_the_exact_probabilities_of_speculative_decoding_are_those_of_the_paper():
+    """A draft is accepted with min(1, p / q), and the token has the model's distribution p."""
+    accepted = stage7.chances(generation, stage7.P, stage7.Q)
+    assert torch.allclose(accepted, (stage7.P / stage7.Q).clamp_max(1), atol=1e-6)
+    assert torch.allclose(stage7.in_the_end(generation, stage7.P, stage7.Q, accepted), stage7.P, atol=1e-6)
