@@ -10,9 +10,10 @@ from test_deploy import make_run
 
 from benchmarks import serving as benchmark
 from data.tokenizers import CharTokenizer
+from deploy.quantization import linear, rtn
 from deploy.serving import Engine, SamplingParams, attention
 from deploy.serving import __main__ as command
-from deploy.serving.graphs import Graphs
+from deploy.serving.graphs import Graphs, can_be_recorded
 from deploy.serving.memory import usage, waste
 from deploy.serving.pool import block_bytes
 from deploy.serving.sampling import Writer
@@ -205,6 +206,21 @@ def test_recorded_decode_steps_write_what_each_request_writes_alone(stage):
         check(model, prompts, params, engine.generate(prompts, params))
     assert len(n_runs) > 2 * len(engine.graphs.recorded) > 8
     assert all_free(engine)
+
+
+@pytest.mark.parametrize(
+    "stage, dtype, expected",
+    [("stage5_flash", torch.float32, True), ("stage6_moe", torch.float32, False)]
+    + [("stage6_moe", torch.bfloat16, True), ("stage6_moe, quantized", torch.bfloat16, False)],
+)
+def test_steps_that_wait_for_the_gpu_are_not_recorded(stage, dtype, expected):
+    """On CUDA in float32, recording stage 7 failed: F.grouped_mm copies the counts of rows to the CPU."""
+    module = stages.load(stage.partition(",")[0])
+    model = module.GPT(module.GPTConfig(**TINY_MODEL)).to(dtype)
+    if "quantized" in stage:
+        name, experts = "model.layers.0.mlp.experts.down_proj", model.model.layers[0].mlp.experts
+        linear.replace(model, {name: [rtn.rtn(weight, 4, 32) for weight in experts.down_proj.data]})
+    assert can_be_recorded(model) == expected
 
 
 @pytest.mark.gpu

@@ -19,7 +19,7 @@ from deploy.serving import attention, sampling
 from deploy.serving.beams import BeamSearch
 from deploy.serving.blocks import Blocks, Swap
 from deploy.serving.drafting import Drafter, check_can_draft
-from deploy.serving.graphs import Graphs
+from deploy.serving.graphs import Graphs, can_be_recorded
 from deploy.serving.pool import Batch, HostMemory, Pool, block_bytes
 from deploy.serving.sampling import Logprob, SamplingParams, Writer
 from deploy.serving.scheduler import Scheduler, Sequence
@@ -115,7 +115,8 @@ class Engine:
         self.drafter = Drafter(model, self.pool, self.blocks, vocab_size, draft_tokens) if draft else None
         n_drafts = self.drafter.n_useful if draft else None
         self.scheduler = Scheduler(self.blocks, max_batch, token_budget, swap, n_drafts)
-        self.graphs = Graphs(model, self.pool) if self.device.type == "cuda" else None
+        records = self.device.type == "cuda" and not draft and can_be_recorded(model)
+        self.graphs = Graphs(model, self.pool) if records else None
         self.requests: dict[str, Request] = {}
         self.n_added = self.n_steps = 0
         self.plan: dict[Sequence, int] = {}  # of the last step, for those who watch
