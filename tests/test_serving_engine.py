@@ -12,6 +12,7 @@ from benchmarks import serving as benchmark
 from data.tokenizers import CharTokenizer
 from deploy.serving import Engine, SamplingParams, attention
 from deploy.serving import __main__ as command
+from deploy.serving.engine import Output, extend
 from deploy.serving.graphs import Graphs
 from deploy.serving.memory import usage, waste
 from deploy.serving.pool import block_bytes
@@ -118,6 +119,32 @@ def test_the_attention_of_many_rows_is_that_of_the_stage(name):
     torch.testing.assert_close(found.float(), expected, atol=0.03, rtol=0.03)
     few = attention.attention(own, q[:4], k[:4], v[:4], mask[:4], 0.0)
     assert torch.equal(few, own(q[:4], k[:4], v[:4], mask[:4], 0.0))
+
+
+def test_a_short_prompt_is_computed_in_the_pass_of_the_decoding_texts(model, monkeypatch):
+    """As one row for each token; a long one has a pass of its own, and all write what they write alone."""
+    passes = []
+    forward = Engine.forward
+    monkeypatch.setattr(
+        Engine,
+        "forward",
+        lambda self, sequences, n_new: (
+            passes.append((n_new, [s.request_id for s in sequences])) or forward(self, sequences, n_new)
+        ),
+    )
+    prompts = {"a": [1, 2], "short": [5, 6, 7, 8, 9], "long": list(range(20))}
+    params = SamplingParams(max_tokens=4, logprobs=0, **GREEDY)
+    engine, texts = make_engine(model), {name: Output(name, 0) for name in prompts}
+    engine.add("a", prompts["a"], params)
+    for output in engine.step():
+        extend(texts[output.request_id], output)
+    engine.add("short", prompts["short"], params)
+    engine.add("long", prompts["long"], params)
+    while engine.has_work():
+        for output in engine.step():
+            extend(texts[output.request_id], output)
+    assert passes[:4] == [(2, ["a"]), (1, ["a", "short"]), (20, ["long"]), (1, ["a", "short", "long"])]
+    check(model, prompts.values(), [params] * 3, [(text,) for text in texts.values()])
 
 
 def test_engines_of_one_stage_replace_its_attention_once(model):

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from deploy.quantization.grid import Quantized, by_column, in_groups, pack, unpack
 
 # The kernels, and the most rows (tokens) for which they are faster than dequantizing: measured on a CPU with
-# AVX512 and 576 x 1536 weights. From there on they are slower, in proportion to the rows. With 8 bits there is
-# a third way in between, see int8_product.
+# AVX512 and 576 x 1536 weights. From there on they are slower, in proportion to the rows. With 8 bits there
+# is a third way in between, see int8_product.
 KERNEL_ROWS = {"int4 on cpu": 64, "int8 on cpu": 64, "int4 on cuda": 64}
 INT8_KERNEL_ROWS = 8
 KERNEL_GROUPS = (128, 64, 32)  # group sizes of the 4-bit kernel
