@@ -121,6 +121,14 @@ def test_the_attention_of_many_rows_is_that_of_the_stage(name):
     assert torch.equal(few, own(q[:4], k[:4], v[:4], mask[:4], 0.0))
 
 
+def test_the_attention_of_a_readers_variant_is_left_alone(model):
+    """It may compute something else, such as capped scores, or want something else."""
+    config, own = model.config, stages.load("stage5_flash").explicit_attention
+    assert attention.is_usual(own, config)
+    assert not attention.is_usual(lambda q, k, v, mask, dropout: own(q.tanh(), k, v, mask, dropout), config)
+    assert not attention.is_usual(lambda q, k, v: own(q, k, v, None, 0.0), config)
+
+
 def test_a_short_prompt_is_computed_in_the_pass_of_the_decoding_texts(model, monkeypatch):
     """As one row for each token; a long one has a pass of its own, and all write what they write alone."""
     passes = []
