@@ -13,6 +13,7 @@ from data.tokenizers import CharTokenizer
 from deploy.quantization import linear, rtn
 from deploy.serving import Engine, SamplingParams, attention
 from deploy.serving import __main__ as command
+from deploy.serving.engine import Output, extend
 from deploy.serving.graphs import Graphs, can_be_recorded
 from deploy.serving.memory import usage, waste
 from deploy.serving.pool import block_bytes
@@ -121,6 +122,40 @@ def test_the_attention_of_many_rows_is_that_of_the_stage(name):
     assert torch.equal(few, own(q[:4], k[:4], v[:4], mask[:4], 0.0))
 
 
+def test_the_attention_of_a_readers_variant_is_left_alone(model):
+    """It may compute something else, such as capped scores, or want something else."""
+    config, own = model.config, stages.load("stage5_flash").explicit_attention
+    assert attention.is_usual(own, config)
+    assert not attention.is_usual(lambda q, k, v, mask, dropout: own(q.tanh(), k, v, mask, dropout), config)
+    assert not attention.is_usual(lambda q, k, v: own(q, k, v, None, 0.0), config)
+
+
+def test_a_short_prompt_is_computed_in_the_pass_of_the_decoding_texts(model, monkeypatch):
+    """As one row for each token; a long one has a pass of its own, and all write what they write alone."""
+    passes = []
+    forward = Engine.forward
+    monkeypatch.setattr(
+        Engine,
+        "forward",
+        lambda self, sequences, n_new: (
+            passes.append((n_new, [s.request_id for s in sequences])) or forward(self, sequences, n_new)
+        ),
+    )
+    prompts = {"a": [1, 2], "short": [5, 6, 7, 8, 9], "long": list(range(20))}
+    params = SamplingParams(max_tokens=4, logprobs=0, **GREEDY)
+    engine, texts = make_engine(model), {name: Output(name, 0) for name in prompts}
+    engine.add("a", prompts["a"], params)
+    for output in engine.step():
+        extend(texts[output.request_id], output)
+    engine.add("short", prompts["short"], params)
+    engine.add("long", prompts["long"], params)
+    while engine.has_work():
+        for output in engine.step():
+            extend(texts[output.request_id], output)
+    assert passes[:4] == [(2, ["a"]), (1, ["a", "short"]), (20, ["long"]), (1, ["a", "short", "long"])]
+    check(model, prompts.values(), [params] * 3, [(text,) for text in texts.values()])
+
+
 def test_engines_of_one_stage_replace_its_attention_once(model):
     make_engine(model), make_engine(model)
     stage = stages.load("stage5_flash")
@@ -210,8 +245,12 @@ def test_recorded_decode_steps_write_what_each_request_writes_alone(stage):
 
 @pytest.mark.parametrize(
     "stage, dtype, expected",
-    [("stage5_flash", torch.float32, True), ("stage6_moe", torch.float32, False)]
-    + [("stage6_moe", torch.bfloat16, True), ("stage6_moe, quantized", torch.bfloat16, False)],
+    [
+        ("stage5_flash", torch.float32, True),
+        ("stage6_moe", torch.float32, False),
+        ("stage6_moe", torch.bfloat16, True),
+        ("stage6_moe, quantized", torch.bfloat16, False),
+    ],
 )
 def test_steps_that_wait_for_the_gpu_are_not_recorded(stage, dtype, expected):
     """On CUDA in float32, recording stage 7 failed: F.grouped_mm copies the counts of rows to the CPU."""
