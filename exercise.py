@@ -203,7 +203,8 @@ def start(chapter: Chapter, whole: bool, again: bool) -> None:
         return
     first, last = chapter.exercises[0], chapter.exercises[-1]
     print(f"Its blanks are the exercises {first.number} to {last.number}.")
-    print(f"next: write {', '.join(first.functions)}, then {cli.program()} check {first.number}")
+    names, file = ", ".join(first.functions), shown(progress.file(chapter, first))
+    print(f"next: write {names} in {file}, then {cli.program()} check {first.number}")
     print(f"a question to begin with: {cli.program()} hint {first.number}")
 
 
@@ -262,7 +263,8 @@ def check_all(chapter: Chapter) -> diagnose.Feedback:
         else:
             show(exercise, feedback, details=feedback is failed)
     if failed is None:
-        print(f"train it: python train.py --stage {shown(progress.file(chapter))}")
+        if hunting.is_model(chapter):
+            print(f"train it: python train.py --stage {shown(progress.file(chapter))}")
         print(f"next: {next_command()}")
     return failed or results[-1][1]
 

@@ -37,7 +37,7 @@ class Feedback:
 def read(path: Path) -> tuple[str, ast.Module | None, list[str]]:
     """A learner's file: its text and syntax tree, or None and what keeps it from being read as Python."""
     try:
-        text = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+        text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         return "", None, [f"{shown(path)} is not UTF-8 text (byte {error.start}): save it as UTF-8."]
     return text, *parse(text, path)
