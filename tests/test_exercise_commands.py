@@ -99,6 +99,15 @@ def test_the_solution_passes_alone_and_as_a_whole_and_progress_goes_on(run, my, 
     assert f"check {chapter.number}" not in run()[1].splitlines()[-1]
 
 
+def test_a_wrong_exercise_is_explained_even_if_the_last_one_has_passed(run, my):
+    chapter, wrong = chapters.find("8.1")
+    solve(my, chapter)
+    path = my / progress.file(chapter, wrong).name
+    path.write_text(cut.patched(path.read_text(), wrong.functions, wrong.mistakes[0].patches))
+    status, said = run("check", "8")
+    assert status == 1 and "8.1 The grid of a group: not right yet" in said and "Look at:" in said
+
+
 def test_unfinished_parts_of_the_file_do_not_interfere(run, my, answer):
     status, said = answer("4.1", cut_body("4", "attention"))
     assert status == 0 and "4.1 Attention in groups: passed" in said

@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from exercises import cut, diagnose, probe, stage7
+from deploy.quantization.gptq import gptq
+from exercises import cut, diagnose, probe, quantization, stage7
 from exercises.chapters import CHAPTERS, find
 from exercises.diagnose import PASSED, UNWRITTEN, WRONG
 from exercises.probe import TOLERANCE
@@ -113,3 +114,11 @@ def test_the_exact_probabilities_of_speculative_decoding_are_those_of_the_paper(
     accepted = stage7.chances(generation, stage7.P, stage7.Q)
     assert torch.allclose(accepted, (stage7.P / stage7.Q).clamp_max(1), atol=1e-6)
     assert torch.allclose(stage7.in_the_end(generation, stage7.P, stage7.Q, accepted), stage7.P, atol=1e-6)
+
+
+def test_the_loop_of_gptq_in_the_exercise_gives_the_codes_of_the_course_s_gptq():
+    chapter, exercise = find("8.3")
+    weight, hessian = quantization.layer_to_round()
+    module = probe.load(reference(chapter, exercise))
+    theirs = gptq(weight, hessian, 4, None, act_order=False, damping=0.0, block=5)
+    assert torch.equal(module.round_columns(weight, hessian, 4), theirs.codes)
