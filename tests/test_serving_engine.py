@@ -16,7 +16,7 @@ from deploy.serving import __main__ as command
 from deploy.serving.engine import Output, extend
 from deploy.serving.graphs import Graphs, can_be_recorded
 from deploy.serving.memory import usage, waste
-from deploy.serving.pool import block_bytes
+from deploy.serving.pool import Batch, Pool, block_bytes
 from deploy.serving.sampling import Writer
 from lab import stages
 from lab.errors import UserError
@@ -299,6 +299,18 @@ def test_an_int8_cache_gives_nearly_the_same_logprobs_in_less_than_half_the_memo
     again = make_engine(model, n_blocks=13, int8_cache=True, token_budget=7, swap_memory=0.01)
     for one, other in zip(texts, again.generate(prompts, params), strict=True):
         assert one[0].token_ids == other[0].token_ids
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_int8_cache_rounds_every_number_to_within_1_percent_of_the_largest(model, dtype):
+    """In bfloat16 too, where rounding errors of the scale could turn a code of 127 into -128."""
+    torch.manual_seed(0)
+    pool = Pool(copy.deepcopy(model).to(dtype), n_blocks=17, block_size=16, int8=True)
+    heads, width = pool.tensors[0].shape[2], pool.tensors[0].shape[4]
+    new = [torch.randn(1, heads, 256, width).to(dtype) for _ in pool.tensors]
+    batch = Batch(pool, [list(range(1, 17))], [0], 256)
+    for x, found in zip(new, batch.update(0, *new), strict=True):
+        assert ((found - x).abs() <= x.abs().amax(-1, keepdim=True) * 0.01).all()
 
 
 def test_padded_vocabularies_are_cut():
