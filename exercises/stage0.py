@@ -583,10 +583,15 @@ def attentions_with_a_cache(m):
 
 
 def heads(m):
-    """The function alone: large scores, then 16 bits with a mask in 32, as under autocast."""
+    """The function alone; what is dropped; and 16 bits with a mask in 32, as under autocast."""
     q, k, v = (random(2, 6, 5, 8, seed=i, scale=1.5) for i in (1, 2, 3))
     mask = m.causal_mask(5, 5, "cpu")
     found = {"heads [batch, head, position, dimension]": m.attention(q, k, v, mask, 0.0)}
+    torch.manual_seed(0)
+    y = m.attention(q, k, torch.ones_like(v), mask, 0.5)
+    same = properties.close(y, y[..., :1].expand_as(y))
+    name = "with values of 1 and half of the weights dropped, the dimensions of a head's output"
+    found[name] = "agree" if same else "differ"
     q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
     found["dtype of the heads for bfloat16"] = str(m.attention(q, k, v, mask, 0.0).dtype)
     return found
@@ -663,6 +668,14 @@ ATTENTION = Exercise(
             "the factor that scales the scores.",
         ),
         Mistake(
+            "multiplied by the root",
+            ((SCALED, "(q * q.size(3) ** 0.5)"),),
+            "The scores are multiplied by the root of head_dim, not divided.",
+            "a sum of head_dim products is large already. Made larger still, the softmax chooses a single "
+            "key, and its gradients vanish.",
+            "the factor that scales the scores.",
+        ),
+        Mistake(
             "root of n_embd",
             ((SCALED, "(q * (q.size(1) * q.size(3)) ** -0.5)"),),
             "The scores are divided by the root of n_embd.",
@@ -691,6 +704,14 @@ ATTENTION = Exercise(
             "Later keys are removed after the softmax: the weights of a query no longer add up to 1.",
             "early positions get almost nothing, and the sum under the fraction still contains later "
             "scores, so the text leaks.",
+            "whether the mask comes before or after the softmax.",
+        ),
+        Mistake(
+            "mask added after softmax",
+            ((" + mask", ""), (SOFTMAX, f"({SOFTMAX} + mask)")),
+            "The mask is added to the weights, after the softmax: they are −∞ for later keys.",
+            "the mask belongs to the scores: the softmax turns −∞ into 0. A mean with weights of −∞ has "
+            "no value.",
             "whether the mask comes before or after the softmax.",
         ),
         Mistake(
@@ -758,6 +779,17 @@ ATTENTION = Exercise(
             "without dropout all is right here, and a model trained with it would overfit sooner than "
             "expected.",
             "the weights, between the softmax and their product with v.",
+        ),
+        Mistake(
+            "outputs dropped",
+            (
+                (f"F.dropout({SOFTMAX}, dropout)", SOFTMAX),
+                ("return weights.type_as(v) @ v", "return F.dropout(weights.type_as(v) @ v, dropout)"),
+            ),
+            "The outputs of the heads are dropped, not the weights.",
+            "a dropped weight hides a token for a moment. A dropped output loses a number, which is what "
+            "the block's own dropout is for.",
+            "what the dropout is applied to.",
         ),
         Mistake(
             "dropout in evaluation",
@@ -945,14 +977,12 @@ def sizes_of_caches(m):
 
 
 def refused(call) -> str:
-    """What a call with impossible sizes does: it should raise a ValueError."""
+    """The exception that a call raises; for impossible sizes it should be a ValueError."""
     try:
         call()
-    except ValueError:
-        return "refused"
     except Exception as error:
-        return f"fails with {type(error).__name__}"
-    return "accepted"
+        return type(error).__name__
+    return "no error"
 
 
 CACHE = Exercise(
@@ -1043,6 +1073,13 @@ CACHE = Exercise(
             "update returns the new keys and values only.",
             "the new tokens would see each other and nothing before them, although it is stored.",
             "what update returns.",
+        ),
+        Mistake(
+            "new tokens not returned",
+            (("return keys, values", "return keys[:, :, : self.length], values[:, :, : self.length]"),),
+            "update returns the earlier keys and values only: the new ones are missing.",
+            "each token also sees itself, and several new tokens see each other.",
+            "where the returned tensors end: the length does not count the new tokens yet.",
         ),
         Mistake(
             "whole buffer returned",
@@ -1734,7 +1771,10 @@ WHOLE = Exercise(
     steps="1. Write causal_mask and attention, and check them (exercises 0.1 and 0.3).\n"
     "2. Write the layers from the inside out: MLP, Attention, Block; then KVCache; then GPT.\n"
     "3. Let GPTConfig refuse impossible sizes with a ValueError.\n"
-    "4. Pass bias and norm_eps to all layers and norms, and dropout to attention, Block and GPT.",
+    "4. Name the modules as GPT-2 in this course does, so that its weights can be loaded: "
+    "model.embed_tokens, model.embed_positions, model.layers, model.norm and lm_head; in a block "
+    "input_layernorm, self_attn, post_attention_layernorm and mlp.\n"
+    "5. Pass bias and norm_eps to all layers and norms, and dropout to attention, Block and GPT.",
     afterwards="This file is GPT-2: it loads OpenAI's weights, and gives the logits that they give elsewhere "
     "(tests/test_deploy.py).",
     probes=(whole_model,),

@@ -12,9 +12,12 @@ from exercises.units import Chapter, Exercise, Mistake, Question, Rewrite
 
 
 class Watch(TorchFunctionMode):
-    """Notes whether anything is computed from, or results in, a tensor whose last dimensions are `shape`."""
+    """Notes whether a step of a softmax reads or makes a tensor whose last dimensions are `shape`.
 
-    COMPUTING = ("exp", "softmax", "logsumexp", "max", "sum", "mul", "matmul", "masked_fill", "sub", "add")
+    A mask of that shape may be made: it is small beside the scores of all heads.
+    """
+
+    STEPS = ("exp", "exp_", "softmax", "logsumexp", "max", "amax", "sum", "matmul", "__matmul__", "einsum")
 
     def __init__(self, shape):
         super().__init__()
@@ -22,8 +25,7 @@ class Watch(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        name = getattr(function, "__name__", "")
-        if any(part in name for part in self.COMPUTING):
+        if getattr(function, "__name__", "") in self.STEPS:
             shapes = [tuple(x.shape) for x in (*args, result) if isinstance(x, torch.Tensor)]
             self.seen |= any(shape[-len(self.shape) :] == self.shape for shape in shapes)
         return result
@@ -68,7 +70,7 @@ def reads_blocks(m):
     scores, values = row("moderate")
     with Watch((23,)) as watch:
         m.online_average(scores, values, 4)
-    return {"in blocks of 4, what is computed from": "all keys at once" if watch.seen else "single blocks"}
+    return {"in blocks of 4, what is computed from": "all scores at once" if watch.seen else "single blocks"}
 
 
 def equals_softmax(m):
@@ -93,7 +95,7 @@ ROW = Exercise(
     minutes=20,
     functions=("online_average",),
     question="The softmax subtracts the largest score before it takes exponentials, so that none "
-    "overflows. If only the first block of scores is known, the largest one may be still to come. By "
+    "overflows. If only the first block of scores is known, the largest one may still be to come. By "
     "which factor are the sums so far wrong, when a larger score turns up?",
     shapes="scores (S,), values (S, head_dim). With running maximum m, sum l and output o: m' = max(m, "
     "max s), p = exp(s − m'), l' = exp(m − m') l + Σ p, o' = exp(m − m') o + p v. At the end: o / l, and "
