@@ -472,6 +472,22 @@ BLOCK = Exercise(
             "the two outputs, before they are added.",
         ),
         Mistake(
+            "attention's dropout forgotten",
+            ((FIRST, FIRST.replace("self.dropout", "")),),
+            "The MLP's output is dropped, and attention's is not.",
+            "both are new outputs for the residual stream. A model trained without one of them overfits "
+            "sooner.",
+            "attention's output, before it is added.",
+        ),
+        Mistake(
+            "mlp's dropout forgotten",
+            ((SECOND, SECOND.replace("self.dropout", "")),),
+            "Attention's output is dropped, and the MLP's is not.",
+            "both are new outputs for the residual stream. A model trained without one of them overfits "
+            "sooner.",
+            "the MLP's output, before it is added.",
+        ),
+        Mistake(
             "sum dropped",
             (
                 (FIRST, "x = self.dropout(x + self.self_attn(self.input_layernorm(x), mask, cache))"),
@@ -1299,17 +1315,29 @@ def losses_of(m):
     model, idx = small_model(m), tokens(2, 11)
     targets = tokens(2, 11, seed=4)
     targets[0, 3:7] = targets[1, 9] = -1
-    logits, losses = model(idx, targets)
-    found = {"logits [batch, position, token]": logits, "names of the losses": ", ".join(losses)}
+    result = model(idx, targets)
+    found = {"forward returns": kind(result)}
+    if found["forward returns"] != "(Tensor, dict)":
+        return found
+    logits, losses = result
+    found |= {"logits [batch, position, token]": logits, "names of the losses": ", ".join(losses)}
     found["loss with 5 targets to ignore"] = losses["next_token"]
     found["names of the losses without targets"] = ", ".join(model(idx)[1]) or "none"
-    found["too many tokens"] = refused(lambda: model(tokens(1, 13)))
+    found["13 tokens for 12 positions"] = refused(lambda: model(tokens(1, 13)))
+    found["12 tokens for 12 positions"] = refused(lambda: model(tokens(1, 12)))
     cache = model.new_cache(1, 20)
     model(tokens(1, 9), cache=cache)
     found["too many tokens, most of them in the cache"] = refused(lambda: model(tokens(1, 4), cache=cache))
     dropping = small_model(m, dropout=DROPPED).train()
     found["logits in training, when all embeddings are dropped [batch, position, token]"] = dropping(idx)[0]
     return found
+
+
+def kind(result) -> str:
+    """The type of a value, or the types of a tuple's elements."""
+    if isinstance(result, tuple):
+        return f"({', '.join(type(element).__name__ for element in result)})"
+    return type(result).__name__
 
 
 def logits_with_a_cache(m):
@@ -1426,6 +1454,36 @@ MODEL = Exercise(
             "what happens to targets of −1.",
         ),
         Mistake(
+            "nothing ignored",
+            ((", ignore_index=-1", ""),),
+            "A target of −1 is not ignored: the cross-entropy refuses it.",
+            "−1 marks positions that must not teach anything, such as the question in a conversation. By "
+            "default, torch ignores −100.",
+            "the arguments of the cross-entropy.",
+        ),
+        Mistake(
+            "logits alone",
+            (("return logits, losses", "return logits"),),
+            "Only the logits are returned.",
+            "the rest of the course expects logits and a dict of losses, which is empty without targets.",
+            "what forward returns.",
+        ),
+        Mistake(
+            "bare loss",
+            (("return logits, losses", 'return logits, losses.get("next_token")'),),
+            "The loss is returned by itself, not in a dict.",
+            "later stages have more than one loss, each under its name; without targets the dict is empty.",
+            "what forward returns.",
+        ),
+        Mistake(
+            "probabilities returned",
+            (("self.lm_head(self.model.norm(x))", "self.lm_head(self.model.norm(x)).softmax(-1)"),),
+            "Probabilities are returned, not logits.",
+            "sampling divides logits by a temperature and takes the softmax itself, and so does the "
+            "cross-entropy: twice is nearly uniform.",
+            "what follows the head.",
+        ),
+        Mistake(
             "divided by all positions",
             ((LOSS, LOSS.replace("=-1)", '=-1, reduction="sum") / targets.numel()')),),
             "The sum of the losses is divided by the number of all positions, also of the ignored ones.",
@@ -1525,6 +1583,13 @@ MODEL = Exercise(
             "what comes before the embeddings.",
         ),
         Mistake(
+            "last position refused",
+            (("if length > self.config.block_size:", "if length >= self.config.block_size:"),),
+            "As many tokens as there are positions are refused.",
+            "the model is trained on texts of exactly this length.",
+            "the comparison with block_size.",
+        ),
+        Mistake(
             "cached tokens not counted",
             (("T if cache is None else cache.length + T", "T"),),
             "The limit ignores the tokens that are in the cache.",
@@ -1546,6 +1611,14 @@ MODEL = Exercise(
             "twice that.",
             "each block adds to the residual stream twice: attention and MLP.",
             "how many vectors are added in all.",
+        ),
+        Mistake(
+            "multiplied by the root",
+            ((RESIDUAL, "std=0.02 * math.sqrt(2 * self.config.n_layer)"),),
+            "At the start, o_proj and down_proj are larger than all others: their standard deviation is "
+            "multiplied by the root.",
+            "the sum of many outputs grows anyway; each of them must become smaller.",
+            "the factor for the projections into the residual stream.",
         ),
         Mistake(
             "attention's projection alone",

@@ -519,6 +519,25 @@ FORWARD = Exercise(
             "the condition under which scores hides nothing.",
         ),
         Mistake(
+            "diagonal in every block",
+            (
+                (NOT_MASKED, "False"),
+                (
+                    "torch.arange(rows.start, rows.stop, device=q.device)[:, None] + n_past",
+                    "torch.arange(rows.stop - rows.start)[:, None]",
+                ),
+                (
+                    "torch.arange(columns.start, columns.stop, device=q.device)",
+                    "torch.arange(columns.stop - columns.start)",
+                ),
+            ),
+            "Each block is masked as if it lay on the diagonal: queries and keys are counted from the "
+            "block's corner.",
+            "in blocks left of the diagonal nothing must be hidden, and where a block crosses it depends "
+            "on both starts.",
+            "the positions that scores compares.",
+        ),
+        Mistake(
             "own key hidden",
             (("key > query", "key >= query"),),
             "No query sees its own key where the mask is applied.",
@@ -656,11 +675,21 @@ def gradients(m):
     return found
 
 
+class Context:
+    """What autograd gives to forward and backward."""
+
+    needs_input_grad = (True, True, True, False, False)
+
+    def save_for_backward(self, *tensors):
+        self.saved_tensors = tensors
+
+
 def backward_in_blocks(m):
-    q, k, v = (x.requires_grad_() for x in inputs(5, 9))
-    y = m.tiled_attention(q, k, v, 2, 4)
+    """Called without autograd, which does not let Watch see its backward pass."""
+    ctx, (q, k, v) = Context(), inputs(5, 9)
+    out = m.TiledAttention.forward(ctx, q.unflatten(1, (2, -1)), k[:, :, None], v[:, :, None], 2, 4)
     with Watch((5, 9)) as watch:
-        y.sum().backward()
+        m.TiledAttention.backward(ctx, torch.ones_like(out))
     return {"largest block of scores": "the whole matrix" if watch.seen else "smaller than the matrix"}
 
 
@@ -828,7 +857,15 @@ BACKWARD = Exercise(
             "the matrix that d_out is multiplied by in dv.",
         ),
         Mistake(
-            "dq and dk exchanged",
+            "not in blocks",
+            (("block_q, block_k = ctx.blocks", "block_q, block_k = q.size(-2), k.size(-2)"),),
+            "The numbers are right, but all scores are computed at once.",
+            "the whole score matrix is what FlashAttention avoids. The backward pass would need the "
+            "memory that the forward pass has saved.",
+            "whether both loops go through blocks.",
+        ),
+        Mistake(
+            "dk and dv exchanged",
             (
                 (
                     "return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)",
