@@ -1351,7 +1351,7 @@ def initial_weights(m):
     model, found = m.GPT(m.GPTConfig(**sizes)), {}
     for name, weight in model.state_dict(keep_vars=True).items():
         found[f"shape of {name}"] = tuple(weight.shape)
-        found[f"standard deviation of {name} at the start, about"] = size_of(weight, n_layer=3)
+        found[f"{name} at the start"] = start_of(weight, n_layer=3)
     same = model.lm_head.weight is model.model.embed_tokens.weight
     found["head and token embedding"] = "one tensor" if same else "two tensors"
     model = m.GPT(m.GPTConfig(**sizes, tie_word_embeddings=False))
@@ -1360,15 +1360,17 @@ def initial_weights(m):
     return found
 
 
-def size_of(weight, n_layer: int) -> str:
-    """The standard deviation, to within the chance of the draw. Of a constant, the constant."""
+def start_of(weight, n_layer: int) -> str:
+    """A constant, or how large random numbers are, so roughly that the draw does not matter."""
     if weight.min() == weight.max():
-        return f"constant {weight.flatten()[0].item():g}"
+        return f"always {weight.flatten()[0].item():g}"
+    if weight.dim() == 1:  # too few numbers to tell
+        return "random"
     std = weight.std().item()
     for known in (0.02, 0.02 / math.sqrt(2 * n_layer), 0.02 / math.sqrt(n_layer), 1.0):
         if abs(std - known) < 0.08 * known:
-            return f"{known:.2g}"
-    return f"{std:.1g}"
+            return f"a standard deviation of {known:.2g}"
+    return f"a standard deviation of {std:.1g}"
 
 
 def starts_undecided(m):
