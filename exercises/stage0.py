@@ -341,7 +341,7 @@ BLOCK = Exercise(
             ),
             "The sums are normed, not the inputs of attention and MLP.",
             "that is the first transformer of 2017. Every norm is then in the way of the residual stream, "
-            "and deep models need a slow start to train at all.",
+            "and deep models then need a long warm-up to train at all.",
             "what each norm is applied to.",
         ),
         Mistake(
@@ -659,7 +659,7 @@ ATTENTION = Exercise(
     "6. Call attention, with self.dropout in training and 0 otherwise. Move the heads back behind the "
     "positions, join them, and apply o_proj.",
     afterwards="This is the only place in the model where tokens meet. Stages 2, 4, 5 and 7 each change "
-    "something in these lines, and nothing else does.",
+    "something in these lines.",
     probes=(attentions, heads, attentions_with_a_cache),
     properties={
         "no position sees a later one": attention_has_no_leak,
@@ -1033,8 +1033,7 @@ CACHE = Exercise(
             "positions from 0",
             (("torch.arange(self.length, self.length + n_new,", "torch.arange(0, n_new,"),),
             "The positions of new tokens begin at 0 again.",
-            "each new token would be taken for the first word of the text. Generated text then repeats "
-            "itself.",
+            "each new token would be taken for the first one of the text.",
             "where positions begins to count.",
         ),
         Mistake(
@@ -1437,7 +1436,7 @@ MODEL = Exercise(
             ),
             "The targets are shifted by one position although they already were.",
             "the model would learn to predict the token after the next. Its loss is higher, and the text "
-            "that it generates leaves out every other word.",
+            "that it generates leaves out every other token.",
             "which target belongs to which position.",
         ),
         Mistake(
@@ -1665,7 +1664,8 @@ MODEL = Exercise(
             ((TIED, "self.lm_head.weight = nn.Parameter(self.model.embed_tokens.weight.detach().clone())"),),
             "Head and token embedding are two tensors.",
             "a copy is equal at the start, and the first step changes each in its own way. Tied, they are "
-            "one parameter that learns from both ends, and a third of a small model is saved.",
+            "one parameter that learns from both ends, and GPT-2's smallest model has nearly a quarter "
+            "fewer parameters.",
             "how the head gets its weight.",
         ),
         Mistake(
@@ -1850,8 +1850,8 @@ WHOLE = Exercise(
     "model.embed_tokens, model.embed_positions, model.layers, model.norm and lm_head; in a block "
     "input_layernorm, self_attn, post_attention_layernorm and mlp.\n"
     "5. Pass bias and norm_eps to all layers and norms, and dropout to attention, Block and GPT.",
-    afterwards="This file is GPT-2: it loads OpenAI's weights, and gives the logits that they give elsewhere "
-    "(tests/test_deploy.py).",
+    afterwards="This file is GPT-2: it loads OpenAI's weights, and gives the logits that transformers "
+    "gives with them (tests/test_deploy.py).",
     probes=(whole_model,),
     properties={
         "no position sees a later one": properties.no_leak,
