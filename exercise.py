@@ -198,7 +198,9 @@ def start(chapter: Chapter, whole: bool, again: bool) -> None:
     for path in progress.start(chapter, whole, again):
         print(f"kept {shown(path)}" if path.parent.name == "backups" else f"wrote {shown(path)}")
     if whole:
-        print(f"It is {chapter.before}, to be changed into the stage on {chapter.title}.")
+        blank = f"{chapter.source} with nothing but its docstrings, to be written"
+        changed = f"{chapter.before}, to be changed into the stage on {chapter.title}"
+        print(f"It is {changed if chapter.before else blank}.")
         print(f"next: edit it, then {cli.program()} check {chapter.number}")
         return
     first, last = chapter.exercises[0], chapter.exercises[-1]

@@ -23,6 +23,15 @@ def find(tree: ast.Module, name: str) -> ast.FunctionDef | ast.ClassDef | None:
     return scope
 
 
+def functions(tree: ast.Module) -> dict[str, ast.FunctionDef]:
+    """The functions of a file by their dotted names."""
+    found = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+    for outer in tree.body:
+        if isinstance(outer, ast.ClassDef):
+            found |= {f"{outer.name}.{n.name}": n for n in outer.body if isinstance(n, ast.FunctionDef)}
+    return found
+
+
 def body_lines(tree: ast.Module, source: str, name: str) -> tuple[int, int]:
     """The lines of a function after its docstring: the index of the first, and of the one after the last."""
     node = find(tree, name)

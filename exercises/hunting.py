@@ -189,7 +189,7 @@ def right(answer: str, lines: list[int], places: set[str], tree: ast.Module) -> 
     """Raises UserError if the answer names neither a line nor a function of the file."""
     if answer.isdecimal():
         return int(answer) in lines
-    names = [name for name in functions(tree) if answer in (name, name.split(".")[-1])]
+    names = [name for name in cut.functions(tree) if answer in (name, name.split(".")[-1])]
     if not names:
         raise UserError(
             f"there is no function {answer!r} in the file; give one such as Attention.forward, or a line"
@@ -206,16 +206,7 @@ def changed_lines(before: str, after: str) -> list[int]:
     return [line for b, b_end in blocks for line in range(b + 1, max(b_end, b + 1) + 1)]
 
 
-def functions(tree: ast.Module) -> dict[str, ast.FunctionDef]:
-    """The functions of a file by their dotted names."""
-    found = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
-    for outer in tree.body:
-        if isinstance(outer, ast.ClassDef):
-            found |= {f"{outer.name}.{n.name}": n for n in outer.body if isinstance(n, ast.FunctionDef)}
-    return found
-
-
 def function_at(tree: ast.Module, line: int) -> str:
     """The name of the function that a line is in; empty outside of all."""
-    inside = [name for name, node in functions(tree).items() if node.lineno <= line <= node.end_lineno]
+    inside = [name for name, node in cut.functions(tree).items() if node.lineno <= line <= node.end_lineno]
     return inside[0] if inside else ""

@@ -1,5 +1,6 @@
 """What a learner has done, in my/progress.json, and the learner's files."""
 
+import ast
 import itertools
 import json
 from pathlib import Path
@@ -65,9 +66,14 @@ def next_exercise(chapter: Chapter) -> Exercise | None:
 
 
 def text_to_start_with(chapter: Chapter, source: str, whole: bool) -> str:
-    """What `start` writes for a source: the course's file with blanks, or the file of the stage before."""
+    """What `start` writes for a source: the course's file with blanks, or the file of the stage before.
+
+    There is none before the first stage: `whole` then blanks all its functions.
+    """
     exercises = chapter.exercises_of(source)
     reference = chapter.reference(source)
+    if whole and not chapter.before:
+        return cut.blank(reference, dict.fromkeys(cut.functions(ast.parse(reference)), chapter.number))
     functions = [name for exercise in exercises for name in exercise.functions]
     numbers = {f: ", ".join(e.number for e in exercises if f in e.functions) for f in functions}
     blanked = cut.blank(reference, numbers)
@@ -83,8 +89,8 @@ def start(chapter: Chapter, whole: bool, again: bool) -> list[Path]:
 
     Raises UserError if there is a file already, unless `again` is set: then it is kept in my/backups.
     """
-    if whole and not chapter.before:
-        raise UserError(f"{chapter.title} has no stage before it: leave out --whole")
+    if whole and not chapter.whole:
+        raise UserError(f"{chapter.title} is not a stage: leave out --whole")
     sources = chapter.sources[:1] if whole else chapter.sources
     texts = {
         stages.MY / chapter.file(source): text_to_start_with(chapter, source, whole) for source in sources

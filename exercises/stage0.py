@@ -341,7 +341,7 @@ BLOCK = Exercise(
             ),
             "The sums are normed, not the inputs of attention and MLP.",
             "that is the first transformer of 2017. Every norm is then in the way of the residual stream, "
-            "and deep models need a slow start to train at all.",
+            "and deep models then need a long warm-up to train at all.",
             "what each norm is applied to.",
         ),
         Mistake(
@@ -472,6 +472,22 @@ BLOCK = Exercise(
             "the two outputs, before they are added.",
         ),
         Mistake(
+            "attention's dropout forgotten",
+            ((FIRST, FIRST.replace("self.dropout", "")),),
+            "The MLP's output is dropped, and attention's is not.",
+            "both are new outputs for the residual stream. A model trained without one of them overfits "
+            "sooner.",
+            "attention's output, before it is added.",
+        ),
+        Mistake(
+            "mlp's dropout forgotten",
+            ((SECOND, SECOND.replace("self.dropout", "")),),
+            "Attention's output is dropped, and the MLP's is not.",
+            "both are new outputs for the residual stream. A model trained without one of them overfits "
+            "sooner.",
+            "the MLP's output, before it is added.",
+        ),
+        Mistake(
             "sum dropped",
             (
                 (FIRST, "x = self.dropout(x + self.self_attn(self.input_layernorm(x), mask, cache))"),
@@ -583,10 +599,15 @@ def attentions_with_a_cache(m):
 
 
 def heads(m):
-    """The function alone: large scores, then 16 bits with a mask in 32, as under autocast."""
+    """The function alone; what is dropped; and 16 bits with a mask in 32, as under autocast."""
     q, k, v = (random(2, 6, 5, 8, seed=i, scale=1.5) for i in (1, 2, 3))
     mask = m.causal_mask(5, 5, "cpu")
     found = {"heads [batch, head, position, dimension]": m.attention(q, k, v, mask, 0.0)}
+    torch.manual_seed(0)
+    y = m.attention(q, k, torch.ones_like(v), mask, 0.5)
+    same = properties.close(y, y[..., :1].expand_as(y))
+    name = "with values of 1 and half of the weights dropped, the dimensions of a head's output"
+    found[name] = "agree" if same else "differ"
     q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
     found["dtype of the heads for bfloat16"] = str(m.attention(q, k, v, mask, 0.0).dtype)
     return found
@@ -638,7 +659,7 @@ ATTENTION = Exercise(
     "6. Call attention, with self.dropout in training and 0 otherwise. Move the heads back behind the "
     "positions, join them, and apply o_proj.",
     afterwards="This is the only place in the model where tokens meet. Stages 2, 4, 5 and 7 each change "
-    "something in these lines, and nothing else does.",
+    "something in these lines.",
     probes=(attentions, heads, attentions_with_a_cache),
     properties={
         "no position sees a later one": attention_has_no_leak,
@@ -660,6 +681,14 @@ ATTENTION = Exercise(
             "The scores are divided by head_dim, not by its root.",
             "the standard deviation of a sum of head_dim products grows with the root. Divided by more, the "
             "scores are nearly equal, and every token gets nearly the same weight.",
+            "the factor that scales the scores.",
+        ),
+        Mistake(
+            "multiplied by the root",
+            ((SCALED, "(q * q.size(3) ** 0.5)"),),
+            "The scores are multiplied by the root of head_dim, not divided.",
+            "a sum of head_dim products is large already. Made larger still, the softmax chooses a single "
+            "key, and its gradients vanish.",
             "the factor that scales the scores.",
         ),
         Mistake(
@@ -691,6 +720,14 @@ ATTENTION = Exercise(
             "Later keys are removed after the softmax: the weights of a query no longer add up to 1.",
             "early positions get almost nothing, and the sum under the fraction still contains later "
             "scores, so the text leaks.",
+            "whether the mask comes before or after the softmax.",
+        ),
+        Mistake(
+            "mask added after softmax",
+            ((" + mask", ""), (SOFTMAX, f"({SOFTMAX} + mask)")),
+            "The mask is added to the weights, after the softmax: they are −∞ for later keys.",
+            "the mask belongs to the scores: the softmax turns −∞ into 0. A mean with weights of −∞ has "
+            "no value.",
             "whether the mask comes before or after the softmax.",
         ),
         Mistake(
@@ -758,6 +795,17 @@ ATTENTION = Exercise(
             "without dropout all is right here, and a model trained with it would overfit sooner than "
             "expected.",
             "the weights, between the softmax and their product with v.",
+        ),
+        Mistake(
+            "outputs dropped",
+            (
+                (f"F.dropout({SOFTMAX}, dropout)", SOFTMAX),
+                ("return weights.type_as(v) @ v", "return F.dropout(weights.type_as(v) @ v, dropout)"),
+            ),
+            "The outputs of the heads are dropped, not the weights.",
+            "a dropped weight hides a token for a moment. A dropped output loses a number, which is what "
+            "the block's own dropout is for.",
+            "what the dropout is applied to.",
         ),
         Mistake(
             "dropout in evaluation",
@@ -945,14 +993,12 @@ def sizes_of_caches(m):
 
 
 def refused(call) -> str:
-    """What a call with impossible sizes does: it should raise a ValueError."""
+    """The exception that a call raises; for impossible sizes it should be a ValueError."""
     try:
         call()
-    except ValueError:
-        return "refused"
     except Exception as error:
-        return f"fails with {type(error).__name__}"
-    return "accepted"
+        return type(error).__name__
+    return "no error"
 
 
 CACHE = Exercise(
@@ -987,8 +1033,7 @@ CACHE = Exercise(
             "positions from 0",
             (("torch.arange(self.length, self.length + n_new,", "torch.arange(0, n_new,"),),
             "The positions of new tokens begin at 0 again.",
-            "each new token would be taken for the first word of the text. Generated text then repeats "
-            "itself.",
+            "each new token would be taken for the first one of the text.",
             "where positions begins to count.",
         ),
         Mistake(
@@ -1043,6 +1088,13 @@ CACHE = Exercise(
             "update returns the new keys and values only.",
             "the new tokens would see each other and nothing before them, although it is stored.",
             "what update returns.",
+        ),
+        Mistake(
+            "new tokens not returned",
+            (("return keys, values", "return keys[:, :, : self.length], values[:, :, : self.length]"),),
+            "update returns the earlier keys and values only: the new ones are missing.",
+            "each token also sees itself, and several new tokens see each other.",
+            "where the returned tensors end: the length does not count the new tokens yet.",
         ),
         Mistake(
             "whole buffer returned",
@@ -1262,17 +1314,29 @@ def losses_of(m):
     model, idx = small_model(m), tokens(2, 11)
     targets = tokens(2, 11, seed=4)
     targets[0, 3:7] = targets[1, 9] = -1
-    logits, losses = model(idx, targets)
-    found = {"logits [batch, position, token]": logits, "names of the losses": ", ".join(losses)}
+    result = model(idx, targets)
+    found = {"forward returns": kind(result)}
+    if found["forward returns"] != "(Tensor, dict)":
+        return found
+    logits, losses = result
+    found |= {"logits [batch, position, token]": logits, "names of the losses": ", ".join(losses)}
     found["loss with 5 targets to ignore"] = losses["next_token"]
     found["names of the losses without targets"] = ", ".join(model(idx)[1]) or "none"
-    found["too many tokens"] = refused(lambda: model(tokens(1, 13)))
+    found["13 tokens for 12 positions"] = refused(lambda: model(tokens(1, 13)))
+    found["12 tokens for 12 positions"] = refused(lambda: model(tokens(1, 12)))
     cache = model.new_cache(1, 20)
     model(tokens(1, 9), cache=cache)
     found["too many tokens, most of them in the cache"] = refused(lambda: model(tokens(1, 4), cache=cache))
     dropping = small_model(m, dropout=DROPPED).train()
     found["logits in training, when all embeddings are dropped [batch, position, token]"] = dropping(idx)[0]
     return found
+
+
+def kind(result) -> str:
+    """The type of a value, or the types of a tuple's elements."""
+    if isinstance(result, tuple):
+        return f"({', '.join(type(element).__name__ for element in result)})"
+    return type(result).__name__
 
 
 def logits_with_a_cache(m):
@@ -1286,7 +1350,7 @@ def initial_weights(m):
     model, found = m.GPT(m.GPTConfig(**sizes)), {}
     for name, weight in model.state_dict(keep_vars=True).items():
         found[f"shape of {name}"] = tuple(weight.shape)
-        found[f"standard deviation of {name} at the start, about"] = size_of(weight, n_layer=3)
+        found[f"{name} at the start"] = start_of(weight, n_layer=3)
     same = model.lm_head.weight is model.model.embed_tokens.weight
     found["head and token embedding"] = "one tensor" if same else "two tensors"
     model = m.GPT(m.GPTConfig(**sizes, tie_word_embeddings=False))
@@ -1295,15 +1359,17 @@ def initial_weights(m):
     return found
 
 
-def size_of(weight, n_layer: int) -> str:
-    """The standard deviation, to within the chance of the draw. Of a constant, the constant."""
+def start_of(weight, n_layer: int) -> str:
+    """A constant, or how large random numbers are, so roughly that the draw does not matter."""
     if weight.min() == weight.max():
-        return f"constant {weight.flatten()[0].item():g}"
+        return f"always {weight.flatten()[0].item():g}"
+    if weight.dim() == 1:  # too few numbers to tell
+        return "random"
     std = weight.std().item()
     for known in (0.02, 0.02 / math.sqrt(2 * n_layer), 0.02 / math.sqrt(n_layer), 1.0):
         if abs(std - known) < 0.08 * known:
-            return f"{known:.2g}"
-    return f"{std:.1g}"
+            return f"a standard deviation of {known:.2g}"
+    return f"a standard deviation of {std:.1g}"
 
 
 def starts_undecided(m):
@@ -1370,7 +1436,7 @@ MODEL = Exercise(
             ),
             "The targets are shifted by one position although they already were.",
             "the model would learn to predict the token after the next. Its loss is higher, and the text "
-            "that it generates leaves out every other word.",
+            "that it generates leaves out every other token.",
             "which target belongs to which position.",
         ),
         Mistake(
@@ -1387,6 +1453,36 @@ MODEL = Exercise(
             "A target of −1 counts as the token 0.",
             "−1 marks positions that must not teach anything, such as the question in a conversation.",
             "what happens to targets of −1.",
+        ),
+        Mistake(
+            "nothing ignored",
+            ((", ignore_index=-1", ""),),
+            "A target of −1 is not ignored: the cross-entropy refuses it.",
+            "−1 marks positions that must not teach anything, such as the question in a conversation. By "
+            "default, torch ignores −100.",
+            "the arguments of the cross-entropy.",
+        ),
+        Mistake(
+            "logits alone",
+            (("return logits, losses", "return logits"),),
+            "Only the logits are returned.",
+            "the rest of the course expects logits and a dict of losses, which is empty without targets.",
+            "what forward returns.",
+        ),
+        Mistake(
+            "bare loss",
+            (("return logits, losses", 'return logits, losses.get("next_token")'),),
+            "The loss is returned by itself, not in a dict.",
+            "later stages have more than one loss, each under its name; without targets the dict is empty.",
+            "what forward returns.",
+        ),
+        Mistake(
+            "probabilities returned",
+            (("self.lm_head(self.model.norm(x))", "self.lm_head(self.model.norm(x)).softmax(-1)"),),
+            "Probabilities are returned, not logits.",
+            "sampling divides logits by a temperature and takes the softmax itself, and so does the "
+            "cross-entropy: twice is nearly uniform.",
+            "what follows the head.",
         ),
         Mistake(
             "divided by all positions",
@@ -1488,6 +1584,13 @@ MODEL = Exercise(
             "what comes before the embeddings.",
         ),
         Mistake(
+            "last position refused",
+            (("if length > self.config.block_size:", "if length >= self.config.block_size:"),),
+            "As many tokens as there are positions are refused.",
+            "the model is trained on texts of exactly this length.",
+            "the comparison with block_size.",
+        ),
+        Mistake(
             "cached tokens not counted",
             (("T if cache is None else cache.length + T", "T"),),
             "The limit ignores the tokens that are in the cache.",
@@ -1509,6 +1612,14 @@ MODEL = Exercise(
             "twice that.",
             "each block adds to the residual stream twice: attention and MLP.",
             "how many vectors are added in all.",
+        ),
+        Mistake(
+            "multiplied by the root",
+            ((RESIDUAL, "std=0.02 * math.sqrt(2 * self.config.n_layer)"),),
+            "At the start, o_proj and down_proj are larger than all others: their standard deviation is "
+            "multiplied by the root.",
+            "the sum of many outputs grows anyway; each of them must become smaller.",
+            "the factor for the projections into the residual stream.",
         ),
         Mistake(
             "attention's projection alone",
@@ -1553,7 +1664,8 @@ MODEL = Exercise(
             ((TIED, "self.lm_head.weight = nn.Parameter(self.model.embed_tokens.weight.detach().clone())"),),
             "Head and token embedding are two tensors.",
             "a copy is equal at the start, and the first step changes each in its own way. Tied, they are "
-            "one parameter that learns from both ends, and a third of a small model is saved.",
+            "one parameter that learns from both ends, and GPT-2's smallest model has nearly a quarter "
+            "fewer parameters.",
             "how the head gets its weight.",
         ),
         Mistake(
@@ -1734,9 +1846,12 @@ WHOLE = Exercise(
     steps="1. Write causal_mask and attention, and check them (exercises 0.1 and 0.3).\n"
     "2. Write the layers from the inside out: MLP, Attention, Block; then KVCache; then GPT.\n"
     "3. Let GPTConfig refuse impossible sizes with a ValueError.\n"
-    "4. Pass bias and norm_eps to all layers and norms, and dropout to attention, Block and GPT.",
-    afterwards="This file is GPT-2: it loads OpenAI's weights, and gives the logits that they give elsewhere "
-    "(tests/test_deploy.py).",
+    "4. Name the modules as GPT-2 in this course does, so that its weights can be loaded: "
+    "model.embed_tokens, model.embed_positions, model.layers, model.norm and lm_head; in a block "
+    "input_layernorm, self_attn, post_attention_layernorm and mlp.\n"
+    "5. Pass bias and norm_eps to all layers and norms, and dropout to attention, Block and GPT.",
+    afterwards="This file is GPT-2: it loads OpenAI's weights, and gives the logits that transformers "
+    "gives with them (tests/test_deploy.py).",
     probes=(whole_model,),
     properties={
         "no position sees a later one": properties.no_leak,

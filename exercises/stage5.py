@@ -12,9 +12,12 @@ from exercises.units import Chapter, Exercise, Mistake, Question, Rewrite
 
 
 class Watch(TorchFunctionMode):
-    """Notes whether anything is computed from, or results in, a tensor whose last dimensions are `shape`."""
+    """Notes whether a step of a softmax reads or makes a tensor whose last dimensions are `shape`.
 
-    COMPUTING = ("exp", "softmax", "logsumexp", "max", "sum", "mul", "matmul", "masked_fill", "sub", "add")
+    A mask of that shape may be made: it is small beside the scores of all heads.
+    """
+
+    STEPS = ("exp", "exp_", "softmax", "logsumexp", "max", "amax", "sum", "matmul", "__matmul__", "einsum")
 
     def __init__(self, shape):
         super().__init__()
@@ -22,8 +25,7 @@ class Watch(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        name = getattr(function, "__name__", "")
-        if any(part in name for part in self.COMPUTING):
+        if getattr(function, "__name__", "") in self.STEPS:
             shapes = [tuple(x.shape) for x in (*args, result) if isinstance(x, torch.Tensor)]
             self.seen |= any(shape[-len(self.shape) :] == self.shape for shape in shapes)
         return result
@@ -68,7 +70,7 @@ def reads_blocks(m):
     scores, values = row("moderate")
     with Watch((23,)) as watch:
         m.online_average(scores, values, 4)
-    return {"in blocks of 4, what is computed from": "all keys at once" if watch.seen else "single blocks"}
+    return {"in blocks of 4, what is computed from": "all scores at once" if watch.seen else "single blocks"}
 
 
 def equals_softmax(m):
@@ -93,7 +95,7 @@ ROW = Exercise(
     minutes=20,
     functions=("online_average",),
     question="The softmax subtracts the largest score before it takes exponentials, so that none "
-    "overflows. If only the first block of scores is known, the largest one may be still to come. By "
+    "overflows. If only the first block of scores is known, the largest one may still be to come. By "
     "which factor are the sums so far wrong, when a larger score turns up?",
     shapes="scores (S,), values (S, head_dim). With running maximum m, sum l and output o: m' = max(m, "
     "max s), p = exp(s − m'), l' = exp(m − m') l + Σ p, o' = exp(m − m') o + p v. At the end: o / l, and "
@@ -517,6 +519,25 @@ FORWARD = Exercise(
             "the condition under which scores hides nothing.",
         ),
         Mistake(
+            "diagonal in every block",
+            (
+                (NOT_MASKED, "False"),
+                (
+                    "torch.arange(rows.start, rows.stop, device=q.device)[:, None] + n_past",
+                    "torch.arange(rows.stop - rows.start)[:, None]",
+                ),
+                (
+                    "torch.arange(columns.start, columns.stop, device=q.device)",
+                    "torch.arange(columns.stop - columns.start)",
+                ),
+            ),
+            "Each block is masked as if it lay on the diagonal: queries and keys are counted from the "
+            "block's corner.",
+            "in blocks left of the diagonal nothing must be hidden, and where a block crosses it depends "
+            "on both starts.",
+            "the positions that scores compares.",
+        ),
+        Mistake(
             "own key hidden",
             (("key > query", "key >= query"),),
             "No query sees its own key where the mask is applied.",
@@ -654,11 +675,21 @@ def gradients(m):
     return found
 
 
+class Context:
+    """What autograd gives to forward and backward."""
+
+    needs_input_grad = (True, True, True, False, False)
+
+    def save_for_backward(self, *tensors):
+        self.saved_tensors = tensors
+
+
 def backward_in_blocks(m):
-    q, k, v = (x.requires_grad_() for x in inputs(5, 9))
-    y = m.tiled_attention(q, k, v, 2, 4)
+    """Called without autograd, which does not let Watch see its backward pass."""
+    ctx, (q, k, v) = Context(), inputs(5, 9)
+    out = m.TiledAttention.forward(ctx, q.unflatten(1, (2, -1)), k[:, :, None], v[:, :, None], 2, 4)
     with Watch((5, 9)) as watch:
-        y.sum().backward()
+        m.TiledAttention.backward(ctx, torch.ones_like(out))
     return {"largest block of scores": "the whole matrix" if watch.seen else "smaller than the matrix"}
 
 
@@ -826,7 +857,15 @@ BACKWARD = Exercise(
             "the matrix that d_out is multiplied by in dv.",
         ),
         Mistake(
-            "dq and dk exchanged",
+            "not in blocks",
+            (("block_q, block_k = ctx.blocks", "block_q, block_k = q.size(-2), k.size(-2)"),),
+            "The numbers are right, but all scores are computed at once.",
+            "the whole score matrix is what FlashAttention avoids. The backward pass would need the "
+            "memory that the forward pass has saved.",
+            "whether both loops go through blocks.",
+        ),
+        Mistake(
+            "dk and dv exchanged",
             (
                 (
                     "return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)",

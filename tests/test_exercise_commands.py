@@ -86,6 +86,14 @@ def test_a_learner_s_file_is_never_overwritten_without_a_copy(run, my):
     assert "n_kv_head" not in (my / "stage4.py").read_text().partition("average_heads")[0]
 
 
+def test_stage_0_as_a_whole_begins_with_docstrings_alone(run, my):
+    assert "nothing but its docstrings" in run("start", "0", "--whole")[1]
+    tree = ast.parse((my / "stage0.py").read_text())
+    written = [name for name, node in cut.functions(tree).items() if not cut.is_blank(node)]
+    assert cut.find(tree, "GPT.forward") and not written
+    assert run("check", "0")[1].count(": not written") == 5
+
+
 @pytest.mark.parametrize("chapter", chapters.CHAPTERS, ids=lambda chapter: chapter.name)
 def test_the_solution_passes_alone_and_as_a_whole_and_progress_goes_on(run, my, chapter):
     assert f"start {chapters.CHAPTERS[0].number}" in run()[1].splitlines()[-1]
