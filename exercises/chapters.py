@@ -7,7 +7,7 @@ from pathlib import Path
 from exercises.units import Chapter, Exercise
 from lab.errors import UserError
 
-FILES = ("stage1", "stage2", "stage3", "stage4", "stage6", "stage7", "quantization")
+FILES = ("stage1", "stage2", "stage3", "stage4", "stage6", "stage7", "quantization", "serving")
 CHAPTERS: list[Chapter] = [importlib.import_module(f"exercises.{file}").CHAPTER for file in FILES]
 
 
