@@ -29,7 +29,7 @@ def one_by_one(m):
     found["references after one of each was given back"] = list(blocks.references)
     found["free blocks then, the next to take first"] = list(blocks.free)
     found["blocks with a hash then"] = sorted(blocks.by_hash.values())
-    found["the next four blocks taken"] = [blocks.take() for _ in range(4)]
+    found["the next blocks taken"] = [blocks.take() for _ in range(min(4, len(blocks.free)))]
     found["blocks with a hash at the end"] = sorted(blocks.by_hash.values())
     found["references at the end"] = list(blocks.references)
     return found
@@ -60,6 +60,31 @@ def free_means_unreferenced(m):
     return set(blocks.free) == {block for block in range(1, 6) if not blocks.references[block]}
 
 
+def taken_without_hash(m):
+    blocks = new_blocks(m, 2, 2)
+    give_hash(blocks, 1)
+    return blocks.take() == 1 and blocks.hashes[1] is None and not blocks.by_hash
+
+
+def useful_content_waits(m):
+    blocks = new_blocks(m, 4, 2)
+    held = [blocks.take() for _ in range(3)]
+    give_hash(blocks, held[0])
+    for block in held:
+        blocks.give_back(block)
+    return held[0] == list(blocks.free)[-1]
+
+
+def beginning_is_kept(m):
+    blocks = new_blocks(m, 4, 2)
+    table = m.Table([blocks.take() for _ in range(3)])
+    order = list(table.blocks)
+    for block in order:
+        give_hash(blocks, block)
+    blocks.release(table)
+    return list(blocks.free) == order[::-1] and table == m.Table()
+
+
 POPPED = "block, _ = self.free.popitem(last=False)"
 FREED = "self.free[block] = None"
 UNHASHED = "if self.hashes[block] is None:"
@@ -83,7 +108,12 @@ COUNTING = Exercise(
     afterwards="Free does not mean empty: until somebody takes the block, another request can still find its "
     "content.",
     probes=(one_by_one, whole_tables),
-    properties={"exactly the blocks without references are free": free_means_unreferenced},
+    properties={
+        "exactly the blocks without references are free": free_means_unreferenced,
+        "a block that is taken has no hash": taken_without_hash,
+        "of free blocks, one whose content can be found is taken last": useful_content_waits,
+        "a released table is empty, and its first block is the last to be taken": beginning_is_kept,
+    },
     mistakes=(
         Mistake(
             "free at one",
@@ -341,11 +371,36 @@ def only_true_prefixes(m):
     for number in range(16):
         blocks = new_blocks(m, 9, 2)
         add_text(blocks, [0, 1, 1, 0, 0])
+        add_text(blocks, [1, 0, 0])
         prompt = [int(bit) for bit in f"{number:04b}"] + [0]
-        alike = 4 if prompt[:4] == [0, 1, 1, 0] else 2 if prompt[:2] == [0, 1] else 0
+        alike = 4 if prompt[:4] == [0, 1, 1, 0] else 2 if prompt[:2] in ([0, 1], [1, 0]) else 0
         if blocks.match(prompt).length != alike:
             return False
     return True
+
+
+def one_is_left(m):
+    blocks = new_blocks(m, 9, 2)
+    add_text(blocks, [0, 1, 1, 0, 0])
+    return all(blocks.match([0, 1, 1, 0][:n]).length < n for n in range(1, 5))
+
+
+def only_computed(m):
+    tokens = [0, 1, 1, 0, 0]
+    for n in range(1, 6):
+        blocks = new_blocks(m, 9, 2)
+        add_text(blocks, tokens, n)
+        if blocks.match(tokens).length > n:
+            return False
+    return True
+
+
+def first_stays(m):
+    blocks, tables = new_blocks(m, 9, 2), [m.Table(), m.Table()]
+    for table in tables:
+        blocks.grow(table, 3)
+        blocks.computed(table, [0, 1, 1], 3)
+    return blocks.match([0, 1, 1]).blocks == tables[0].blocks[:1]
 
 
 DIGEST = 'return blake2b(parent + array("q", tokens).tobytes(), digest_size=16).digest()'
@@ -372,7 +427,12 @@ PREFIXES = Exercise(
     afterwards="The hash stands for everything up to the end of its block. This holds because keys and "
     "values of a token depend on all tokens before it.",
     probes=(matches, noted),
-    properties={"only what begins alike is found": only_true_prefixes},
+    properties={
+        "what begins alike is found, and nothing else": only_true_prefixes,
+        "at least one token is left to compute": one_is_left,
+        "nothing is found before it is computed": only_computed,
+        "of two texts computed at the same time, the first is found": first_stays,
+    },
     mistakes=(
         Mistake(
             "no parent",
@@ -602,8 +662,8 @@ class Pool:
         """Makes room for letters, and writes them behind the table's tokens."""
         self.blocks.grow(table, table.length + len(text))
         for letter in text:
-            place = self.content[table.blocks[table.length // 4]]
-            place[table.length % 4 :] = [letter]
+            if table.length // 4 < len(table.blocks):  # else the letter is lost
+                self.content[table.blocks[table.length // 4]][table.length % 4 :] = [letter]
             table.length += 1
 
     def read(self, table) -> str:
