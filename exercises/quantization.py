@@ -134,6 +134,14 @@ GRID = Exercise(
             "the last step of computing the zero.",
         ),
         Mistake(
+            "zero neither rounded nor clamped",
+            (("(-low / scale).round().clamp(0, highest)", "(-low / scale)"),),
+            "The zero is not a whole number, and in a group of negative weights it may lie beyond the last "
+            "code.",
+            "it is stored as a code, and only then is the weight 0.0 exact.",
+            "the last steps of computing the zero.",
+        ),
+        Mistake(
             "zero of high",
             (("(-low / scale)", "(high / scale)"),),
             "The zero is counted from the wrong end: it is the code that should stand for the sum of low and "
@@ -1029,7 +1037,8 @@ SCALES = Exercise(
     "2. For each α: the scales; then every reader gets its original weight times s, rounded, divided by s.\n"
     "3. The loss is the mean squared change of the output. Keep the scales and α with the smallest.\n"
     "4. Give the readers their weights back.",
-    afterwards="α = 0 is round to nearest, so on the text that was tried it cannot become worse.",
+    afterwards="α = 0 is round to nearest, so on the text that was tried the choice is never worse than "
+    "that.",
     probes=(searched,),
     properties={"the largest and the smallest scale have the product 1": scales_are_centred},
     mistakes=(
