@@ -50,7 +50,7 @@ SECTIONS = [
     Section("mixture", 4, 40),
     Section("compiled", 2, 130),
     Section("decoding", 5, 80),
-    Section("serving", 8, 60),
+    Section("serving", 8, 90),
     Section("nanogpt", 7, 50),
     Section("training", 6, 160),
 ]

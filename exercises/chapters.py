@@ -7,7 +7,8 @@ from pathlib import Path
 from exercises.units import Chapter, Exercise
 from lab.errors import UserError
 
-FILES = ("stage1", "stage2", "stage3", "stage4", "stage6", "stage7", "quantization", "serving")
+STAGES = ("stage0", "stage1", "stage2", "stage3", "stage4", "stage5", "stage6", "stage7")
+FILES = (*STAGES, "quantization", "serving")
 CHAPTERS: list[Chapter] = [importlib.import_module(f"exercises.{file}").CHAPTER for file in FILES]
 
 

@@ -205,13 +205,24 @@ def recognized(exercise: Exercise, reference: str, got: Outcome, expected: Outco
                 return (mistake,)
         return ()
     started = time.perf_counter()
-    for pair in itertools.combinations(exercise.mistakes, 2):
+    explained = {
+        m.name: explains(outcome_of(exercise, reference, m), got, expected) for m in exercise.mistakes
+    }
+    pairs = itertools.combinations(exercise.mistakes, 2)
+    for pair in sorted(pairs, key=lambda pair: -sum(explained[mistake.name] for mistake in pair)):
         if time.perf_counter() - started > SECONDS_FOR_PAIRS:
             break
         outcome = outcome_of(exercise, reference, *pair)
         if outcome and probe.distance(got, outcome) <= TOLERANCE:
             return pair
     return ()
+
+
+def explains(outcome: Outcome, got: Outcome, expected: Outcome) -> int:
+    """How many of the learner's wrong values a mistake by itself gives, too."""
+    same = [k for k in got.values if k in outcome.values and k in expected.values]
+    same = [k for k in same if probe.deviation(got.values[k], outcome.values[k]) <= TOLERANCE]
+    return sum(probe.deviation(got.values[k], expected.values[k]) > TOLERANCE for k in same)
 
 
 def diagnosis(mistakes: tuple[Mistake, ...]) -> list[str]:

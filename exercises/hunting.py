@@ -16,7 +16,7 @@ from lab.errors import UserError, shown
 from lab.training import cost
 
 TEXT = "To be, or not to be, that is the question: whether 'tis nobler in the mind to suffer the slings "
-STEPS, EVERY, LENGTH = 75, 15, 24
+STEPS, EVERY, LENGTH = 48, 12, 24
 VISIBLE = 0.01
 """The smallest difference of the last loss that counts as a clue."""
 
@@ -43,7 +43,7 @@ def hunt(chapter: Chapter, seed: int | None, answer: str | None, give_up: bool) 
         progress.note(key(chapter), seed=seed, hidden=names, found=False, tries=0)
     seed = progress.of(key(chapter))["seed"]
     print(f"{shown(path)} is {chapter.source} with one mistake (seed {seed}).\n")
-    show_clues(chapter, probe.load(with_mistake(chapter, *hidden[0])))
+    show_clues(chapter, loaded(with_mistake(chapter, *hidden[0])))
     print(
         f"\nRead the file, change it, train it: python train.py --stage {shown(path)}\n"
         f"When you know where it is, name the function or the line:\n"
@@ -87,13 +87,18 @@ def choose(chapter: Chapter, seed: int) -> tuple[Exercise, Mistake]:
     random.Random(seed).shuffle(mistakes)
     for exercise, mistake in mistakes:
         try:
-            module = probe.load(with_mistake(chapter, exercise, mistake))
+            module = loaded(with_mistake(chapter, exercise, mistake))
             shows = abs(losses(module)[-1] - expected) > VISIBLE
         except Exception:
             continue  # a mistake that raises an exception needs no hunt
         if shows or facts(chapter, module) != right:
             return exercise, mistake
     raise UserError(f"no mistake of {chapter.title} can be hunted")
+
+
+@functools.cache
+def loaded(text: str) -> ModuleType:
+    return probe.load(text)
 
 
 @functools.cache

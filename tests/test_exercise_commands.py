@@ -11,7 +11,7 @@ from conftest import call
 
 import compare
 import exercise
-from exercises import chapters, cut, hunting, predictions, probe, progress
+from exercises import chapters, cut, diagnose, hunting, predictions, probe, progress
 from lab import stages
 
 
@@ -217,6 +217,14 @@ def test_the_feedback_quoted_in_the_readme_is_what_a_learner_gets(answer):
     body = cut_body("4", "attention").replace("repeat_interleave(repeats, dim=1)", "repeat(1, repeats, 1, 1)")
     _, said = answer("4.1", body)
     assert said in (stages.ROOT / "exercises/README.md").read_text()
+
+
+def test_of_many_pairs_of_mistakes_the_one_that_explains_most_is_tried_first(answer, monkeypatch):
+    monkeypatch.setattr(diagnose, "SECONDS_FOR_PAIRS", 0.8)
+    status, said = answer(
+        "4.1", "return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)"
+    )
+    assert status == 1 and "Query i sees the keys up to i" in said and "dropout probability" in said, said
 
 
 def test_an_unknown_mistake_is_described_by_the_first_wrong_number_and_by_what_holds(answer):

@@ -7,15 +7,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from deploy.quantization.grid import dequantize, find_grid
+from deploy.quantization.rtn import rtn
+from deploy.serving.blocks import Blocks, Table
 from lab import stages
 from lab.training import cost, presets
 
 LAPTOP = presets.PRESETS["laptop"]["model"] | {"vocab_size": 65}
 LESSONS = [f"stage{n}" for n in range(8)]
+BEYOND = ["deploy/quantization", "deploy/serving"]
 
 
 def page_of(lesson):
-    (folder,) = stages.ROOT.glob(f"{lesson}_*")
+    (folder,) = stages.ROOT.glob(lesson if lesson in BEYOND else f"{lesson}_*")
     return (folder / "README.md").read_text()
 
 
@@ -181,10 +185,66 @@ def mla_mtp():
     ]
 
 
+def error_of_two(h, q):
+    """d H dᵀ for the weights (0.4, 0.4) and codes q, where H has h beside its diagonal."""
+    d = torch.tensor(q) - 0.4
+    return (d @ torch.tensor([[1.0, h], [h, 1.0]]) @ d).item()
+
+
+def quantization():
+    bits = [4 + 24 / size for size in (64, 32)]
+    dense = 1536 * 576 * 2
+    group = torch.tensor([[-0.3, 1.2, 0.4, 0.1]])
+    (scale,), (zero,) = (each.flatten().tolist() for each in find_grid(group, 2, 4))
+    q = rtn(group, 2, 4)
+    return [
+        [
+            f"4 + 24/64 = {bits[0]} bits, and 4 + 24/32 = {bits[1]}",
+            f"{1536 * 576 * bits[0] / 8:,.0f} bytes instead of {dense:,}",
+            f"which is {16 / bits[0]:.1f} times less",
+        ],
+        [
+            f"1.5 / 3 = {scale}, and the zero is round(0.6) = {zero:.0f}",
+            f"+ 1 = {q.codes[0, 2]}, which stands for {dequantize(q)[0, 2]:.1f}",
+        ],
+        [f"an error of {error_of_two(0.0, [0.0, 0.0]):.2f} both ways"],
+        [f"divided by {16**0.5:.0f} with the weights"],
+    ]
+
+
+def new_blocks(size):
+    return Blocks(40, size, lambda source, target: None)
+
+
+def computed_when_repeated(n_tokens):
+    blocks, table, tokens = new_blocks(16), Table(), list(range(n_tokens))
+    blocks.grow(table, n_tokens)
+    blocks.computed(table, tokens, n_tokens)
+    blocks.release(table)
+    return n_tokens - blocks.match(tokens).length
+
+
+def serving():
+    held = [new_blocks(size).count(100) for size in (16, 4)]
+    per_block = 2 * 30 * 3 * 64 * 2 * 16
+    blocks, first = new_blocks(16), Table()
+    blocks.grow(first, 30)
+    blocks.computed(first, list(range(30)), 30)
+    for table in (first, blocks.fork(first), blocks.fork(first)):
+        blocks.grow(table, 31)
+    return [
+        [f"{held[0]} blocks with {16 * held[0] - 100} empty", f"{held[1]} blocks with {4 * held[1] - 100}."],
+        [f"{computed_when_repeated(70)} of the 70", f"{computed_when_repeated(64)} of the 64"],
+        [f"= {per_block:,} bytes", f"{2**30 // per_block:,} blocks", f"{2**30 // per_block * 16:,} tokens"],
+        [f"{sum(n > 0 for n in blocks.references)}. All share"],
+    ]
+
+
 ANSWERS = dict(zip(LESSONS, (gpt, rmsnorm, rope, swiglu, gqa, flash, moe, mla_mtp), strict=True))
+ANSWERS |= dict(zip(BEYOND, (quantization, serving), strict=True))
 
 
-@pytest.mark.parametrize("lesson", LESSONS)
+@pytest.mark.parametrize("lesson", LESSONS + BEYOND)
 def test_the_answers_to_the_questions_are_what_the_code_computes(lesson):
     section = page_of(lesson).split("\n## Questions\n")[1].split("\n## ")[0]
     questions = re.findall(
@@ -283,6 +343,9 @@ def test_the_examples_of_blocks_absorbing_and_drafts_add_up():
         q[0] + rejected * left[0]
     ).item() == pytest.approx(0.5)
     assert "0.2 + 0.4 · 0.75 = 0.5" in page_of("stage7")
+    page = page_of("deploy/quantization")
+    assert f"2 · 0.5 · 0.16 = {error_of_two(0.5, [0.0, 0.0]):.2f}" in page
+    assert f"2 · 0.5 · 0.24 = {error_of_two(0.5, [0.0, 1.0]):.2f}" in page
 
 
 def test_the_bridge_to_published_models_shows_the_sizes_of_the_stages():

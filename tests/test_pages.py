@@ -43,10 +43,14 @@ def test_tables_and_diffs_are_those_of_the_code_and_the_measurements(path, name)
         expected = set()
     elif name in ("benchmarks", "stage0_gpt"):
         expected = {"table"}
+    elif name == "quantization":
+        expected = {"quantization"}
     elif name == "stage7_mla_mtp":
         expected |= {"table7a", "diff7a"}
     elif name in stages.relatives():
         expected = {"diff"}
+    if name in (*stages.COURSE, "quantization", "serving"):
+        expected.add("exercises")
     for (page_name, part_of), names in MEASURED.items():
         if page_name == name and part_of in results:
             expected |= names

@@ -10,11 +10,13 @@ from test_deploy import make_run
 
 from benchmarks import serving as benchmark
 from data.tokenizers import CharTokenizer
+from deploy.quantization import linear, rtn
 from deploy.serving import Engine, SamplingParams, attention
 from deploy.serving import __main__ as command
-from deploy.serving.graphs import Graphs
+from deploy.serving.engine import Output, extend
+from deploy.serving.graphs import Graphs, can_be_recorded
 from deploy.serving.memory import usage, waste
-from deploy.serving.pool import block_bytes
+from deploy.serving.pool import Batch, Pool, block_bytes
 from deploy.serving.sampling import Writer
 from lab import stages
 from lab.errors import UserError
@@ -120,6 +122,40 @@ def test_the_attention_of_many_rows_is_that_of_the_stage(name):
     assert torch.equal(few, own(q[:4], k[:4], v[:4], mask[:4], 0.0))
 
 
+def test_the_attention_of_a_readers_variant_is_left_alone(model):
+    """It may compute something else, such as capped scores, or want something else."""
+    config, own = model.config, stages.load("stage5_flash").explicit_attention
+    assert attention.is_usual(own, config)
+    assert not attention.is_usual(lambda q, k, v, mask, dropout: own(q.tanh(), k, v, mask, dropout), config)
+    assert not attention.is_usual(lambda q, k, v: own(q, k, v, None, 0.0), config)
+
+
+def test_a_short_prompt_is_computed_in_the_pass_of_the_decoding_texts(model, monkeypatch):
+    """As one row for each token; a long one has a pass of its own, and all write what they write alone."""
+    passes = []
+    forward = Engine.forward
+    monkeypatch.setattr(
+        Engine,
+        "forward",
+        lambda self, sequences, n_new: (
+            passes.append((n_new, [s.request_id for s in sequences])) or forward(self, sequences, n_new)
+        ),
+    )
+    prompts = {"a": [1, 2], "short": [5, 6, 7, 8, 9], "long": list(range(20))}
+    params = SamplingParams(max_tokens=4, logprobs=0, **GREEDY)
+    engine, texts = make_engine(model), {name: Output(name, 0) for name in prompts}
+    engine.add("a", prompts["a"], params)
+    for output in engine.step():
+        extend(texts[output.request_id], output)
+    engine.add("short", prompts["short"], params)
+    engine.add("long", prompts["long"], params)
+    while engine.has_work():
+        for output in engine.step():
+            extend(texts[output.request_id], output)
+    assert passes[:4] == [(2, ["a"]), (1, ["a", "short"]), (20, ["long"]), (1, ["a", "short", "long"])]
+    check(model, prompts.values(), [params] * 3, [(text,) for text in texts.values()])
+
+
 def test_engines_of_one_stage_replace_its_attention_once(model):
     make_engine(model), make_engine(model)
     stage = stages.load("stage5_flash")
@@ -207,6 +243,25 @@ def test_recorded_decode_steps_write_what_each_request_writes_alone(stage):
     assert all_free(engine)
 
 
+@pytest.mark.parametrize(
+    "stage, dtype, expected",
+    [
+        ("stage5_flash", torch.float32, True),
+        ("stage6_moe", torch.float32, False),
+        ("stage6_moe", torch.bfloat16, True),
+        ("stage6_moe, quantized", torch.bfloat16, False),
+    ],
+)
+def test_steps_that_wait_for_the_gpu_are_not_recorded(stage, dtype, expected):
+    """On CUDA in float32, recording stage 7 failed: F.grouped_mm copies the counts of rows to the CPU."""
+    module = stages.load(stage.partition(",")[0])
+    model = module.GPT(module.GPTConfig(**TINY_MODEL)).to(dtype)
+    if "quantized" in stage:
+        name, experts = "model.layers.0.mlp.experts.down_proj", model.model.layers[0].mlp.experts
+        linear.replace(model, {name: [rtn.rtn(weight, 4, 32) for weight in experts.down_proj.data]})
+    assert can_be_recorded(model) == expected
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_a_mix_writes_what_each_request_writes_alone(model):
@@ -244,6 +299,18 @@ def test_an_int8_cache_gives_nearly_the_same_logprobs_in_less_than_half_the_memo
     again = make_engine(model, n_blocks=13, int8_cache=True, token_budget=7, swap_memory=0.01)
     for one, other in zip(texts, again.generate(prompts, params), strict=True):
         assert one[0].token_ids == other[0].token_ids
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_int8_cache_rounds_every_number_to_within_1_percent_of_the_largest(model, dtype):
+    """In bfloat16 too, where rounding errors of the scale could turn a code of 127 into -128."""
+    torch.manual_seed(0)
+    pool = Pool(copy.deepcopy(model).to(dtype), n_blocks=17, block_size=16, int8=True)
+    heads, width = pool.tensors[0].shape[2], pool.tensors[0].shape[4]
+    new = [torch.randn(1, heads, 256, width).to(dtype) for _ in pool.tensors]
+    batch = Batch(pool, [list(range(1, 17))], [0], 256)
+    for x, found in zip(new, batch.update(0, *new), strict=True):
+        assert ((found - x).abs() <= x.abs().amax(-1, keepdim=True) * 0.01).all()
 
 
 def test_padded_vocabularies_are_cut():

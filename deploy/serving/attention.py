@@ -16,9 +16,29 @@ FEWEST_KEYS = 1200  # of all rows together
 def use(model: torch.nn.Module) -> None:
     """Replaces the function `attention` of the model's stage, for those batches that are faster this way."""
     stage = sys.modules[type(model).__module__]
-    is_replaced = isinstance(stage.attention, functools.partial) and stage.attention.func is attention
-    if not is_replaced:
-        stage.attention = functools.partial(attention, stage.attention)
+    own = getattr(stage, "attention", None)
+    is_replaced = isinstance(own, functools.partial) and own.func is attention
+    if own and not is_replaced and is_usual(own, model.config):
+        stage.attention = functools.partial(attention, own)
+
+
+@torch.inference_mode()
+def is_usual(own, config) -> bool:
+    """Whether a stage's function computes the usual attention: a reader's variant may compute another.
+
+    Judged by an example with large scores.
+    """
+    generator, n_kv_head = torch.Generator().manual_seed(0), getattr(config, "n_kv_head", config.n_head)
+    q = 4 * torch.randn(3, config.n_head, 1, 16, generator=generator)
+    k, v = torch.randn(2, 3, n_kv_head, 40, 16, generator=generator)
+    hidden = torch.arange(40) >= torch.tensor([3, 17, 40])[:, None, None, None]
+    mask = torch.zeros(hidden.shape).masked_fill(hidden, -torch.inf)
+    try:
+        expected = own(q, k, v, mask, 0.0)
+    except Exception:  # it wants something else: another signature, other shapes
+        return False
+    found = products(q, k, v, mask)
+    return found.shape == expected.shape and torch.allclose(found, expected, atol=1e-4)
 
 
 def attention(otherwise, q, k, v, mask, dropout):
@@ -26,8 +46,11 @@ def attention(otherwise, q, k, v, mask, dropout):
 
     otherwise: the stage's own function.
     """
-    if not suits(q, k, v, mask):
-        return otherwise(q, k, v, mask, dropout)
+    return products(q, k, v, mask) if suits(q, k, v, mask) else otherwise(q, k, v, mask, dropout)
+
+
+def products(q, k, v, mask):
+    """Attention of one query in each row: T is 1, and mask (B, 1, 1, S)."""
     B, n_head, _, width = q.shape
     q = q.reshape(B * k.size(1), -1, width)  # (B * n_kv_head, group, width)
     k, v = k.flatten(0, 1), v.flatten(0, 1)  # (B * n_kv_head, S, width)

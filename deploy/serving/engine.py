@@ -10,6 +10,7 @@ A server calls `add` and `abort` whenever it likes, and `step` as long as `has_w
 import sys
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from deploy.serving import attention, sampling
 from deploy.serving.beams import BeamSearch
 from deploy.serving.blocks import Blocks, Swap
 from deploy.serving.drafting import Drafter, check_can_draft
-from deploy.serving.graphs import Graphs
+from deploy.serving.graphs import Graphs, can_be_recorded
 from deploy.serving.pool import Batch, HostMemory, Pool, block_bytes
 from deploy.serving.sampling import Logprob, SamplingParams, Writer
 from deploy.serving.scheduler import Scheduler, Sequence
@@ -29,6 +30,7 @@ from lab.sampling import packed
 from lab.storage import runs
 
 MB = 1e6
+FEW = 16  # so few tokens of a prompt cost less as rows of a decoding step than in a pass of their own
 SHARE_OF_FREE = 0.25  # of the free memory, if cache_memory is not given
 
 
@@ -115,7 +117,8 @@ class Engine:
         self.drafter = Drafter(model, self.pool, self.blocks, vocab_size, draft_tokens) if draft else None
         n_drafts = self.drafter.n_useful if draft else None
         self.scheduler = Scheduler(self.blocks, max_batch, token_budget, swap, n_drafts)
-        self.graphs = Graphs(model, self.pool) if self.device.type == "cuda" else None
+        records = self.device.type == "cuda" and not draft and can_be_recorded(model)
+        self.graphs = Graphs(model, self.pool) if records else None
         self.requests: dict[str, Request] = {}
         self.n_added = self.n_steps = 0
         self.plan: dict[Sequence, int] = {}  # of the last step, for those who watch
@@ -205,9 +208,12 @@ class Engine:
         self.n_steps += 1
         self.drafts = drafts = self.drafter.draft(self.plan) if self.drafter else {}
         groups: dict[tuple[int, bool, int], list[Sequence]] = {}  # those that the model computes together
+        is_decoding = 1 in self.plan.values() and not self.drafter and not self.graphs
         for sequence, n_new in self.plan.items():
             is_first = n_new > 1 and sequence.table.length == 0
             n_drafts = len(drafts.get(sequence, ()))
+            if is_decoding and n_new <= FEW:  # joins the decoding texts, with a row for each token
+                n_new, is_first = 1, False
             groups.setdefault((n_new - n_drafts, is_first, n_drafts), []).append(sequence)
         ready, rows = [], []
         for (n_new, *_), sequences in groups.items():
@@ -216,7 +222,7 @@ class Engine:
             else:
                 logits = self.forward(sequences, n_new)
             for sequence in sequences:
-                length = sequence.table.length + n_new
+                length = sequence.table.length + self.plan[sequence] - len(drafts.get(sequence, ()))
                 self.blocks.computed(sequence.table, sequence.tokens, length)
             done = [i for i, sequence in enumerate(sequences) if sequence.n_left == 0]
             ready += [sequences[i] for i in done]
@@ -233,18 +239,19 @@ class Engine:
         return self.finished(outputs) + texts_of_beams
 
     def forward(self, sequences: list[Sequence], n_new: int) -> torch.Tensor:
-        """Logits (B, vocab_size) after n_new more tokens of each sequence."""
-        starts = [s.table.length for s in sequences]
-        new = [next_tokens(s, n_new) for s in sequences]
+        """Logits (B, vocab_size) after the planned tokens of each sequence, a row for every n_new of them."""
+        rows = [(s, done) for s in sequences for done in range(0, self.plan[s], n_new)]
+        last = [n - 1 for n in accumulate(self.plan[s] // n_new for s in sequences)]  # of each sequence
+        tables, starts = [s.table.blocks for s, _ in rows], [s.table.length + done for s, done in rows]
+        new = [next_tokens(s, n_new, done) for s, done in rows]
         if self.graphs and n_new == 1:
-            tables = [s.table.blocks for s in sequences]
             logits = self.graphs.decode([token for (token,) in new], tables, starts)
             return logits[:, -1, : self.tokenizer.vocab_size]
-        batch = Batch(self.pool, [s.table.blocks for s in sequences], starts, n_new)
+        batch = Batch(self.pool, tables, starts, n_new)
 
         # Only the last token's logits are wanted; in a prefill, the others would cost more than a layer.
         def keep_last(module, inputs):
-            return (inputs[0][:, -1:],)
+            return (inputs[0][last, -1:],)
 
         hook = self.model.lm_head.register_forward_pre_hook(keep_last)
         try:
@@ -436,9 +443,9 @@ class Engine:
         }
 
 
-def next_tokens(sequence: Sequence, n_new: int) -> list[int]:
-    """The n_new tokens to compute next."""
-    start = sequence.table.length
+def next_tokens(sequence: Sequence, n_new: int, done: int = 0) -> list[int]:
+    """The n_new tokens to compute next, after `done` others."""
+    start = sequence.table.length + done
     if n_new == 1 and sequence.generated:  # most often; without a copy of the whole text
         return (
             [sequence.generated[start - len(sequence.prompt)]]

@@ -11,9 +11,22 @@ from functools import partial
 
 import torch
 
+from deploy.quantization.linear import QuantizedExperts
 from deploy.serving.pool import Batch, Pool
 
 WARM_UP = 2  # runs before recording: libraries allocate memory and choose kernels in the first ones
+
+
+def can_be_recorded(model: torch.nn.Module) -> bool:
+    """Whether no operation of a decode step waits for the GPU, which cannot be recorded.
+
+    Quantized experts ask it which of them were chosen. So does torch's product of grouped rows, except in
+    bfloat16.
+    """
+    if not hasattr(model, "routers"):  # a stage without experts
+        return True
+    is_quantized = any(isinstance(module, QuantizedExperts) for module in model.modules())
+    return next(model.parameters()).dtype == torch.bfloat16 and not is_quantized
 
 
 class Graphs:

@@ -169,9 +169,11 @@ class Batch:
             if scales is None:
                 everything.append(self._store(tensor[layer_idx], x))
                 continue
-            # The largest number of each token and head becomes 127.
+            # The largest number of each token and head becomes 127. In bfloat16 its quotient could be 127.5,
+            # which would become 128, and as int8 -128.
             scale = x.abs().amax(-1, keepdim=True).clamp_min(TINY) / 127
-            codes = self._store(tensor[layer_idx], (x / scale).round().to(torch.int8))
+            code = (x.float() / scale).round().clamp(-127, 127).to(torch.int8)
+            codes = self._store(tensor[layer_idx], code)
             everything.append(codes * self._store(scales[layer_idx], scale))
         return everything
 

@@ -9,6 +9,7 @@ import json
 import re
 from pathlib import Path
 
+from exercises import chapters
 from lab import formats, stages
 from lab.comparison import diffs, markdown, report
 from lab.pages import scale
@@ -210,6 +211,23 @@ def filled(page: str, name: str, results: dict) -> str:
     return page
 
 
+def exercises_of(file: str) -> str:
+    """The table of a chapter's exercises, and the command that starts them."""
+    (chapter,) = [each for each in chapters.CHAPTERS if each.name == file]
+    rows = [[each.number, each.title, each.minutes] for each in chapter.exercises]
+    if chapter.whole:
+        rows.append([chapter.number, chapter.whole.title, chapter.whole.minutes])
+    command = f"Write it yourself: `python exercise.py start {chapter.number}`, then `check`"
+    more = "([how the exercises work](../{}exercises/README.md))."
+    return "\n".join(
+        (
+            f"{command} {more.format('' if file.startswith('stage') else '../')}",
+            "",
+            markdown.table(["exercise", "what to write", "minutes"], rows),
+        )
+    )
+
+
 def generated_parts(name: str, results: dict) -> dict[str, str]:
     """The generated parts of a page, by marker."""
     if name == "front":
@@ -226,8 +244,13 @@ def generated_parts(name: str, results: dict) -> dict[str, str]:
         return {
             "throughput": serving(results["serving"]),
             "waste": serving_waste(results["serving"]["waste"]),
+            "exercises": exercises_of("serving"),
         }
+    if name == "quantization":
+        return {"exercises": exercises_of("quantization")}
     parts = of_stage(name, results)
+    if name in stages.COURSE:
+        parts["exercises"] = exercises_of(name.partition("_")[0])
     if name == "stage5_flash":
         parts["crossover"] = crossover(results["attention"]["crossover"])
         parts["context"] = by_context(results["attention"]["by_context"])
@@ -257,7 +280,7 @@ def pages() -> dict[Path, str]:
     """Every page with generated parts, and its name in `filled`: for a lesson, its stage."""
     found = {stages.ROOT / "README.md": "front"}
     found |= {stages.ROOT / "docs" / f"{name}.md": name for name in ("scale", "benchmarks")}
-    found[stages.ROOT / "deploy" / "serving" / "README.md"] = "serving"
+    found |= {stages.ROOT / "deploy" / name / "README.md": name for name in ("quantization", "serving")}
     for name in stages.names():
         file = stages.path(name)
         if file.name == "model.py" and (file.parent / "README.md").exists():
