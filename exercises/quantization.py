@@ -1062,8 +1062,8 @@ SCALES = Exercise(
             "divided by the largest",
             ((CENTRED, "scales = scales / scales.max()"),),
             "The largest scale is 1.",
-            "all others are below it, so that the norm's weights only grow. The course, as the authors, has "
-            "the range centred around 1.",
+            "all others are below it, so dividing the norm's weights by them only makes these larger. Like "
+            "the authors' code, the course centres the range around 1.",
             "the number that the scales are divided by.",
         ),
         Mistake(
@@ -1077,8 +1077,8 @@ SCALES = Exercise(
             "not undone",
             ((TRIED, "round_to_nearest(weight * scales, bits, group_size)"),),
             "The rounded weights are not divided by the scales.",
-            "the input is not divided here, so the output is that of other weights. All that is seen is the "
-            "scales' size, and α = 0 looks best.",
+            "the input is not divided here, so the weights must be. Otherwise the larger the scales, the "
+            "more the output changes, and α = 0 looks best.",
             "the weights that the output is computed with.",
         ),
         Mistake(
