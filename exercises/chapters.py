@@ -8,7 +8,7 @@ from exercises.units import Chapter, Exercise
 from lab.errors import UserError
 
 STAGES = ("stage0", "stage1", "stage2", "stage3", "stage4", "stage5", "stage6", "stage7")
-FILES = (*STAGES, "quantization")
+FILES = (*STAGES, "quantization", "serving")
 CHAPTERS: list[Chapter] = [importlib.import_module(f"exercises.{file}").CHAPTER for file in FILES]
 
 

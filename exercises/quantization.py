@@ -1,7 +1,5 @@
 """The exercises on quantization: the grid, codes, one loop of GPTQ, and AWQ's fold."""
 
-import types
-
 import torch
 from torch import nn
 
@@ -134,6 +132,14 @@ GRID = Exercise(
             "The zero is not a whole number.",
             "it is stored as a code, and only then is the weight 0.0 exact.",
             "the last step of computing the zero.",
+        ),
+        Mistake(
+            "zero neither rounded nor clamped",
+            (("(-low / scale).round().clamp(0, highest)", "(-low / scale)"),),
+            "The zero is not a whole number, and in a group of negative weights it may lie beyond the last "
+            "code.",
+            "it is stored as a code, and only then is the weight 0.0 exact.",
+            "the last steps of computing the zero.",
         ),
         Mistake(
             "zero of high",
@@ -475,19 +481,19 @@ def to_codes(weight, scale, zero, bits, group_size):
 
 def layer_to_round() -> tuple[torch.Tensor, torch.Tensor]:
     """A weight (6, 12), and the Hessian (12, 12) of correlated inputs of different sizes, damped."""
-    mixed = random(12, 40, seed=7) + 2 * random(1, 40, seed=8) * random(12, 1, seed=9)
+    mixed = 0.5 * random(12, 40, seed=7) + 2 * random(1, 40, seed=8) * random(12, 1, seed=9)
     inputs = mixed * torch.linspace(0.5, 2.0, 12)[:, None]
     hessian = inputs @ inputs.T / 40
     return random(6, 12, seed=10), hessian + 0.01 * hessian.diagonal().mean() * torch.eye(12)
 
 
 def columns(m):
-    weight, hessian = layer_to_round()
     found = {}
     for bits in (4, 2):
+        weight, hessian = layer_to_round()
         found[f"codes of {bits} bits [row, column]"] = m.round_columns(weight, hessian, bits)
-    changed = not torch.equal(weight, layer_to_round()[0]) or not torch.equal(hessian, layer_to_round()[1])
-    return found | {"the weight or the Hessian given was changed": changed}
+        same = torch.equal(weight, layer_to_round()[0]) and torch.equal(hessian, layer_to_round()[1])
+    return found | {"the weight and the Hessian given stay as they are": same}
 
 
 def output_error(m, codes: torch.Tensor, bits: int) -> float:
@@ -541,7 +547,7 @@ GPTQ = Exercise(
     mistakes=(
         Mistake(
             "no correction",
-            ((UPDATE, "pass"),),
+            ((UPDATE, "current[:, i] -= error * upper[i, i]"),),
             "The codes are those of round to nearest: no column makes up for the error of another.",
             "the error of a column is fixed once it has its code. Only the columns after it can still move, "
             "and they must do so before they are rounded.",
@@ -713,12 +719,20 @@ def round_columns(weight, hessian, bits):
 # ---- 8.4 AWQ's fold
 
 
+class Experts(nn.Module):
+    """Two experts, whose weights are stacked."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(random(2, 6, 6, seed=1))
+
+
 def places(m, source: str):
     """A fold before three readers: of one norm, of two norms side by side, or of a linear layer."""
     sources = [nn.LayerNorm(6)] if source == "a norm" else [nn.LayerNorm(3), nn.LayerNorm(3)]
     if source == "a linear layer":
         sources = [nn.Linear(6, 6)]
-    experts = types.SimpleNamespace(gate_up_proj=nn.Parameter(random(2, 6, 6, seed=1)))
+    experts = Experts()
     readers = [nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False)]
     for i, module in enumerate([*sources, *readers]):
         for name, parameter in module.named_parameters():
@@ -958,6 +972,209 @@ def divide(source, scales, dtype):
     ),
 )
 
+# ---- 8.5 the choice of scales
+
+
+def searched(m):
+    """Two readers of inputs of very different sizes, first with an input that is always 0, then without."""
+    found = {}
+    for case, seed in (("with an input that is always 0", 1), ("without one", 2)):
+        x = random(30, 8, seed=seed) * torch.tensor([8.0, 0.3, 1.0, 0.1, 4.0, 0.5, 2.0, 0.2])
+        x[:, 3] *= case == "without one"
+        readers = [nn.Linear(8, 5, bias=False), nn.Linear(8, 6, bias=False)]
+        for i, reader in enumerate(readers):
+            reader.weight.data = random(*reader.weight.shape, seed=10 * seed + i)
+        before = [reader.weight.data.clone() for reader in readers]
+        outputs = []
+
+        def output(readers=readers, x=x, outputs=outputs):
+            outputs.append(torch.cat([x @ reader.weight.data.mT for reader in readers], -1))
+            return outputs[-1]
+
+        named = [(reader, "weight") for reader in readers]
+        scales, alpha = m.best_scales(x.abs().mean(0), named, output, 3, 4)
+        found[f"scales {case}"], found[f"α {case}"] = scales, float(alpha)
+        changes = [(y - outputs[0]).square().mean().sqrt().item() for y in outputs]
+        found[f"smallest change of the output tried {case}"] = min(
+            (c for c in changes if c > 1e-4), default=0.0
+        )
+        found[f"largest change of the output tried {case}"] = max(changes, default=0.0)
+        after = [reader.weight.data for reader in readers]
+        found[f"the weights are as before, {case}"] = all(map(torch.equal, before, after))
+    return found
+
+
+def scales_are_centred(m):
+    """The largest and the smallest scale have the product 1."""
+    reader, x = nn.Linear(8, 5, bias=False), random(30, 8, seed=3) * torch.arange(1, 9)
+    reader.weight.data = random(5, 8, seed=4)
+    scales, _ = m.best_scales(x.abs().mean(0), [(reader, "weight")], lambda: x @ reader.weight.data.mT, 3, 4)
+    return properties.close(scales.max() * scales.min(), torch.tensor(1.0))
+
+
+POWER = "scales = mean.pow(alpha).clamp(min=1e-4)"
+CENTRED = "scales = scales / (scales.max() * scales.min()).sqrt()"
+TRIED = "round_to_nearest(weight * scales, bits, group_size) / scales"
+LOSS = "loss = (output() - wanted).square().mean().item()"
+ALL_READERS = """in zip(readers, weights, strict=True):
+            getattr(module, name).data = round"""
+RESTORED = """
+        getattr(module, name).data = weight
+"""
+
+SCALES = Exercise(
+    number="8.5",
+    title="AWQ: which scales change the output least",
+    minutes=30,
+    functions=("best_scales",),
+    source="deploy/quantization/awq.py",
+    question="Some input channels are a hundred times as large as others. Should the scales be as far apart "
+    "as the channels, or all equal, or something in between? How could that be found out?",
+    shapes="mean (in,): the mean |x| of each channel. s = mean^α, at least 1e-4, divided by √(max s · min "
+    "s). α = step / N_ALPHA for N_ALPHA steps from 0. A reader's weight (out, in) becomes round(W · s) / s. "
+    "Returns the scales (in,) and α.",
+    steps="1. Keep the readers' weights, and the output that they give.\n"
+    "2. For each α: the scales; then every reader gets its original weight times s, rounded, divided by s.\n"
+    "3. The loss is the mean squared change of the output. Keep the scales and α with the smallest.\n"
+    "4. Give the readers their weights back.",
+    afterwards="α = 0 is round to nearest, so on the text that was tried the choice is never worse than "
+    "that.",
+    probes=(searched,),
+    properties={"the largest and the smallest scale have the product 1": scales_are_centred},
+    mistakes=(
+        Mistake(
+            "α inverted",
+            ((POWER, "scales = mean.pow(-alpha).clamp(min=1e-4)"),),
+            "Large channels get small scales.",
+            "the rounding error of a weight is divided by its scale, so the channels that matter most need "
+            "the largest.",
+            "the sign of α.",
+        ),
+        Mistake(
+            "not centred",
+            ((CENTRED, "pass"),),
+            "The scales are not divided by the root of the largest and the smallest.",
+            "only their ratios matter for the rounding. But they divide a norm's weights, which would "
+            "become very large or small.",
+            "what happens after the power.",
+        ),
+        Mistake(
+            "divided by the largest",
+            ((CENTRED, "scales = scales / scales.max()"),),
+            "The largest scale is 1.",
+            "all others are below it, so dividing the norm's weights by them only makes these larger. Like "
+            "the authors' code, the course centres the range around 1.",
+            "the number that the scales are divided by.",
+        ),
+        Mistake(
+            "scales of 0",
+            ((".clamp(min=1e-4)", ""),),
+            "A channel that is always 0 gets the scale 0.",
+            "dividing by it gives NaN, and then no α but 0 seems to be usable.",
+            "the smallest scale.",
+        ),
+        Mistake(
+            "not undone",
+            ((TRIED, "round_to_nearest(weight * scales, bits, group_size)"),),
+            "The rounded weights are not divided by the scales.",
+            "the input is not divided here, so the weights must be. Otherwise the larger the scales, the "
+            "more the output changes, and α = 0 looks best.",
+            "the weights that the output is computed with.",
+        ),
+        Mistake(
+            "last α",
+            (("if loss < best_loss:", "if True:"),),
+            "The last α is returned, whatever its loss.",
+            "too large an α makes the small channels so coarse that they matter.",
+            "the comparison of losses.",
+        ),
+        Mistake(
+            "α up to 1",
+            (("alpha = step / N_ALPHA", "alpha = step / (N_ALPHA - 1)"),),
+            "The values of α are further apart: they reach from 0 to 1.",
+            "this is possible, too, but the numbers then differ from the authors' 0, 0.05 … 0.95.",
+            "the number that the step is divided by.",
+        ),
+        Mistake(
+            "loss of the weights",
+            (
+                (
+                    LOSS,
+                    "loss = sum((getattr(a, b).data - w).square().mean().item()"
+                    " for (a, b), w in zip(readers, weights, strict=True))",
+                ),
+            ),
+            "The α is that for which the weights change least.",
+            "what counts is the output. A small error in the weight of a large channel is worse than a "
+            "large one in the weight of a small channel.",
+            "what the loss compares.",
+        ),
+        Mistake(
+            "rounded again",
+            ((TRIED, "round_to_nearest(getattr(module, name).data * scales, bits, group_size) / scales"),),
+            "Each α begins with the weights that the one before has rounded.",
+            "errors pile up, so small α look best.",
+            "the weights that are multiplied by the scales.",
+        ),
+        Mistake(
+            "one reader",
+            ((ALL_READERS, ALL_READERS.replace("readers, weights, strict=True", "readers[:1], weights")),),
+            "Only the first of the readers is rounded.",
+            "all of them share the scales, and all of them will be rounded: the α must suit them together.",
+            "the loop over the readers.",
+        ),
+        Mistake(
+            "not restored",
+            ((RESTORED, "\n        pass\n"),),
+            "The readers keep the weights of the last α.",
+            "they would be rounded twice: here, and at the end on the final grid.",
+            "the readers' weights when the search is over.",
+        ),
+    ),
+    rewrites=(
+        Rewrite(
+            "min over a list",
+            """
+def best_scales(mean, readers, output, bits, group_size):
+    originals, wanted, tried = [getattr(*r).data for r in readers], output(), []
+    for alpha in [i / N_ALPHA for i in range(N_ALPHA)]:
+        s = torch.clamp(mean**alpha, min=1e-4)
+        s /= torch.sqrt(s.max() * s.min())
+        for (module, name), w in zip(readers, originals):
+            getattr(module, name).data = round_to_nearest(w * s, bits, group_size) / s
+        tried.append((F.mse_loss(output(), wanted).item(), alpha, s))
+    for (module, name), w in zip(readers, originals):
+        getattr(module, name).data = w
+    _, alpha, s = min(tried, key=lambda t: t[0])
+    return s, alpha
+""",
+        ),
+        Rewrite(
+            "sum of squares, and exponentials",
+            (
+                (LOSS, "loss = ((output() - wanted) ** 2).sum().item()"),
+                (CENTRED, "scales = scales * torch.exp(-0.5 * (scales.max().log() + scales.min().log()))"),
+            ),
+        ),
+        Rewrite(
+            "min over a list, and weights left rounded",
+            """
+def best_scales(mean, readers, output, bits, group_size):
+    originals, wanted, tried = [getattr(*r).data for r in readers], output(), []
+    for alpha in [i / N_ALPHA for i in range(N_ALPHA)]:
+        s = torch.clamp(mean**alpha, min=1e-4)
+        s /= torch.sqrt(s.max() * s.min())
+        for (module, name), w in zip(readers, originals):
+            getattr(module, name).data = round_to_nearest(w * s, bits, group_size) / s
+        tried.append((F.mse_loss(output(), wanted).item(), alpha, s))
+    _, alpha, s = min(tried, key=lambda t: t[0])
+    return s, alpha
+""",
+            mistake="not restored",
+        ),
+    ),
+)
+
 # ---- predictions
 
 
@@ -1014,6 +1231,6 @@ CHAPTER = Chapter(
     title="quantization",
     source="deploy/quantization/grid.py",
     beyond="exercises/beyond/quantization.py",
-    exercises=(GRID, CODES, GPTQ, FOLD),
+    exercises=(GRID, CODES, GPTQ, FOLD, SCALES),
     questions=QUESTIONS,
 )

@@ -122,3 +122,12 @@ def test_the_loop_of_gptq_in_the_exercise_gives_the_codes_of_the_course_s_gptq()
     module = probe.load(reference(chapter, exercise))
     theirs = gptq(weight, hessian, 4, None, act_order=False, damping=0.0, block=5)
     assert torch.equal(module.round_columns(weight, hessian, 4), theirs.codes)
+
+
+@pytest.mark.parametrize(
+    "number,answers", [("8", [4.375, 0.0498, 6_291_456, 0]), ("9", [7, 16, 14, "its end"])]
+)
+def test_predictions_on_quantization_and_serving_are_as_in_their_explanations(number, answers):
+    chapter, _ = find(number)
+    computed = [question.answer() for question in chapter.questions]
+    assert [a if isinstance(a, str) else pytest.approx(a, rel=1e-3) for a in answers] == computed

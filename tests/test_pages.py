@@ -49,7 +49,7 @@ def test_tables_and_diffs_are_those_of_the_code_and_the_measurements(path, name)
         expected |= {"table7a", "diff7a"}
     elif name in stages.relatives():
         expected = {"diff"}
-    if name in (*stages.COURSE, "quantization"):
+    if name in (*stages.COURSE, "quantization", "serving"):
         expected.add("exercises")
     for (page_name, part_of), names in MEASURED.items():
         if page_name == name and part_of in results:

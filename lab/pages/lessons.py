@@ -244,6 +244,7 @@ def generated_parts(name: str, results: dict) -> dict[str, str]:
         return {
             "throughput": serving(results["serving"]),
             "waste": serving_waste(results["serving"]["waste"]),
+            "exercises": exercises_of("serving"),
         }
     if name == "quantization":
         return {"exercises": exercises_of("quantization")}
