@@ -755,7 +755,9 @@ def test_sigterm_under_load_lets_answers_finish_and_a_second_one_ends_them(run):
         for thread in threads:
             thread.join(30)
         assert len(errors) == 6 and all("the server is stopping" in str(error) for error in errors)
-        assert "Traceback" not in process.stderr.read()
+        messages = process.stderr.read()
+        assert "stopping: open requests (7) have 100 seconds to finish" in messages
+        assert "Traceback" not in messages
     finally:
         process.kill()
         process.wait()
