@@ -120,7 +120,8 @@ def listen(host: str, port: int) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family)
     except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+        # create_server appends the address to the reason.
+        reason = (getattr(error, "strerror", None) or str(error)).partition(" (while")[0]
         raise UserError(
             f"cannot listen on {host}, port {port}: {reason}\nuse another --port (0: any free one) or --host"
         ) from None

@@ -1193,7 +1193,7 @@ def test_another_stage_starts_from_weights_that_fit_it_alone(fine_tune, capsys):
 
 def test_what_cannot_be_started_from_is_explained(run_import, fine_tune, spoilt, capsys):
     assert fine_tune("--init-from", "nowhere", "--out", "out") == 2
-    explained(capsys, "nowhere is not a run: it has no config.json")
+    explained(capsys, "nowhere is not a run: there is no such folder")
     spoilt("llama")
     assert run_import("theirs", "--out", "runs/imported") == 0
     capsys.readouterr()

@@ -65,19 +65,25 @@ def test_a_ring_in_8_bits_gives_what_a_plain_ring_gives():
 
 
 @torch.inference_mode()
-def test_numbers_are_rounded_by_token_and_head_to_1_part_in_254():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_numbers_are_rounded_by_token_and_head_to_1_part_in_254(dtype):
     class Plain:
         def __init__(self):
-            self.keys, self.length, self.max_length = torch.zeros(1, 2, 3, 5, 8), 0, 5
+            self.keys, self.length, self.max_length = torch.zeros(1, 2, 3, 500, 8, dtype=dtype), 0, 500
 
         def update(self, layer, k):
             self.keys[layer, :, :, self.length : self.length + k.size(2)] = k
             return self.keys[layer, :, :, : self.length + k.size(2)]
 
-    cache, keys = int8_cache.Int8Cache(Plain()), torch.randn(2, 3, 5, 8) * 10 ** torch.randn(2, 3, 5, 1)
+    keys = (torch.randn(2, 3, 500, 8) * 10 ** torch.randn(2, 3, 500, 1)).to(dtype)
+    cache = int8_cache.Int8Cache(Plain())
     keys[0, 0, 0] = 0
     got = cache.update(0, keys)
-    assert ((got - keys).abs() <= keys.abs().amax(-1, keepdim=True) / 254 * 1.001).all()
+    assert torch.equal(got, cache.keys[0] * cache.scales["keys"][0])
+    stored = cache.keys[0].float() * cache.scales["keys"][0].float()
+    largest = keys.float().abs().amax(-1, keepdim=True)
+    scale_error = torch.finfo(dtype).eps / 2
+    assert ((stored - keys.float()).abs() <= largest / 254 * (1 + scale_error) * 1.001).all()
     assert not got[0, 0, 0].any()
 
 

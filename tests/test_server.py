@@ -348,7 +348,7 @@ REFUSED = {
         "'text'",
     ),
     "a tool's message": ("chat", {"messages": [{"role": "tool", "content": "x"}]}, "messages", "'system'"),
-    "no messages": ("chat", {"messages": []}, "messages", "at least 1"),
+    "no messages": ("chat", {"messages": []}, "messages", "should have at least 1 item, not []"),
     "a null content": ("chat", {"messages": [{"role": "user", "content": None}]}, "messages", "string"),
     "two limits": ("chat", {"max_tokens": 1, "max_completion_tokens": 1}, "max_tokens", "not both"),
     "top_logprobs alone": ("chat", {"top_logprobs": 2}, "top_logprobs", "logprobs = true"),
@@ -367,7 +367,7 @@ REFUSED = {
     "a text as a number": ("text", {"temperature": "1"}, "temperature", "not '1'"),
     "true as a number": ("text", {"n": True}, "n", "not True"),
     "no tokens to generate": ("text", {"max_tokens": 0}, "max_tokens", "not 0"),
-    "too many tokens": ("text", {"max_tokens": CONTEXT}, "prompt", "together they can be 4,096"),
+    "too many tokens": ("text", {"max_tokens": CONTEXT}, "prompt", "or lower max_tokens to 4,09"),
     "a long prompt": ("text", {"prompt": "a" * CONTEXT}, "prompt", "has 4,096 tokens"),
     "many texts": ("text", {"n": 17}, "n", "limit is 16"),
     "many prompts": ("text", {"prompt": ["a"] * 17}, "prompt", "limit is 16"),
@@ -458,8 +458,9 @@ RAW = {
     "a list": ("POST", "/v1/completions", {"content": b"[1]", "headers": JSON}, 400, "JSON object"),
     "a form": ("POST", "/v1/completions", {"data": {"model": "tiny"}}, 400, "Content-Type: application/json"),
     "nothing": ("POST", "/v1/chat/completions", {}, 400, ""),
-    "another path": ("GET", "/v1/nothing", {}, 404, "Not Found"),
-    "another method": ("GET", "/v1/completions", {}, 405, "Method Not Allowed"),
+    "another path": ("GET", "/v1/nothing", {}, 404, "no '/v1/nothing': /openapi.json"),
+    "no /v1": ("POST", "/completions", {}, 404, "use /v1/completions"),
+    "another method": ("GET", "/v1/completions", {}, 405, "GET is not for '/v1/completions': use POST"),
     "another model": ("POST", "/v1/completions", {"json": {"model": "x", "prompt": "a"}}, 404, "'x'"),
     "a large body": ("POST", "/v1/completions", {"content": b" " * 2**21}, 413, "1,048,576 bytes"),
     "a large body in chunks": (
@@ -754,7 +755,9 @@ def test_sigterm_under_load_lets_answers_finish_and_a_second_one_ends_them(run):
         for thread in threads:
             thread.join(30)
         assert len(errors) == 6 and all("the server is stopping" in str(error) for error in errors)
-        assert "Traceback" not in process.stderr.read()
+        messages = process.stderr.read()
+        assert "stopping: open requests (7) have 100 seconds to finish" in messages
+        assert "Traceback" not in messages
     finally:
         process.kill()
         process.wait()
@@ -794,9 +797,9 @@ def call_serve(monkeypatch, *flags) -> int:
 def test_bad_flags_are_explained(run, server, monkeypatch, capsys):
     port = server.address[1]
     for flags, message in {
-        ("--run", run, "--port", port): f"cannot listen on 127.0.0.1, port {port}: Address already in use",
+        ("--run", run, "--port", port): f"cannot listen on 127.0.0.1, port {port}: Address already in use\n",
         ("--run", run, "--host", "nowhere.invalid"): "cannot listen on nowhere.invalid",
-        ("--run", "missing"): "missing is not a run",
+        ("--run", "missing"): "missing is not a run: there is no such folder",
         ("--run", run, "--port", 70000): "port must be from 0 to 65535, not 70000",
         ("--run", run, "--api-key", ""): "API key",
         ("--run", run, "--context", CONTEXT + 1): "has 4096 positions",

@@ -268,6 +268,31 @@ def test_the_panel_shows_blocks_and_experts_while_an_answer_is_written(page):
     page.get_by_text("holds no block").wait_for()
 
 
+def test_the_panel_waits_until_the_blocks_of_a_stopped_answer_are_free(page):
+    """A server that is busy notices a little later that nobody reads the answer."""
+    held, late = [], []
+
+    def answer(route):
+        response = route.fetch()
+        if late:
+            route.fulfill(body=late.pop())
+        else:
+            held.append(response.text())
+            route.fulfill(response=response)
+
+    page.route("**/debug/blocks*", answer)
+    settings(page, Most_tokens="2000")
+    page.get_by_role("button", name="Inside").click()
+    page.get_by_label("Message").fill("Hello")
+    page.keyboard.press("Enter")
+    page.get_by_text("The conversation holds").wait_for()
+    page.get_by_text("blocks of").wait_for()
+    late += [held[-1]] * 3
+    page.keyboard.press("Escape")
+    page.get_by_text("holds no block").wait_for()
+    assert not late
+
+
 OBSERVE = """() => {
     window.heard = [];
     const status = document.getElementById("status");

@@ -227,8 +227,10 @@ def add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
 
         return handle
 
-    def http_error(error: HTTPException):
-        return error_response(error.status_code, str(error.detail), headers=error.headers)
+    async def http_error(request: Request, error: HTTPException):
+        metrics.refused.labels(error.status_code).inc()
+        message = {404: no_address, 405: other_method}.get(error.status_code, lambda *_: str(error.detail))
+        return error_response(error.status_code, message(request, error), headers=error.headers)
 
     def unavailable(error):
         return error_response(503, str(error), headers={"Retry-After": RETRY_AFTER})
@@ -240,13 +242,25 @@ def add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
     app.add_exception_handler(RequestValidationError, handler(invalid))
     app.add_exception_handler(Refused, handler(refusal))
     app.add_exception_handler(UserError, handler(lambda error: error_response(400, one_line(error))))
-    app.add_exception_handler(HTTPException, handler(http_error))
+    app.add_exception_handler(HTTPException, http_error)
     app.add_exception_handler(Full, handler(full))
     app.add_exception_handler(Stopping, handler(unavailable))
     app.add_exception_handler(EngineFailed, handler(lambda error: error_response(500, str(error))))
     app.add_exception_handler(
         Exception, handler(lambda _: error_response(500, "an error in the server: see its log"))
     )
+
+
+def no_address(request: Request, error: HTTPException) -> str:
+    path = request.scope["path"]
+    if f"/v1{path}" in {route.path for route in request.app.routes}:
+        return f"there is no {path}: use /v1{path} (the base_url of the openai client ends with /v1)"
+    return f"there is no {shorten(path)}: /openapi.json lists the addresses of this server"
+
+
+def other_method(request: Request, error: HTTPException) -> str:
+    allowed = (error.headers or {}).get("Allow")
+    return f"{request.method} is not for {shorten(request.scope['path'])}: use {allowed}"
 
 
 def refusal(error: Refused) -> Json:
@@ -276,7 +290,8 @@ def invalid(error: RequestValidationError) -> Json:
     if not place:
         return error_response(400, "the body must be a JSON object, with Content-Type: application/json")
     found = "" if first["type"] == "missing" else f", not {shorten(first.get('input'))}"
-    return error_response(400, f"{name}: {first['msg'][0].lower()}{first['msg'][1:]}{found}", place[0])
+    message = first["msg"].partition(" after validation")[0]
+    return error_response(400, f"{name}: {message[0].lower()}{message[1:]}{found}", place[0])
 
 
 def place_depth(error: dict) -> int:
@@ -560,17 +575,18 @@ class Answer:
         """What the engine needs to know. Raises Refused if the answer cannot fit."""
         body, room = self.body, served.context - n_prompt
         name = "messages" if isinstance(body, ChatRequest) else "prompt"
+        prompt = "the prompt has 1 token" if n_prompt == 1 else f"the prompt has {n_prompt:,} tokens"
         if room < 1:
             raise Refused(
-                f"the prompt has {n_prompt:,} tokens; it and the answer can have {served.context:,}",
+                f"{prompt}; it and the answer together can have {served.context:,}: shorten the prompt",
                 name,
                 "context_length_exceeded",
             )
         wanted = self.style.max_tokens
         if wanted is not None and wanted > room:
             raise Refused(
-                f"the prompt has {n_prompt:,} tokens and max_tokens is {wanted:,}; together they can be "
-                f"{served.context:,}",
+                f"{prompt} and max_tokens is {wanted:,}; together they can be {served.context:,}: "
+                f"shorten the prompt, or lower max_tokens to {room:,}",
                 name,
                 "context_length_exceeded",
             )

@@ -1,6 +1,7 @@
 """How the server stops: SIGTERM or Ctrl-C lets open requests finish, a second one ends them."""
 
 import asyncio
+import sys
 
 import uvicorn
 
@@ -29,6 +30,12 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets=None) -> None:
         self.worker.stopping = True
+        if self.worker.open and self.grace:
+            print(
+                f"stopping: open requests ({len(self.worker.open)}) have {self.grace:g} seconds to finish; "
+                "Ctrl-C or SIGTERM again ends them at once",
+                file=sys.stderr,
+            )
         timer = self.loop.call_later(self.grace, self.worker.end_all)
         await super().shutdown(sockets)
         timer.cancel()

@@ -62,7 +62,7 @@ class Int8Cache:
             getattr(self.cache, name)[0, :, :, :used] = earlier
             scale = (tensor.abs().amax(-1, keepdim=True) / LARGEST).to(scales.dtype)
             scale = scale.where(scale > 0, 1)  # a token whose numbers are all zero
-            code = (tensor / scale).round().clamp(-LARGEST, LARGEST)
+            code = (tensor.float() / scale).round().clamp(-LARGEST, LARGEST)
             rounded.append((code * scale).to(tensor.dtype))
             n_kept = min(n_new, n_slots)  # a ring keeps the last ones only
             slots = torch.arange(start + n_new - n_kept, start + n_new, device=codes.device) % n_slots

@@ -181,7 +181,8 @@ def read_json(path: Path) -> dict:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{shown(path.parent)} is not a run: it has no {path.name}") from None
+        problem = f"it has no {path.name}" if path.parent.exists() else "there is no such folder"
+        raise UserError(f"{shown(path.parent)} is not a run: {problem}") from None
     except ValueError as error:
         raise UserError(f"{shown(path)} is damaged: {error}") from None
 
