@@ -52,7 +52,11 @@ def test_a_quantized_run_writes_in_a_mix_what_it_writes_alone(quantized):
 
 
 def test_a_quantized_runs_engine_decodes_with_the_kernels(quantized, monkeypatch):
-    """In bfloat16 the kernels round otherwise than dense products, so log-probabilities are only close."""
+    """In bfloat16, log-probabilities are close to those of the same codes in float32.
+
+    A dense bfloat16 model would be a worse reference: it chose other experts than float32 for two tokens,
+    and was off by 0.18 there, where the engine was within 0.03.
+    """
     folder, stage = quantized
     engine = load(folder, "bfloat16", cache_memory=1.0)
     layers = [m for m in engine.model.model.layers.modules() if isinstance(m, QuantizedLinear)]
@@ -69,11 +73,14 @@ def test_a_quantized_runs_engine_decodes_with_the_kernels(quantized, monkeypatch
     prompts, params = mix(1, n=4)
     answers = engine.generate(prompts, params)
     assert {1, 4} <= set(rows)  # decoding one, and all of them
-    model, _ = runs.load(folder, "best", CPU, torch.bfloat16)
+    model, _ = runs.load(folder, "best", CPU, torch.float32)
+    off = []
     for prompt, (answer,) in zip(prompts, answers, strict=True):
         with torch.inference_mode():
             logits = model(torch.tensor([prompt + answer.token_ids[:-1]]))[0][0, len(prompt) - 1 :]
-        wanted = logits.float().log_softmax(-1).gather(1, torch.tensor(answer.token_ids)[:, None])[:, 0]
-        found = torch.tensor([entry.logprob for entry in answer.logprobs])
-        # In 16 bits, a kernel rounds otherwise; a token may even choose another expert. Measured: up to 0.16.
-        torch.testing.assert_close(found, wanted, atol=0.3, rtol=0)
+        wanted = logits.log_softmax(-1).gather(1, torch.tensor(answer.token_ids)[:, None])[:, 0]
+        off.append((torch.tensor([entry.logprob for entry in answer.logprobs]) - wanted).abs())
+    off = torch.cat(off)
+    assert off.mean() < 0.025  # measured: 0.014
+    if not has_experts:  # a single token whose two best experts are nearly equal may be off by more
+        assert off.max() < 0.15  # measured: 0.08
