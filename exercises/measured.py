@@ -1,8 +1,11 @@
-"""Answers to predictions from what was measured: results/results.json."""
+"""Answers to predictions: from what was measured (results/results.json), and by counting."""
 
 import json
 
+import torch
+
 from lab import stages
+from lab.training import cost
 
 CHANGES = ("lower", "higher", "no significant difference")
 """How the loss of a stage may compare with that of the stage before."""
@@ -16,3 +19,13 @@ def loss_change(name: str) -> str:
         return CHANGES[2]
     lower = row["val_loss"]["mean"] < rows[row["from"]]["val_loss"]["mean"]
     return CHANGES[0] if lower else CHANGES[1]
+
+
+def parameters_saved(before: str, after: str) -> int:
+    """How many parameters a stage has fewer than another, in GPT-2's size."""
+    counts = []
+    for name in (before, after):
+        module = stages.load(name)
+        with torch.device("meta"):
+            counts.append(cost.parameters(module.GPT(module.GPTConfig())))
+    return counts[0] - counts[1]

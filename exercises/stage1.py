@@ -3,7 +3,7 @@
 import torch
 
 from exercises import properties
-from exercises.measured import CHANGES, loss_change
+from exercises.measured import CHANGES, loss_change, parameters_saved
 from exercises.probe import random, randomize, small_model, tokens
 from exercises.units import Chapter, Exercise, Mistake, Question, Rewrite
 
@@ -451,18 +451,6 @@ WHOLE = Exercise(
 # ---- predictions
 
 
-def difference_in_parameters() -> int:
-    from lab import stages
-    from lab.training import cost
-
-    counts = []
-    for name in ("stage0_gpt", "stage1_rmsnorm"):
-        module = stages.load(name)
-        with torch.device("meta"):
-            counts.append(cost.parameters(module.GPT(module.GPTConfig())))
-    return counts[0] - counts[1]
-
-
 def norm_of_three_four() -> float:
     x = torch.tensor([3.0, 4.0])
     return (x / x.square().mean().sqrt())[1].item()
@@ -479,7 +467,7 @@ QUESTIONS = (
         "GPT-2's size (12 layers of width 768): how many parameters go with the biases? The four projections "
         "and the second layer of the MLP have 768 biases each, the first layer has 3,072, and each of the 25 "
         "norms has 768.",
-        difference_in_parameters,
+        lambda: parameters_saved("stage0_gpt", "stage1_rmsnorm"),
         "12 · (5 · 768 + 3,072) + 25 · 768 = {answer}, less than a thousandth of all.",
     ),
     Question(

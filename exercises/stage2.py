@@ -3,7 +3,7 @@
 import torch
 
 from exercises import properties
-from exercises.measured import CHANGES, loss_change
+from exercises.measured import CHANGES, loss_change, parameters_saved
 from exercises.probe import in_steps, random, small_model, tokens
 from exercises.units import Chapter, Exercise, Mistake, Question, Rewrite
 
@@ -759,23 +759,11 @@ def period_of_last_pair() -> float:
     return (2 * torch.pi * torch.tensor(10000.0) ** (62 / 64)).item()
 
 
-def parameters_saved() -> int:
-    from lab import stages
-    from lab.training import cost
-
-    counts = []
-    for name in ("stage1_rmsnorm", "stage2_rope"):
-        module = stages.load(name)
-        with torch.device("meta"):
-            counts.append(cost.parameters(module.GPT(module.GPTConfig())))
-    return counts[0] - counts[1]
-
-
 QUESTIONS = (
     Question(
         "In GPT-2's size (width 768, 1,024 positions), how many parameters go when rotations take the place "
         "of the table of positions?",
-        parameters_saved,
+        lambda: parameters_saved("stage1_rmsnorm", "stage2_rope"),
         "1,024 positions · 768 = {answer}.",
     ),
     Question(

@@ -3,7 +3,7 @@
 import torch
 
 from exercises import properties
-from exercises.measured import CHANGES, loss_change
+from exercises.measured import CHANGES, loss_change, parameters_saved
 from exercises.probe import in_steps, random, small_model, tokens
 from exercises.units import Chapter, Exercise, Mistake, Question, Rewrite
 
@@ -763,19 +763,6 @@ def cache_of(stage: str, **sizes) -> int:
     return module.KVCache(config, 1, 1024, "meta", torch.bfloat16).nbytes
 
 
-def parameters_saved() -> int:
-    """How many parameters stage 4 has fewer than stage 3, in GPT-2's size."""
-    from lab import stages
-    from lab.training import cost
-
-    counts = []
-    for name in ("stage3_swiglu", "stage4_gqa"):
-        module = stages.load(name)
-        with torch.device("meta"):
-            counts.append(cost.parameters(module.GPT(module.GPTConfig())))
-    return counts[0] - counts[1]
-
-
 QUESTIONS = (
     Question(
         "GPT-2's size: 12 layers, 12 heads of width 64. How many bytes has stage 3's cache for 1,024 tokens, "
@@ -791,7 +778,7 @@ QUESTIONS = (
     Question(
         "In the same size and with 6 key/value heads (the default), how many parameters has stage 4 fewer "
         "than stage 3?",
-        parameters_saved,
+        lambda: parameters_saved("stage3_swiglu", "stage4_gqa"),
         "k_proj and v_proj lose half of their 768 rows in each of 12 layers: 12 · 2 · 384 · 768 = {answer}.",
     ),
     Question(

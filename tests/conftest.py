@@ -1,6 +1,7 @@
 """Shared by the tests: a tiny model of every stage, a tiny text, and the commands called in this process."""
 
 import random
+import signal
 import sys
 
 import pytest
@@ -10,6 +11,9 @@ import sample
 import train
 from lab import stages
 from lab.storage import runs
+
+# A shell starts `make test &` with Ctrl-C ignored, and so would every process that a test interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.set_num_threads(1)  # with tiny tensors, a second thread only slows things down
 
