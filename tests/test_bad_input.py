@@ -20,7 +20,9 @@ from lab.training import optim
 ROOT = Path(__file__).parent.parent
 
 BAD_TRAINING = {
-    "no stage": ([], "--stage is missing"),
+    "no stage": ([], "--stage is missing; use one of"),
+    "a misspelt stage flag": (["--stag", "4"], "--stage is missing (--stag is no flag); use one of"),
+    "no stage, but steps": (["--steps", "4"], "--stage is missing; use one of"),
     "unknown stage": (["--stage", "99"], "0 (stage0_gpt)"),
     "unknown stage by name": (["--stage", "gtp"], "did you mean gpt?"),
     "unknown flag": (["--stage", "0", "--stepz", "5"], "--stepz"),

@@ -1,5 +1,6 @@
 """The settings of a training run: from the command line, a preset, or the run to resume."""
 
+import difflib
 import math
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -151,7 +152,10 @@ def parse(argv: list[str]) -> Settings:
         default = fine_tuning_settings(choice)
     else:
         if not choice.stage and not wants_help:
-            raise UserError(f"--stage is missing; use one of: {stages.listing()}")
+            flags = [each.partition("=")[0] for each in argv if each.startswith("--")]
+            misspelt = "".join(difflib.get_close_matches("--stage", flags, n=1, cutoff=0.8))
+            found = f" ({misspelt} is no flag)" if misspelt else ""
+            raise UserError(f"--stage is missing{found}; use one of: {stages.listing()}")
         default = preset_settings(choice, stages.find(choice.stage or "0"))
     stage = default.stage
     if wants_help:
