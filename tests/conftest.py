@@ -83,10 +83,14 @@ def call(monkeypatch, driver, *arguments, report=False) -> int:
 
 @pytest.fixture
 def run_train(workshop, monkeypatch):
-    """run_train(*flags): trains a tiny model on words.txt; returns the exit status."""
+    """run_train(*flags): trains a tiny model on words.txt; returns the exit status.
+
+    With --resume, the run's own sizes count: a flag would override them.
+    """
 
     def run(*flags, **options):
-        return call(monkeypatch, train, "--data", "words.txt", *TINY_RUN, *flags, **options)
+        sizes = [] if "--resume" in flags else TINY_RUN
+        return call(monkeypatch, train, "--data", "words.txt", *sizes, *flags, **options)
 
     return run
 

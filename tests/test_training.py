@@ -506,11 +506,11 @@ def test_a_state_file_cannot_run_code(make_model, tmp_path):
 def test_a_run_killed_again_and_again_ends_as_if_it_never_had_been(run_train, workshop):
     """A real process that saves all the time and gets kill -9 three times."""
     flags = ("--stage", "0", "--steps", "200", "--eval-every", "2", "--eval-tokens", "8", "--log-every", "1")
-    command = [sys.executable, ROOT / "train.py", "--data", "words.txt", *TINY_RUN, "--out", "killed"]
+    command = [sys.executable, ROOT / "train.py", "--out", "killed"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     saved = 0
     for attempt in range(3):
-        how = ("--resume",) if attempt else flags
+        how = ("--resume",) if attempt else ("--data", "words.txt", *TINY_RUN, *flags)
         process = subprocess.Popen([*command, *how], env=environment, stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + 60
         while (reached := len(metrics("killed"))) < saved + 30 and time.monotonic() < deadline:
