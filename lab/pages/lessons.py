@@ -15,6 +15,7 @@ from lab.comparison import diffs, markdown, report
 from lab.pages import scale
 
 RESULTS = stages.ROOT / "results" / "results.json"
+IDEAS = stages.ROOT / "results" / "ideas"
 
 
 def read_results() -> dict:
@@ -198,6 +199,26 @@ def serving_waste(measured: dict) -> str:
     return markdown.table(["the cache", "waste"], [[name, f"{part:.1%}"] for name, part in measured.items()])
 
 
+def where_it_pays(idea: str) -> str:
+    """The picture (if any) and the table of results/ideas/<idea>.json, for a page one folder down."""
+    path = IDEAS / f"{idea}.json"
+    measured = json.loads(path.read_text())
+    formats.check(measured, formats.RESULTS, str(path))
+    table = markdown.table(measured["table"]["heads"], measured["table"]["rows"])
+    if not measured["picture"]:
+        return table
+    return "\n".join(
+        (
+            "<picture>",
+            f'  <source media="(prefers-color-scheme: dark)" srcset="../results/ideas/{idea}-dark.png">',
+            f'  <img alt="{measured["picture"]}" src="../results/ideas/{idea}.png">',
+            "</picture>",
+            "",
+            table,
+        )
+    )
+
+
 def filled(page: str, name: str, results: dict) -> str:
     """The page with its generated parts updated; name as in `pages`."""
     parts = generated_parts(name, results)
@@ -208,7 +229,12 @@ def filled(page: str, name: str, results: dict) -> str:
             page,
             flags=re.DOTALL,
         )
-    return page
+    return re.sub(
+        r"<!-- pays ([\w-]+) -->\n.*?<!-- end -->",
+        lambda match: f"<!-- pays {match[1]} -->\n{where_it_pays(match[1])}\n<!-- end -->",
+        page,
+        flags=re.DOTALL,
+    )
 
 
 def exercises_of(file: str) -> str:

@@ -1,8 +1,9 @@
 """A lock that one process at a time can hold. It is released when the process ends, however it ends."""
 
 import os
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 try:
@@ -35,4 +36,17 @@ def held(path: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
+        yield
+
+
+@contextmanager
+def waited_for(path: Path) -> Iterator[None]:
+    """Holds the lock file at path; waits as long as another process holds it."""
+    with ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(held(path))
+                break
+            except Taken:
+                time.sleep(1)
         yield

@@ -331,13 +331,16 @@ def installed(package: str) -> str | None:
         return None
 
 
+UNCOUNTED = [f":(exclude){pattern}" for pattern in ("results", "*.md", "*.png", "*.svg")]
+
+
 def commit() -> str | None:
     """The commit of the code, with -dirty if files differ from it; None outside a repository.
 
-    Files in results/ do not count: a measurement writes them while it runs.
+    results/, pages and pictures do not count: measurements write them.
     """
     name = ["git", "describe", "--always", "--abbrev=12"]
-    differing = ["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)results"]
+    differing = ["git", "status", "--porcelain", "--untracked-files=no", "--", ".", *UNCOUNTED]
     options = {"cwd": stages.ROOT, "capture_output": True, "text": True, "check": True}
     try:
         head = subprocess.run(name, **options).stdout.strip()

@@ -1,0 +1,60 @@
+"""Where each idea pays: one script per idea, which writes results/ideas/<idea>.json and its picture.
+
+Each script measures an idea where it matters: at longer contexts, in larger batches or widths, on other text.
+Afterwards, `python -m lab.pages.lessons` writes its picture and table into the lesson, after
+`<!-- pays <idea> -->`.
+"""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from lab import formats, stages
+from lab.comparison import stage_plots
+from lab.errors import UserError, shown
+from lab.pages import lessons
+from lab.storage import edits, locks, runs
+from lab.training import log
+
+CPU = torch.device("cpu")
+
+
+def trained(name: str, flags: list[str]) -> tuple[Path, list[dict]]:
+    """The folder and the metrics of runs/ideas/<name>; train.py trains it with these flags if it is missing.
+
+    The laptop preset is the default. An interrupted run is resumed. If two processes want the same run, the
+    second one waits.
+    """
+    folder = runs.RUNS / "ideas" / name
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with locks.waited_for(folder.with_name(f".{name}.lock")):
+        if not (folder / "sample.txt").exists():  # the last file that train.py writes
+            begun = (folder / "last").exists()
+            command = ["--resume"] if begun else ["--preset", "laptop", "--device", "cpu", *flags]
+            command = [sys.executable, "train.py", *command, "--out", str(folder)]
+            print(" ".join(command[1:]), flush=True)
+            subprocess.run(command, cwd=stages.ROOT, check=True, stdout=subprocess.DEVNULL)
+    difference = edits.difference(runs.read_config(folder))
+    if difference:
+        raise UserError(f"{shown(folder)} cannot be used: {difference}; delete it and start again")
+    return folder, log.read_metrics(folder / "metrics.jsonl")
+
+
+def write(
+    idea: str, measured: dict, heads: list[str], rows: list[list], draw: Callable | None = None, alt: str = ""
+) -> None:
+    """Writes results/ideas/<idea>.json and, with `draw`, its picture for light and for dark pages.
+
+    measured: all values; heads and rows: the table of the lesson. draw() returns a matplotlib figure, and alt
+    says in words what it shows.
+    """
+    lessons.IDEAS.mkdir(parents=True, exist_ok=True)
+    table = {"heads": heads, "rows": rows}
+    results = {"format": formats.RESULTS, "machine": runs.machine(CPU), **measured}
+    runs.write_json(lessons.IDEAS / f"{idea}.json", results | {"table": table, "picture": alt})
+    for dark in (False, True) if draw else ():
+        with stage_plots.theme(dark):
+            draw().savefig(lessons.IDEAS / f"{idea}{'-dark' if dark else ''}.png")
