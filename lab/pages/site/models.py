@@ -15,6 +15,7 @@ from lab import stages
 from lab.errors import UserError
 from lab.storage import checkpoint, edits, runs
 
+DATA = "tinyshakespeare"
 STAGES = ("stage4_gqa", "stage6_moe", "stage7_mla_mtp")
 # Half as wide as the laptop preset, so that three models fit into the page, with a rate that suits this.
 SIZES = {"n_layer": 4, "n_head": 4, "n_embd": 64, "block_size": 64}
@@ -57,7 +58,7 @@ def train(name: str, steps: int, folder: Path) -> subprocess.Popen:
     shutil.rmtree(folder, ignore_errors=True)
     flags = RATES | {f"model.{size}": value for size, value in SIZES.items()}
     flags |= {"stage": name, "preset": "laptop", "device": "cpu", "steps": steps, "eval_every": steps}
-    flags["out"] = folder
+    flags |= {"data": DATA, "out": folder}
     written = [text for key, value in flags.items() for text in (f"--{key.replace('_', '-')}", str(value))]
     alone = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "train.py", *written]

@@ -101,7 +101,8 @@ function explore(box, root, points) {
     const move = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
     if (!move) return;
     event.preventDefault();
-    show((current + move + points.length) % points.length);
+    const from = current < 0 && move < 0 ? 0 : current; // the first step back is to the last point
+    show((from + move + points.length) % points.length);
   });
 }
 
