@@ -363,17 +363,16 @@ def test_an_older_site_is_replaced_whole(tmp_path, monkeypatch):
 
 
 def test_finished_runs_are_reused_and_others_trained_anew(tmp_path, monkeypatch):
-    class Done:
-        def wait(self):
-            return 0
-
     begun = []
     monkeypatch.setattr(models.runs, "RUNS", tmp_path)
     monkeypatch.setattr(models, "finished", lambda folder, steps: "stage4" in folder.name)
-    monkeypatch.setattr(models, "train", lambda name, steps, folder: begun.append((name, steps)) or Done())
+    monkeypatch.setattr(models, "train", lambda name, steps, folder: begun.append((name, steps)) or 0)
     monkeypatch.setattr(models, "loaded", lambda folder: folder.name)
     found = models.trained(7)
-    assert begun == [("stage6_moe", 7), ("stage7_mla_mtp", 7)] and list(found) == list(models.STAGES)
+    assert sorted(begun) == [("stage6_moe", 7), ("stage7_mla_mtp", 7)] and list(found) == list(models.STAGES)
+    monkeypatch.setattr(models, "train", lambda name, steps, folder: 2)
+    with pytest.raises(UserError, match="was not trained"):
+        models.trained(7)
 
 
 def test_the_generator_and_the_scripts_stay_small():
