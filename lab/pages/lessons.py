@@ -92,8 +92,8 @@ def rates(results: dict) -> str:
     tried = sorted({rate for row in tuned.values() for rate in row}, key=float)
     rows = []
     for name, row in tuned.items():
-        losses = {rate: f"{loss:.3f}" for rate, loss in row.items()}
-        best = min(row, key=row.get)
+        losses = {rate: f"{loss['mean']:.3f}" for rate, loss in row.items()}
+        best = min(row, key=lambda rate: row[rate]["mean"])
         losses[best] = f"**{losses[best]}**"
         rows.append([stages.label(name), *(losses.get(rate, "") for rate in tried)])
     return markdown.table(["stage", *tried], rows)
