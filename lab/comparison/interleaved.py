@@ -150,8 +150,9 @@ def seconds_of_runs(left: list[wanted_runs.Run], device: torch.device) -> float:
         text = data.load(chosen.data, chosen.tokenizer)
         if chosen.stage not in per_token:
             per_token[chosen.stage] = seconds_per_token(chosen, text.tokenizer.vocab_size, device)
-        trained = (chosen.steps - run.step()) * chosen.batch_size * chosen.sequence_length
-        evaluated = min(chosen.eval_tokens, len(text.val)) * (chosen.steps / chosen.eval_every)
+        steps = chosen.steps - run.step()
+        trained = steps * chosen.batch_size * chosen.sequence_length
+        evaluated = min(chosen.eval_tokens, len(text.val)) * (steps / chosen.eval_every)
         total += per_token[chosen.stage] * (trained + evaluated / 3)  # only the forward pass: a third
     return total
 
