@@ -5,9 +5,11 @@ import re
 from pathlib import Path
 
 import pytest
+from conftest import call
 from test_compare import made_up
 
 from benchmarks import ideas
+from benchmarks.ideas import rates
 from lab.errors import UserError
 from lab.pages import lessons
 from lab.training import run_plots
@@ -77,3 +79,39 @@ def test_results_become_the_table_and_the_picture_of_a_lesson(tmp_path, monkeypa
     ideas.write("widths", {}, ["width"], [["128"]])
     again = lessons.filled(page, "stage0_gpt", lessons.read_results())
     assert "<img" not in again and re.search(r"-->\n\| width \|\n", again) and again.endswith("-->\nb\n")
+
+
+def test_a_gain_is_measured_from_the_row_above_at_its_best_mean(monkeypatch):
+    """Of two seeds: one lucky loss does not make a rate the best."""
+    losses = {
+        "stage0_gpt": {5e-4: [2.5, 2.5], 1e-3: [2.0, 2.0], 2e-3: [1.8, 1.9], 4e-3: [1.0, 3.0], 8e-3: [3, 3]}
+    }
+    losses["stage3_swiglu"] = {rate: [1.7, 1.7] for rate in losses["stage0_gpt"]} | {5e-4: [1.6, 1.6]}
+    asked = []
+
+    def trained(name, flags):
+        stage, optimizer, rate, seed = (
+            flags[flags.index(f"--{x}") + 1] for x in ("stage", "optimizer", "lr", "seed")
+        )
+        asked.append((stage, optimizer, float(rate), int(seed)))
+        values = losses[stage] if optimizer == "adamw" else {rate: (1.5, 1.5) for rate in rates.RATES["muon"]}
+        return None, [{"val_loss": values[float(rate)][int(seed)]}]
+
+    monkeypatch.setattr(ideas, "trained", trained)
+    written = {}
+    monkeypatch.setattr(
+        ideas, "write", lambda idea, measured, heads, rows, draw, alt: written.update(locals())
+    )
+    assert call(monkeypatch, rates, "--stages", "0,3", "--muon-stages", "3") == 0
+    assert len(asked) == len(set(asked)) == 2 * 5 * 2 + 4 * 2
+    assert written["rows"][0] == ["0 gpt", "2.000", "", "1.850 at 0.002", "", ""]
+    assert written["rows"][1] == [
+        "3 swiglu",
+        "1.700",
+        "+0.300",
+        "1.600 at 0.0005",
+        "+0.250",
+        "1.500 at 0.002",
+    ]
+    assert "with AdamW between 1.60 and 1.85 and with Muon between 1.50 and 1.50" in written["alt"]
+    assert len(written["draw"]().axes) == 2

@@ -26,7 +26,7 @@ def trained(name: str, flags: list[str]) -> tuple[Path, list[dict]]:
     """The folder and the metrics of a run of train.py with these flags; the laptop preset is the default.
 
     A finished run with the same settings and the current code is reused, such as one of compare.py. Otherwise
-    the run is runs/ideas/<name>. An interrupted run is resumed; one that another process trains is waited for.
+    the run is runs/ideas/<name>: it is resumed if it was interrupted, and waited for if it is being trained.
     """
     flags = ["--preset", "laptop", "--device", "cpu", *flags]
     wanted = settings.parse(flags)
