@@ -94,7 +94,7 @@ def test_a_gain_is_measured_from_the_row_above_at_its_best_mean(monkeypatch):
             flags[flags.index(f"--{x}") + 1] for x in ("stage", "optimizer", "lr", "seed")
         )
         asked.append((stage, optimizer, float(rate), int(seed)))
-        values = losses[stage] if optimizer == "adamw" else {rate: (1.5, 1.5) for rate in rates.RATES["muon"]}
+        values = losses[stage] if optimizer == "adamw" else dict.fromkeys(rates.RATES["muon"], (1.5, 1.5))
         return None, [{"val_loss": values[float(rate)][int(seed)]}]
 
     monkeypatch.setattr(ideas, "trained", trained)
