@@ -1,0 +1,126 @@
+"""benchmarks/ideas/experts.py: the whole script at a tiny size, and what its figures mean."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from conftest import call
+
+import train
+from benchmarks import ideas
+from benchmarks.ideas import experts
+from lab.pages import lessons
+from lab.training import log
+
+TINY = ["--model.n-layer", "2", "--model.n-head", "2", "--model.n-embd", "16", "--model.block-size", "8"]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory, text):
+    """The folder of what the script writes at a tiny size. train.py runs in this process."""
+    folder = tmp_path_factory.mktemp("experts")
+    (folder / "code.txt").write_text(text[:6000].replace("a", "  [A]_").replace("b", "'7', 1\n    "))
+    with pytest.MonkeyPatch.context() as patch:
+
+        def trained(name, flags):
+            if not (folder / name).exists():
+                assert call(patch, train, "--device", "cpu", *flags, "--out", folder / name) == 0
+            return folder / name, log.read_metrics(folder / name / "metrics.jsonl")
+
+        patch.setenv("DATA_DIR", str(folder / "data"))
+        patch.setattr(ideas, "trained", trained)
+        patch.setattr(lessons, "IDEAS", folder / "ideas")
+        patch.setattr(experts, "SIZES", TINY)
+        patch.setattr(experts, "RARE", 1)
+        flags = ["--seeds", "2", "--steps", "4", "--rounds", "1", "--characters", "500"]
+        assert call(patch, experts, "--data", folder / "code.txt", *flags) == 0
+        pages = {idea: lessons.where_it_pays(idea) for idea in ("experts", "specialists")}
+        assert all(page.startswith("<picture>") and "| 64 experts" in page for page in pages.values())
+    return folder / "ideas"
+
+
+def read(folder, idea):
+    return json.loads((folder / f"{idea}.json").read_text())
+
+
+def test_losses_are_measured_at_equal_active_parameters_for_every_seed(written):
+    models = read(written, "experts")["models"]
+    assert list(models) == list(experts.MODELS)
+    dense = models["dense"]
+    for name, row in models.items():
+        assert len(row["val_losses"]) == len(row["final"]["values"]) == 2
+        assert row["steps"][-1] == (6 if name == experts.LONGER else 4)
+        assert row["active_parameters"] == pytest.approx(dense["active_parameters"], rel=0.5)
+    totals = [models[name]["parameters"] for name in experts.MIXTURES]
+    assert dense["parameters"] < totals[0] < totals[1] < totals[2]
+
+
+def test_pictures_are_drawn_for_light_and_dark_pages(written):
+    pictures = {path.name for path in written.glob("*.png")}
+    assert pictures == {"experts.png", "experts-dark.png", "specialists.png", "specialists-dark.png"}
+
+
+def test_seconds_are_steps_times_a_step_of_the_dense_model_times_the_ratio():
+    rows = {
+        "dense": {"seconds_per_step": 0.5, "of_the_dense_step": 1.0, "steps": [60, 120]},
+        "8 experts": {"seconds_per_step": 9.0, "of_the_dense_step": 1.5, "steps": [60, 120]},
+    }
+    assert experts.minutes(rows, "dense").tolist() == [0.5, 1.0]
+    assert experts.minutes(rows, "8 experts").tolist() == [0.75, 1.5]
+
+
+def test_a_router_that_reads_the_character_knows_it_and_one_that_reads_the_next_knows_that():
+    text = "".join(np.random.default_rng(0).choice(list("abcd"), 4001))
+    codes = np.array(["abcd".index(character) for character in text])
+    of_itself, of_next = codes[:-1], codes[1:]
+    chosen = np.stack([np.stack([codes, codes + 4], axis=1) for codes in (of_itself, of_next)])
+    first, second = experts.information(text, chosen)
+    assert first["itself"] == pytest.approx(first["most"]) == pytest.approx(2, abs=0.01)
+    assert second["next"] == pytest.approx(2, abs=0.01)
+    for nothing in (first["shuffled"], first["before"], first["next"], second["itself"]):
+        assert 0 < nothing < 0.01
+
+
+def test_information_is_that_of_the_definition():
+    labels = np.array([0, 0, 0, 1])
+    chosen = np.array([[0], [0], [1], [1]])
+    joint = {(0, 0): 2, (0, 1): 1, (1, 1): 1}
+    of_label, of_expert = {0: 3, 1: 1}, {0: 2, 1: 2}
+    bits = sum(
+        n / 4 * math.log2(n / 4 / (of_label[label] / 4 * of_expert[expert] / 4))
+        for (label, expert), n in joint.items()
+    )
+    assert experts.mutual_information(labels, chosen) == pytest.approx(bits)
+
+
+def test_the_control_has_the_same_choices_by_other_characters():
+    chosen = np.stack([np.arange(100), np.arange(100) + 100], axis=1)
+    control = experts.shuffled(chosen, 0)
+    assert (control != chosen).any() and sorted(control.tolist()) == chosen.tolist()
+
+
+def test_spaces_at_the_start_of_a_line_are_a_class_of_their_own():
+    text = "a  b\n  c"
+    layer = np.array([[0, 1], [2, 1], [2, 1], [0, 1], [3, 1], [4, 1], [4, 0]])  # of all but the last
+    shares = dict(zip(experts.CLASSES, experts.shares_of_classes(text, layer).tolist(), strict=True))
+    assert shares["small letters"] == [1, 1, 0, 0, 0]
+    assert shares["other spaces"] == [0, 1, 1, 0, 0]
+    assert shares["indentation"] == [0.5, 0.5, 0, 0, 1]
+    assert shares["digits"] == [0] * 5
+
+
+def test_every_character_of_pycode_has_one_class():
+    members = "".join(experts.CLASSES.values())
+    assert sorted(members) == [*"\n", *map(chr, range(32, 127))]
+
+
+def test_favourites_are_listed_with_their_control(monkeypatch):
+    monkeypatch.setattr(experts, "RARE", 2)
+    chosen = np.array([[[0, 1], [0, 1], [1, 2], [1, 2], [0, 2]]])
+    rows = experts.rows_of_favourites("aa``|x", chosen)
+    assert [row[:4] for row in rows] == [
+        [0, 0, "60%", "`a` 100%, backtick 0%"],
+        [0, 1, "80%", "backtick 100%, `a` 100%"],
+        [0, 2, "60%", "backtick 100%, `a` 0%"],
+    ]
