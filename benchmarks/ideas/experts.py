@@ -34,7 +34,8 @@ MODELS = {
 MIXTURES = ["8 experts", "32 experts", "64 experts"]
 SHOWN = "8 experts"  # whose classes and characters are shown
 SIZES = ["--model.n-layer", "2", "--model.n-head", "2", "--model.n-embd", "64"]
-RATES = ["--lr", "0.004", "--min-lr", "0.0004"]
+SCHEDULE = ["--lr", "0.004", "--min-lr", "0.0004", "--batch-size", "32", "--dtype", "float32"]
+SCHEDULE += ["--eval-tokens", "131072"]
 COLORS = dict(zip(MODELS, ["#888888", "#888888", "#56B4E9", "#E69F00", "#CC79A7"], strict=True))
 
 CLASSES = {
@@ -105,7 +106,6 @@ def main():
 def train(name: str, seed: int, settings: Settings) -> tuple[Path, list[dict]]:
     """The folder and the metrics of a run; trains it if it is missing."""
     flags, times = MODELS[name]
-    steps = round(settings.steps * times)
     flags = [
         *flags,
         "--data",
@@ -113,20 +113,11 @@ def train(name: str, seed: int, settings: Settings) -> tuple[Path, list[dict]]:
         "--seed",
         str(seed),
         "--steps",
-        str(steps),
-        "--batch-size",
-        "32",
+        str(round(settings.steps * times)),
     ]
-    flags += [
-        "--eval-every",
-        str(max(1, settings.steps // 5)),
-        "--eval-tokens",
-        "200000",
-        "--dtype",
-        "float32",
-    ]
+    flags += ["--eval-every", str(max(1, settings.steps // 5))]
     plain = name.replace(", ", "-").replace(" × ", "-").replace(" ", "-")
-    return ideas.trained(f"experts-{plain}-seed{seed}", [*flags, *RATES, *SIZES])
+    return ideas.trained(f"experts-{plain}-seed{seed}", [*flags, *SCHEDULE, *SIZES])
 
 
 # Losses, seconds, parameters
