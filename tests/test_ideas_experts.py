@@ -33,6 +33,7 @@ def written(tmp_path_factory, text):
         patch.setattr(lessons, "IDEAS", folder / "ideas")
         patch.setattr(experts, "SIZES", TINY)
         patch.setattr(experts, "RARE", 1)
+        patch.setattr(experts, "RATES", [0.0001, 0.01])
         flags = ["--seeds", "2", "--steps", "4", "--rounds", "1", "--characters", "500"]
         assert call(patch, experts, "--data", folder / "code.txt", *flags) == 0
         pages = {idea: lessons.where_it_pays(idea) for idea in ("experts", "specialists")}
@@ -56,6 +57,16 @@ def test_losses_are_measured_at_equal_active_parameters_for_every_seed(written):
     assert dense["parameters"] < totals[0] < totals[1] < totals[2]
 
 
+def test_every_model_is_trained_at_the_best_of_the_rates_tried(written):
+    results = read(written, "experts")
+    assert list(results["tried"]) == ["dense", *experts.MIXTURES]
+    for name, losses in results["tried"].items():
+        assert list(losses) == ["0.0001", "0.01"]
+        assert results["models"][name]["final"]["values"][0] == losses[str(results["rates"][name])]
+        assert losses[str(results["rates"][name])] == min(losses.values())
+    assert results["rates"][experts.LONGER] == results["rates"]["dense"]
+
+
 def test_pictures_are_drawn_for_light_and_dark_pages(written):
     pictures = {path.name for path in written.glob("*.png")}
     assert pictures == {"experts.png", "experts-dark.png", "specialists.png", "specialists-dark.png"}
@@ -71,15 +82,16 @@ def test_seconds_are_steps_times_a_step_of_the_dense_model_times_the_ratio():
 
 
 def test_a_router_that_reads_the_character_knows_it_and_one_that_reads_the_next_knows_that():
-    text = "".join(np.random.default_rng(0).choice(list("abcd"), 4001))
-    codes = np.array(["abcd".index(character) for character in text])
-    of_itself, of_next = codes[:-1], codes[1:]
-    chosen = np.stack([np.stack([codes, codes + 4], axis=1) for codes in (of_itself, of_next)])
-    first, second = experts.information(text, chosen)
+    codes = np.random.default_rng(0).integers(8, size=8001)
+    text = "".join("abcdefgh"[code] for code in codes)
+    pairs = np.stack([codes // 2, codes // 2 + 4], axis=1)  # two experts for every two characters
+    first, second = experts.information(text, np.stack([pairs[:-1], pairs[1:]]))
     assert first["itself"] == pytest.approx(first["most"]) == pytest.approx(2, abs=0.01)
     assert second["next"] == pytest.approx(2, abs=0.01)
     for nothing in (first["shuffled"], first["before"], first["next"], second["itself"]):
         assert 0 < nothing < 0.01
+    (third,) = experts.information("ab" * 50, np.random.default_rng(0).integers(8, size=(1, 99, 2)))
+    assert third["most"] == pytest.approx(1, abs=0.01)  # all that there is to know about two characters
 
 
 def test_information_is_that_of_the_definition():

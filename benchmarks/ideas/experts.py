@@ -1,7 +1,7 @@
 """Stage 6 where it pays: more experts at equal active parameters, and which experts take which characters.
 
 python -m benchmarks.ideas.experts trains the missing runs in runs/ideas/: two layers of width 64 on PyCode,
-which is so long that no run sees a window twice. One core takes about 30 minutes for three seeds.
+which is so long that a run reads a seventh of it. It takes about 75 minutes of one core.
 """
 
 import re
@@ -34,8 +34,8 @@ MODELS = {
 MIXTURES = ["8 experts", "32 experts", "64 experts"]
 SHOWN = "8 experts"  # whose classes and characters are shown
 SIZES = ["--model.n-layer", "2", "--model.n-head", "2", "--model.n-embd", "64"]
-SCHEDULE = ["--lr", "0.004", "--min-lr", "0.0004", "--batch-size", "32", "--dtype", "float32"]
-SCHEDULE += ["--eval-tokens", "131072"]
+SCHEDULE = ["--batch-size", "32", "--dtype", "float32", "--eval-tokens", "131072"]
+RATES = [0.003, 0.006, 0.012]  # a model gets the best of them, with one seed: they differ in it
 COLORS = dict(zip(MODELS, ["#888888", "#888888", "#56B4E9", "#E69F00", "#CC79A7"], strict=True))
 
 CLASSES = {
@@ -60,12 +60,12 @@ class Settings:
     """Measures mixtures of 8, 32 and 64 experts beside a dense model, on PyCode."""
 
     seeds: int = 3
-    """Number of runs of each model."""
-    steps: int = 800
+    """Number of runs of each model at its best learning rate."""
+    steps: int = 1500
     """Optimizer steps of each run, of 2048 tokens."""
     data: str = "pycode"
     """Data to train on, as in train.py."""
-    rounds: int = 15
+    rounds: int = 30
     """Number of interleaved measurements of a training step; medians are reported."""
     characters: int = 200_000
     """Characters of the validation split whose experts are counted."""
@@ -74,13 +74,17 @@ class Settings:
 def main():
     settings = cli.parse_flags(Settings, sys.argv[1:])
     device.prepare(CPU)
-    found = {name: [train(name, seed, settings) for seed in range(settings.seeds)] for name in MODELS}
+    tried = {name: try_rates(name, settings) for name in (DENSE, *MIXTURES)}
+    rates = {name: min(losses, key=losses.get) for name, losses in tried.items()}
+    rates[LONGER] = rates[DENSE]
+    seeds = range(settings.seeds)
+    found = {name: [train(name, seed, rates[name], settings) for seed in seeds] for name in MODELS}
     measured = measure(found, settings.rounds)
     ideas.write(
         "experts",
-        {"models": measured, "settings": vars(settings)},
-        ["", "parameters (active)", "validation loss", "time of a step", "minutes of training"],
-        rows_of_losses(measured),
+        {"models": measured, "rates": rates, "tried": tried, "settings": vars(settings)},
+        ["", "parameters (active)", "best rate", "validation loss", "time of a step", "minutes of training"],
+        rows_of_losses(measured, rates),
         lambda: draw_losses(measured),
         "Validation loss of a dense model and of mixtures of 8, 32 and 64 experts: against tokens, against "
         "minutes of training, and after the last step against the number of parameters",
@@ -103,21 +107,19 @@ def main():
     ideas.write("specialist-characters", {"settings": vars(settings)}, heads, favourites)
 
 
-def train(name: str, seed: int, settings: Settings) -> tuple[Path, list[dict]]:
-    """The folder and the metrics of a run; trains it if it is missing."""
+def train(name: str, seed: int, rate: float, settings: Settings) -> tuple[Path, list[dict]]:
+    """The folder and the metrics of a run, which is trained if it is missing."""
     flags, times = MODELS[name]
-    flags = [
-        *flags,
-        "--data",
-        settings.data,
-        "--seed",
-        str(seed),
-        "--steps",
-        str(round(settings.steps * times)),
-    ]
-    flags += ["--eval-every", str(max(1, settings.steps // 5))]
+    steps = round(settings.steps * times)
+    flags = [*flags, "--data", settings.data, "--seed", str(seed), "--steps", str(steps), "--lr", str(rate)]
+    flags += ["--min-lr", str(rate / 10), "--eval-every", str(max(1, settings.steps // 5)), *SCHEDULE, *SIZES]
     plain = name.replace(", ", "-").replace(" × ", "-").replace(" ", "-")
-    return ideas.trained(f"experts-{plain}-seed{seed}", [*flags, *SCHEDULE, *SIZES])
+    return ideas.trained(f"experts-{plain}-{rate}-seed{seed}", flags)
+
+
+def try_rates(name: str, settings: Settings) -> dict[float, float]:
+    """The final validation losses of a model's runs with seed 0, by learning rate."""
+    return {rate: train(name, 0, rate, settings)[1][-1]["val_loss"] for rate in RATES}
 
 
 # Losses, seconds, parameters
@@ -165,7 +167,7 @@ def training_step(folder: Path):
     return step
 
 
-def rows_of_losses(measured: dict[str, dict]) -> list[list[str]]:
+def rows_of_losses(measured: dict[str, dict], rates: dict[str, float]) -> list[list]:
     """The table's rows. The minutes are those of the dense model's step, times the ratio of the steps."""
     rows = []
     for name, row in measured.items():
@@ -173,7 +175,7 @@ def rows_of_losses(measured: dict[str, dict]) -> list[list[str]]:
         noise = "≈ " if row["differs_from_dense"] is False and name != DENSE else ""
         loss = noise + report.with_std(row["final"], 3)
         step = f"{1000 * measured[DENSE]['seconds_per_step'] * row['of_the_dense_step']:.0f} ms"
-        rows.append([name, sizes, loss, step, f"{minutes(measured, name)[-1]:.1f}"])
+        rows.append([name, sizes, rates[name], loss, step, f"{minutes(measured, name)[-1]:.1f}"])
     return rows
 
 
@@ -208,6 +210,9 @@ def draw_losses(measured: dict[str, dict]):
     by_minutes.set_xlabel("minutes of training")
     by_parameters.set_xlabel("parameters in all (millions)")
     by_parameters.set_xscale("log")
+    sizes = sorted({row["parameters"] / 1e6 for row in measured.values()})
+    by_parameters.set_xticks(sizes, [f"{size:.2f}" for size in sizes])
+    by_parameters.minorticks_off()
     by_parameters.set_ylabel("validation loss after the last step")
     for panel in (by_tokens, by_minutes, by_parameters):
         panel.grid(alpha=0.3)
