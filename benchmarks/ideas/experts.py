@@ -339,7 +339,10 @@ def draw_classes(classes: list[np.ndarray]):
 
 
 def rows_of_favourites(text: str, chosen: np.ndarray) -> list[list]:
-    """Rows for each layer and expert: how many of all characters use it, and of those that use it most."""
+    """Rows for each layer and expert: how many of all characters use it, and of those that use it most.
+
+    Characters that use it less than all on average are not listed.
+    """
     characters, codes = np.unique(list(text[: chosen.shape[1]]), return_inverse=True)
     frequent = np.flatnonzero(np.bincount(codes) >= RARE)
     rows = []
@@ -347,10 +350,12 @@ def rows_of_favourites(text: str, chosen: np.ndarray) -> list[list]:
         shares = users(codes, layer, len(characters))
         control = users(codes, shuffled(layer, 0), len(characters))
         for expert in range(shares.shape[1]):
+            of_all = np.mean((layer == expert).any(axis=1))
             best = frequent[np.argsort(-shares[frequent, expert], kind="stable")][:FAVOURITES]
+            best = [c for c in best if shares[c, expert] > of_all]
             listed = ", ".join(f"{shown_character(characters[c])} {shares[c, expert]:.0%}" for c in best)
             by_chance = ", ".join(f"{control[c, expert]:.0%}" for c in best)
-            rows.append([i, expert, f"{np.mean((layer == expert).any(axis=1)):.0%}", listed, by_chance])
+            rows.append([i, expert, f"{of_all:.0%}", listed, by_chance])
     return rows
 
 
