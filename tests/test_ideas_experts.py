@@ -1,4 +1,4 @@
-"""benchmarks/ideas/experts.py: the whole script at a tiny size, and what its figures mean."""
+"""benchmarks/ideas/experts.py and specialists.py, both at a tiny size, and what their figures mean."""
 
 import json
 import math
@@ -9,7 +9,7 @@ from conftest import call
 
 import train
 from benchmarks import ideas
-from benchmarks.ideas import experts
+from benchmarks.ideas import experts, specialists
 from lab.pages import lessons
 from lab.training import log
 
@@ -18,7 +18,7 @@ TINY = ["--model.n-layer", "2", "--model.n-head", "2", "--model.n-embd", "16", "
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory, text):
-    """The folder of what the script writes at a tiny size. train.py runs in this process."""
+    """The folder of what both scripts write at a tiny size. train.py runs in this process."""
     folder = tmp_path_factory.mktemp("experts")
     (folder / "code.txt").write_text(text[:6000].replace("a", "  [A]_").replace("b", "'7', 1\n    "))
     with pytest.MonkeyPatch.context() as patch:
@@ -32,12 +32,15 @@ def written(tmp_path_factory, text):
         patch.setattr(ideas, "trained", trained)
         patch.setattr(lessons, "IDEAS", folder / "ideas")
         patch.setattr(experts, "SIZES", TINY)
-        patch.setattr(experts, "RARE", 1)
+        patch.setattr(experts, "DATA", str(folder / "code.txt"))
+        patch.setattr(specialists, "RARE", 1)
         patch.setattr(experts, "RATES", [0.0001, 0.01])
-        flags = ["--seeds", "2", "--steps", "4", "--rounds", "1", "--characters", "500"]
-        assert call(patch, experts, "--data", folder / "code.txt", *flags) == 0
-        pages = {idea: lessons.where_it_pays(idea) for idea in ("experts", "specialists")}
-        assert all(page.startswith("<picture>") and "| 64 experts" in page for page in pages.values())
+        small = ["--seeds", "2", "--steps", "4"]
+        assert call(patch, experts, *small, "--rounds", "1") == 0
+        assert call(patch, specialists, *small, "--characters", "500") == 0
+        tables = {idea: lessons.where_it_pays(idea) for idea in ("experts", "specialists", "favourites")}
+        assert "| 64 experts |" in tables["experts"] and "| 1 | 7 |" in tables["favourites"]
+        assert all(tables[idea].startswith("<picture>") for idea in ("experts", "specialists"))
     return folder / "ideas"
 
 
@@ -81,16 +84,23 @@ def test_seconds_are_steps_times_a_step_of_the_dense_model_times_the_ratio():
     assert experts.minutes(rows, "8 experts").tolist() == [0.75, 1.5]
 
 
+def test_information_is_measured_in_every_layer_of_every_seed(written):
+    bits = read(written, "specialists")["bits"]
+    assert len(bits) == 2 and all(len(layers) == 2 for layers in bits)
+    for layer in (*bits[0], *bits[1]):
+        assert 0 <= layer["shuffled"] < layer["most"] and 0 < layer["itself"] <= layer["most"]
+
+
 def test_a_router_that_reads_the_character_knows_it_and_one_that_reads_the_next_knows_that():
     codes = np.random.default_rng(0).integers(8, size=8001)
     text = "".join("abcdefgh"[code] for code in codes)
     pairs = np.stack([codes // 2, codes // 2 + 4], axis=1)  # two experts for every two characters
-    first, second = experts.information(text, np.stack([pairs[:-1], pairs[1:]]))
+    first, second = specialists.information(text, np.stack([pairs[:-1], pairs[1:]]))
     assert first["itself"] == pytest.approx(first["most"]) == pytest.approx(2, abs=0.01)
     assert second["next"] == pytest.approx(2, abs=0.01)
     for nothing in (first["shuffled"], first["before"], first["next"], second["itself"]):
         assert 0 < nothing < 0.01
-    (third,) = experts.information("ab" * 50, np.random.default_rng(0).integers(8, size=(1, 99, 2)))
+    (third,) = specialists.information("ab" * 50, np.random.default_rng(0).integers(8, size=(1, 99, 2)))
     assert third["most"] == pytest.approx(1, abs=0.01)  # all that there is to know about two characters
 
 
@@ -103,19 +113,19 @@ def test_information_is_that_of_the_definition():
         n / 4 * math.log2(n / 4 / (of_label[label] / 4 * of_expert[expert] / 4))
         for (label, expert), n in joint.items()
     )
-    assert experts.mutual_information(labels, chosen) == pytest.approx(bits)
+    assert specialists.mutual_information(labels, chosen) == pytest.approx(bits)
 
 
 def test_the_control_has_the_same_choices_by_other_characters():
     chosen = np.stack([np.arange(100), np.arange(100) + 100], axis=1)
-    control = experts.shuffled(chosen, 0)
+    control = specialists.shuffled(chosen, 0)
     assert (control != chosen).any() and sorted(control.tolist()) == chosen.tolist()
 
 
 def test_spaces_at_the_start_of_a_line_are_a_class_of_their_own():
     text = "a  b\n  c"
     layer = np.array([[0, 1], [2, 1], [2, 1], [0, 1], [3, 1], [4, 1], [4, 0]])  # of all but the last
-    shares = dict(zip(experts.CLASSES, experts.shares_of_classes(text, layer).tolist(), strict=True))
+    shares = dict(zip(specialists.CLASSES, specialists.shares_of_classes(text, layer).tolist(), strict=True))
     assert shares["small letters"] == [1, 1, 0, 0, 0]
     assert shares["other spaces"] == [0, 1, 1, 0, 0]
     assert shares["indentation"] == [0.5, 0.5, 0, 0, 1]
@@ -123,14 +133,14 @@ def test_spaces_at_the_start_of_a_line_are_a_class_of_their_own():
 
 
 def test_every_character_of_pycode_has_one_class():
-    members = "".join(experts.CLASSES.values())
+    members = "".join(specialists.CLASSES.values())
     assert sorted(members) == [*"\n", *map(chr, range(32, 127))]
 
 
 def test_favourites_are_listed_with_their_control(monkeypatch):
-    monkeypatch.setattr(experts, "RARE", 2)
+    monkeypatch.setattr(specialists, "RARE", 2)
     chosen = np.array([[[0, 1], [0, 1], [1, 2], [1, 2], [0, 2]]])
-    rows = experts.rows_of_favourites("aa``|x", chosen)
+    rows = specialists.rows_of_favourites("aa``|x", chosen)
     assert [row[:4] for row in rows] == [
         [0, 0, "60%", "`a` 100%"],
         [0, 1, "80%", "backtick 100%, `a` 100%"],
