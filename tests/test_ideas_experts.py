@@ -122,6 +122,21 @@ def test_the_control_has_the_same_choices_by_other_characters():
     assert (control != chosen).any() and sorted(control.tolist()) == chosen.tolist()
 
 
+def test_a_router_without_context_knows_no_more_of_the_neighbours_than_the_character_does():
+    codes = np.random.default_rng(0).integers(2, size=4001)
+    codes[2::2] = codes[1:-1:2]  # in every second place the character before is repeated
+    text = "".join("ab"[code] for code in codes)
+    blind, seeing = (
+        codes[:-1, None],
+        (2 * codes[1:] + codes[:-1])[:, None],
+    )  # the second one also sees the next
+    first, second = specialists.information(text, np.stack([blind, seeing]))
+    for neighbour in ("before", "next"):
+        assert first[neighbour] == first[f"{neighbour} alike"] > 0.1
+    assert second["next alike"] < 0.3 < 0.9 < second["next"]
+    assert second["itself"] > 0.9  # shuffling among equals keeps what is known of the character
+
+
 def test_spaces_at_the_start_of_a_line_are_a_class_of_their_own():
     text = "a  b\n  c"
     layer = np.array([[0, 1], [2, 1], [2, 1], [0, 1], [3, 1], [4, 1], [4, 0]])  # of all but the last
