@@ -83,21 +83,15 @@ def measure(width: int, dtype: torch.dtype, settings: Settings) -> dict:
         for name, norm in norms.items()
     }
     return {
-        name: speeds(calls, PASSES[name] * x.nbytes, max(1, 2**19 // x.numel()), settings.rounds)
+        name: speeds(calls, PASSES[name] * x.nbytes, settings.rounds)
         for name, calls in zip(PASSES, (forward, both), strict=True)
     }
 
 
-def speeds(calls: dict[str, Callable], least_bytes: int, times: int, rounds: int) -> dict:
-    """Milliseconds and effective GB/s of each call, made `times` times per measurement, in turn."""
-
-    def repeated(call):
-        for _ in range(times):
-            call()
-
-    repeats = {name: lambda call=call: repeated(call) for name, call in calls.items()}
-    seconds = timing.in_turn(repeats, rounds, ideas.CPU, warm_ups=2)
-    medians = {name: statistics.median(of) / times for name, of in seconds.items()}
+def speeds(calls: dict[str, Callable], least_bytes: int, rounds: int) -> dict:
+    """The median milliseconds of each call, and the GB/s if it moves only the least bytes."""
+    seconds = timing.in_turn(calls, rounds, ideas.CPU, warm_ups=3)
+    medians = {name: statistics.median(of) for name, of in seconds.items()}
     return {
         "least_bytes": least_bytes,
         "milliseconds": {name: 1000 * median for name, median in medians.items()},
