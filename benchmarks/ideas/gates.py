@@ -136,7 +136,7 @@ def picture(measured: dict):
     """The losses against the learning rate."""
     figure, axes = run_plots.new_figure(7, 4.2)
     rates = [float(rate) for rate in measured["SwiGLU"]["tried"]]
-    for (name, of), marker in zip(measured.items(), "o^s", strict=True):
+    for (name, of), marker in zip(measured.items(), "o^s", strict=False):
         by_rate = of["tried"] | {of["best_rate"]: of["at_best"]}
         means = [summary["mean"] for summary in by_rate.values()]
         axes.plot(rates, means, color=COLORS[name], marker=marker, linewidth=1.6, label=name)
