@@ -26,8 +26,8 @@ def measure(workshop, monkeypatch):
     def trained(name, flags):
         folder = runs.RUNS / "ideas" / name
         if not folder.exists():
-            data = [] if "--data" in flags else ["--data", "words.txt"]
-            options = [*flags, *data, *TINY_RUN, "--device", "cpu", "--out", folder]
+            options = ["--data", "words.txt", "--steps", "4", *flags, *TINY_RUN, "--device", "cpu"]
+            options += ["--out", folder]
             assert call(monkeypatch, train, *options) == 0
         return folder, log.read_metrics(folder / "metrics.jsonl")
 
