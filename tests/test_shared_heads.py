@@ -8,6 +8,7 @@ import torch
 from benchmarks import ideas
 from benchmarks.ideas import shared_heads
 from lab import stages
+from lab.comparison import timing
 from lab.pages import lessons
 
 SIZES = {"vocab_size": 50, "n_layer": 2, "n_head": 9, "n_embd": 36, "intermediate_size": 16}
@@ -42,10 +43,10 @@ def test_the_bytes_of_a_token_are_those_of_the_cache():
 
 
 def test_the_bound_is_reading_the_weights_and_the_cache_once_as_fast_as_memory_was_ever_read(monkeypatch):
-    def seconds(calls, rounds):
+    def seconds(calls, rounds, device, warm_ups, clock):
         return {name: [4.0, 2.0, 2.0] for name in calls} | {"read": [1.0, 0.5, 2.0]}
 
-    monkeypatch.setattr(shared_heads, "cpu_seconds", seconds)
+    monkeypatch.setattr(timing, "in_turn", seconds)
     settings = shared_heads.Settings(rounds=3, batch_sizes=(2,), contexts=(8,))
     measured = shared_heads.decoding(settings)
     assert measured["bytes_read_per_second"] == 4 * 2**26 / 0.5

@@ -23,7 +23,7 @@ import torch
 
 from benchmarks import ideas
 from lab import cli, device, stages
-from lab.comparison import report, spread
+from lab.comparison import report, spread, timing
 from lab.sampling import packed
 from lab.training import presets, run_plots
 
@@ -97,7 +97,7 @@ def decoding(settings: Settings) -> dict:
         (b, context, n): functools.partial(step, models[n], memory, b, context) for b, context, n in rows
     }
     numbers = torch.ones(2**26)  # many times as large as the processor's cache
-    seconds = cpu_seconds(calls | {"read": numbers.amax}, settings.rounds)
+    seconds = timing.in_turn(calls | {"read": numbers.amax}, settings.rounds, ideas.CPU, 1, time.process_time)
     bandwidth = numbers.nbytes / min(seconds["read"])
     for key, row in rows.items():
         row["seconds"] = statistics.median(seconds[key])
@@ -147,20 +147,9 @@ def one_layer(rounds: int) -> dict:
             sizes[dtype, n] = k.nbytes + v.nbytes
     return {
         dtype: {n: {"seconds": statistics.median(taken[dtype, n]), "bytes": sizes[dtype, n]} for n in HEADS}
-        for taken in [cpu_seconds(calls, rounds)]
+        for taken in [timing.in_turn(calls, rounds, ideas.CPU, 1, time.process_time)]
         for dtype in ("bfloat16", "float32")
     }
-
-
-def cpu_seconds(calls: dict, rounds: int) -> dict:
-    """Seconds of processor time of each call in each round, after one round that does not count."""
-    seconds = {name: [] for name in calls}
-    for _ in range(1 + rounds):
-        for name, call in calls.items():
-            began = time.process_time()
-            call()
-            seconds[name].append(time.process_time() - began)
-    return {name: of[1:] for name, of in seconds.items()}
 
 
 def write_speeds(measured: dict, settings: Settings) -> None:
