@@ -172,6 +172,7 @@ def write_speeds(measured: dict, settings: Settings) -> None:
         figure, panels = run_plots.new_figure(12, 4, columns=len(settings.contexts))
         panels = np.atleast_1d(panels)
         for panel, context in zip(panels, settings.contexts, strict=True):
+            panel.sharey(panels[0])
             for n, color, marker in zip(HEADS, run_plots.RUN_COLORS, "osD", strict=False):
                 batches = [batch for batch in settings.batch_sizes if (context, batch, n) in speeds]
                 tokens = [speeds[context, batch, n]["tokens_per_second"] for batch in batches]
@@ -181,7 +182,6 @@ def write_speeds(measured: dict, settings: Settings) -> None:
             panel.set_yscale("log", base=2)
             panel.set_xticks(settings.batch_sizes, [str(batch) for batch in settings.batch_sizes])
             panel.yaxis.set_major_formatter("{x:g}")
-            panel.sharey(panels[0])
             panel.set_xlabel("texts at a time")
             panel.grid(alpha=0.3)
         panels[0].set_ylabel("tokens/s, all texts together")
