@@ -86,10 +86,11 @@ def test_both_forms_of_the_layer_agree_and_only_one_expands(tiny_layers):
 def test_every_step_sees_the_whole_context_and_only_it(tiny_layers):
     for step, _, cache in tiny_layers.values():
         with torch.inference_mode():
-            before = step(CONTEXT)
-            assert torch.equal(step(CONTEXT), before)  # a step leaves the cache as long as it was
-            cache.keys[..., 0, :] += 5
-            assert not torch.equal(step(CONTEXT), before)
+            for slot in (0, CONTEXT - 1):
+                before = step(CONTEXT)
+                assert torch.equal(step(CONTEXT), before)  # a step leaves the cache as long as it was
+                cache.keys[..., slot, :] += 5
+                assert not torch.equal(step(CONTEXT), before)
             before = step(CONTEXT - 2)
             cache.keys[..., CONTEXT - 1 :, :] += 5
             assert torch.equal(step(CONTEXT - 2), before)
