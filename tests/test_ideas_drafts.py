@@ -16,8 +16,8 @@ from lab.pages import lessons
 from lab.sampling import generation
 from lab.storage import runs
 
-SIZES = {"vocab_size": 65, "block_size": 24, "n_layer": 2, "n_head": 2, "n_embd": 32}
-PROMPTS = [list(range(9)), [5] * 12]
+SIZES = {"vocab_size": 5, "block_size": 24, "n_layer": 2, "n_head": 2, "n_embd": 32}  # chance accepts a fifth
+PROMPTS = [[0, 1, 2, 3, 4, 0, 2, 4], [3] * 12]
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def passes(model, monkeypatch):
 @pytest.mark.parametrize("n_drafts", [0, 1, 3])
 def test_compiled_passes_write_the_same_text_beyond_the_context(model, passes, n_drafts):
     expected = drafts.decode(model, PROMPTS, 0.0, 30, 0, None)
-    assert len(set(expected[0])) > 10
+    assert len(set(expected[0])) > 1
     assert drafts.decode(passes, PROMPTS, 0.0, 30, n_drafts, generation.DraftCounts()) == expected
     assert set(passes.sizes) == set(range(1, n_drafts + 2))  # and longer passes are not compiled
 
@@ -60,6 +60,7 @@ def test_compiled_passes_draw_the_same_tokens_by_chance(model, passes):
     expected = drafts.decode(model, PROMPTS, 0.8, 20, 2, counts)
     assert drafts.decode(passes, PROMPTS, 0.8, 20, 2, counts_of_passes) == expected
     assert counts == counts_of_passes
+    assert counts.accepted > 10
 
 
 def test_without_mtp_a_run_gets_as_many_steps_as_the_flops_allow(monkeypatch, tmp_path):
@@ -88,7 +89,7 @@ def test_one_command_measures_each_model_with_prompts_of_its_own_text(model, pas
         ideas, "trained", lambda name, flags: asked.append((name, flags)) or (name, [{"val_loss": 1.7}])
     )
     monkeypatch.setattr(runs, "load", lambda *_: (model, {}))
-    texts = {"tinyshakespeare": np.arange(60, dtype=np.uint16), "pycode": np.full(60, 7, np.uint16)}
+    texts = {"tinyshakespeare": np.arange(60, dtype=np.uint16) % 5, "pycode": np.full(60, 3, np.uint16)}
     monkeypatch.setattr(data, "load", lambda text: prompted.append(text) or SimpleNamespace(val=texts[text]))
     monkeypatch.setattr(drafts, "PROMPTS", 2)
     monkeypatch.setattr(drafts, "PROMPT_TOKENS", 9)
