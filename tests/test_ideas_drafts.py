@@ -109,5 +109,5 @@ def test_one_command_measures_each_model_with_prompts_of_its_own_text(model, pas
 
 
 def test_an_unknown_model_is_named(monkeypatch, capsys):
-    assert call(monkeypatch, drafts, "--models", "n_embd 512") == 2
+    assert call(monkeypatch, drafts, "--only", "drafts", "--models", "n_embd 512") == 2
     assert "n_embd 512" in capsys.readouterr().err
