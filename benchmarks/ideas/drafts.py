@@ -41,7 +41,7 @@ MODELS = {
 class Settings:
     """Measures drafting by model size and by text, and the loss with and without MTP at equal FLOPs.
 
-    On one core, training takes about 55 minutes, compiling and measuring about 30.
+    On one core, training takes about 50 minutes, compiling and measuring about 20.
     """
 
     only: Literal["drafts", "loss"] | None = None
