@@ -115,7 +115,7 @@ for i in range(len(names)):
             ha="center",
             va="center",
             weight="bold" if best else "normal",
-            color="white" if final[i, j] < final.min() + 0.35 else "black",
+            color="black" if final[i, j] < final.min() + 0.25 else "white",
         )
 axes.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
 axes.set_yticks(range(len(names)), [stages.label(name) for name in names])
@@ -147,7 +147,17 @@ across_stages = (best.values.max() - best.values.min()).item()
 print(
     f"a badly chosen rate costs {across_rates:.2f} nats or more; the choice of the stage {across_stages:.2f}"
 )
-assert QUICK or across_rates > 0.1
+assert QUICK or across_rates > across_stages, (
+    "choosing the rate badly costs more than choosing the stage badly"
+)
+orders = {tuple(column.argsort().tolist()) for column in final.T}
+assert QUICK or len(orders) > 1, "the stages come in different orders at different rates"
+
+# %% [markdown]
+# In our run, stage 3 is clearly ahead of stage 0 at 0.003 and clearly behind it at 0.01: one could publish
+# either. Nor does it beat stage 2 here, as it does in the course's [measurements](../docs/benchmarks.md):
+# 250 steps of a tiny model are another budget. And each cell is one seed, so do not trust the second
+# decimal.
 
 # %% [markdown]
 # ## What too much looks like
@@ -167,7 +177,7 @@ axes.text(
     0.99 * steps, math.log(dataset.tokenizer.vocab_size) - 0.05, "a uniform guess", ha="right", va="top"
 )
 axes.set(xlabel="step", ylabel="training loss, mean of 10", title=stages.label(names[stage]))
-axes.legend(title="learning rate")
+axes.legend(title="learning rate", loc="upper right", bbox_to_anchor=(1, 0.92))
 plt.show()
 assert all(math.isfinite(loss) for row in results["final"] for loss in row), "clipping kept all runs finite"
 

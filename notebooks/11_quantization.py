@@ -130,7 +130,7 @@ weight[:, column] *= factor
 others = torch.arange(weight.size(1)) != column
 figure, panels = plt.subplots(1, 3, figsize=(10, 3.2), sharey=True)
 harm = {}
-for panel, group in zip(panels, (None, 32, 8), strict=True):
+for panel, group in zip(panels, (None, 16, 4), strict=True):
     difference = (rounded(weight, 4, group) - weight).abs()
     harm[group] = error(weight[:, others], rounded(weight, 4, group)[:, others])
     panel.imshow(difference[:64], cmap="magma", vmin=0, vmax=0.08, aspect="auto", interpolation="nearest")
@@ -146,7 +146,7 @@ healthy = error(original[name], rounded(original[name], 4, None))
 print(
     f"without the outlier, a row per group: error {healthy:.0%} (the outlier's own column is left out above)"
 )
-assert harm[None] > harm[32] > harm[8] and harm[None] > 3 * healthy
+assert harm[None] > harm[16] > harm[4] and harm[None] > 3 * healthy
 
 # %% [markdown]
 # ## Repair it without a bit

@@ -30,7 +30,7 @@ def reader(tmp_path_factory):
     words = re.findall(
         r"\w+", "But soft what light through yonder window breaks It is the east and Juliet is the sun"
     )
-    lines = (f"ROMEO:\n{' '.join(draw.choices(words, k=7))}!\n" for _ in range(500))
+    lines = (f"ROMEO:\n{' '.join(draw.choices(words, k=7))}!\n" for _ in range(2600))
     (folder / "plays.txt").write_text(string.ascii_letters + string.punctuation + "\n" + "".join(lines))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DATA_DIR", str(folder / "data"))
