@@ -94,6 +94,9 @@ assert maps.triu(1).abs().max() == 0, "no query looks at a later key"
 
 # %% [markdown]
 # ## All heads
+#
+# Look for diagonals (a fixed distance), stripes (a character that everyone looks at) and haze (an
+# average).
 
 # %%
 figure, grid = plt.subplots(

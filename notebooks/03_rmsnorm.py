@@ -73,9 +73,9 @@ assert max(moved["RMSNorm"][:3]) < 0.01 and min(moved["RMSNorm"][3:]) > 0.3, "RM
 # ## What eps does
 #
 # The output of a norm should have a size of 1. With eps, it has that only for inputs that are large
-# compared with √eps; smaller ones keep their smallness, and zeros stay zeros. Outside the root, eps counts
-# far less: √(1e-5) is 0.003. Weights that were trained with one form and run with the other meet inputs of
-# another size.
+# compared with √eps; smaller ones stay small, and zeros stay zeros. Inside the root, an eps of 1e-5 is
+# felt below √eps = 0.003; outside, only below 0.00001. A model that was trained with one form and runs
+# with the other sees its small tokens at another size.
 
 # %%
 eps = 1e-5  # try 1e-2, or 0
@@ -104,8 +104,9 @@ assert torch.allclose(inside[-10:], outside[-10:], atol=1e-3), "ordinary inputs 
 # ## Squares in 16 bits
 #
 # float16 ends at 65,504, so the square of 256 is infinite, and x / ∞ is 0: the token vanishes without an
-# error. Small numbers vanish, too: the square of 0.0001 rounds to 0. bfloat16 reaches as far as float32,
-# but keeps 8 significant bits. The course's norm squares in float32, in every dtype.
+# error. Small numbers explode instead: the square of 0.0001 rounds to 0, and x / 0 is infinite. bfloat16
+# reaches as far as float32, but keeps 8 significant bits. The course's norm squares in float32, in every
+# dtype.
 
 
 # %%

@@ -3,7 +3,7 @@
 #
 # Rotary positions turn pairs of numbers like the hands of clocks. The lesson has four still pictures of
 # one clock; here the clocks run. You will see why only the **difference** of two positions counts, build a
-# head that looks exactly five characters back, and watch positions break in 16 bits.
+# head that looks exactly five tokens back, and watch positions break in 16 bits.
 #
 # Goes with the lesson of [stage 2](../stage2_rope/README.md). Nothing is trained: it runs in seconds.
 
@@ -136,7 +136,6 @@ plt.show()
 
 first, fifth, random = scores.values()
 assert first.argmax() == 0 and fifth.argmax() == 5
-assert random[1:].max() > random[0] or random[1:].min() < random[0]
 assert random.argmax() != 0, "for this key, some tokens further away score higher than the nearest"
 
 # %% [markdown]

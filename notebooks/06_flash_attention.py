@@ -162,9 +162,8 @@ assert long_way[-1] / by_tiles[-1] > 1000, "at 131,072 tokens: more than a thous
 # %% [markdown]
 # ## Break it
 #
-# Whenever a larger maximum turns up, everything summed so far was divided by too little, and `rescale`
-# makes up for it. Leave it out, and only those queries come out right whose largest score is in their
-# first tile.
+# Whenever a larger maximum turns up, the sums so far still refer to the old one, and `rescale` converts
+# them. Leave it out, and only those queries come out right whose largest score is in their first tile.
 
 # %%
 broken = torch.zeros_like(q)

@@ -133,8 +133,8 @@ plt.show()
 # bits if the character decided everything among eight equally busy experts. But with finite text, even
 # unrelated pairs have some. So:
 #
-# 1. **shuffle** the characters, 20 times: what chance gives; 2. ask a model that was **never trained**,
-# whose router is a random matrix.
+# 1. **shuffle** the characters, 20 times: what chance gives;
+# 2. ask a model that was **never trained**, whose router is a random matrix.
 
 
 # %%
@@ -177,8 +177,8 @@ assert QUICK or rows["trained"][1] < rows["never trained"][1], "in layer 1, the 
 # The first control is passed: this is not chance. The second should make you careful. A random matrix
 # sends equal vectors to equal experts, so it sorts characters, too, and no worse. *That characters have
 # experts proves no learning.* In our run, training even loosened the tie in layer 1 (the last assertion):
-# there, the choice now depends on more than the character. What training also changed: how evenly the
-# experts are used, and what they compute with what they get.
+# there, the choice now depends on more than the character. What an expert *computes* with what it gets is
+# another question.
 #
 # ## Change a number
 #

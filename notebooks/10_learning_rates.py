@@ -174,7 +174,7 @@ for j, (rate, curve) in enumerate(zip(rates, results["curves"][stage], strict=Tr
     axes.plot(smooth, color=shades(0.85 * j / max(1, len(rates) - 1)), label=f"{rate:g}")
 axes.axhline(math.log(dataset.tokenizer.vocab_size), color="black", linestyle=":")
 axes.text(
-    0.99 * steps, math.log(dataset.tokenizer.vocab_size) - 0.05, "a uniform guess", ha="right", va="top"
+    0.5 * steps, math.log(dataset.tokenizer.vocab_size) - 0.05, "a uniform guess", ha="center", va="top"
 )
 axes.set(xlabel="step", ylabel="training loss, mean of 10", title=stages.label(names[stage]))
 axes.legend(title="learning rate", loc="upper right", bbox_to_anchor=(1, 0.92))

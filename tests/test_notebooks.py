@@ -49,6 +49,16 @@ def test_a_notebook_runs_and_its_claims_hold(source, reader, monkeypatch):
     runpy.run_path(str(source))
 
 
+def test_a_model_is_trained_once_and_then_loaded(reader, monkeypatch):
+    arguments = list(sys.argv)
+    first, _ = helpers.trained("4", 600)
+    assert sys.argv == arguments, "train.py's arguments are gone again"
+    monkeypatch.setattr(train, "main", lambda: pytest.fail("it was trained again"))
+    again, tokenizer = helpers.trained("4", 600)
+    assert again.lm_head.weight.equal(first.lm_head.weight)
+    assert tokenizer.vocab_size == again.config.vocab_size
+
+
 def test_every_notebook_is_the_one_that_its_python_file_makes():
     made = {path.with_suffix(".ipynb"): notebooks.notebook(path.read_text()) for path in notebooks.sources()}
     assert sorted(made) == sorted(notebooks.FOLDER.glob("*.ipynb"))
