@@ -93,7 +93,7 @@ note(
 )
 
 blocks.release(tables.pop("Ann"))
-note("Ann leaves: her blocks are free, and keep their content")
+note("Ann leaves: what only she held is free, and full blocks stay known")
 reused_by_cid = arrive("Cid", system + "Sonnet, please")
 for name in list(tables):
     blocks.release(tables.pop(name))
