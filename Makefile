@@ -2,6 +2,7 @@
 # make compare          trains all stages and compares them
 # make smollm2          installs everything and gets a pretrained model to talk to
 # make serve            installs everything and serves that model: a chat page, and OpenAI's API
+# make site             installs what it needs, trains three small models and builds the course page in site/
 # make test             installs everything, lints and runs the tests
 # make notebooks        runs all notebooks; with their outputs they are in runs/notebooks/done
 # make gpu-check        runs the GPU tests and measures the GPU, in nine minutes
@@ -16,6 +17,7 @@ BASE =
 COMPARE =
 DEPLOY =
 SERVE =
+SITE =
 DEV =
 NOTEBOOKS =
 else
@@ -24,12 +26,13 @@ BASE = .venv/installed
 COMPARE = .venv/installed-compare
 DEPLOY = .venv/installed-deploy
 SERVE = .venv/installed-serve
+SITE = .venv/installed-site
 DEV = .venv/installed-dev
 NOTEBOOKS = .venv/installed-notebooks
 endif
 PIP_INSTALL = .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: train compare sample smollm2 serve serve-check test test-gpu notebooks gpu-check lint format clean
+.PHONY: train compare sample smollm2 serve serve-check site site-check notebooks test test-gpu gpu-check lint format clean
 
 train: $(BASE)
 	$(RUN) train.py --stage $(STAGE) $(ARGS)
@@ -55,6 +58,17 @@ ifndef USE_PYTHON
 	$(PIP_INSTALL) -e '.[serve-check]'
 endif
 	SERVE_CHECK=1 $(RUN) -m pytest -q -s tests/test_server_long.py $(ARGS)
+
+# The course page: open site/index.html, or put the folder on a static host.
+site: $(SITE)
+	$(RUN) -m lab.pages.site $(ARGS)
+
+# Builds the page and checks it in Chromium (CHROMIUM names it, if it is not /usr/bin/chromium).
+site-check: $(DEV)
+ifndef USE_PYTHON
+	$(PIP_INSTALL) -e '.[site-check]'
+endif
+	SITE_CHECK=1 $(RUN) -m pytest -q -s -rs tests/test_site_long.py $(ARGS)
 
 # Runs two test files at a time with one thread each: over a quarter faster than one file with two threads.
 test: lint
@@ -98,6 +112,10 @@ format: $(DEV)
 
 .venv/installed-notebooks: .venv/installed
 	$(PIP_INSTALL) -e '.[notebooks]'
+	touch $@
+
+.venv/installed-site: .venv/installed
+	$(PIP_INSTALL) -e '.[site]'
 	touch $@
 
 .venv/installed-dev: .venv/installed

@@ -26,6 +26,7 @@ ALLOWED = {
         "exercises",
     },
     "lab/pages/figures": {*ROOMS, "deploy"},
+    "lab/pages/site": set(ROOMS),
     "deploy": set(ROOMS),
     "benchmarks": {*ROOMS, "deploy"},
     "exercises": {*ROOMS, "deploy"},

@@ -1,0 +1,1 @@
+"""The course as a web site without a server: python -m lab.pages.site."""
