@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import zipfile
 
 import pytest
@@ -180,3 +181,18 @@ def test_a_damaged_package_and_one_that_another_user_may_have_written_are_not_lo
     folder.chmod(0o777)
     assert ahead.load(package) is None and len(loaded) == 1
     assert ahead.unusable(folder).endswith(f"chmod go-w {folder}")
+
+
+def test_a_process_in_the_background_ends_with_its_pipe_and_takes_its_children_along():
+    """The pipe closes when the process that holds it ends, also if it is killed."""
+    child = "subprocess.run(['sh', '-c', 'echo started; sleep 99'])"
+    code = f"from lab import background; background.prepare(1); import subprocess; {child}"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=stages.ROOT
+    )
+    process.stdin.write(b"a line\n")
+    process.stdin.flush()
+    assert process.stdout.readline() == b"started\n"
+    process.stdin.close()
+    assert process.stdout.read() == b""  # ends when no process has it open: also `sleep` is gone
+    assert process.wait() != 0
