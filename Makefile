@@ -4,6 +4,7 @@
 # make serve            installs everything and serves that model: a chat page, and OpenAI's API
 # make site             installs what it needs, trains three small models and builds the course page in site/
 # make test             installs everything, lints and runs the tests
+# make notebooks        runs all notebooks; with their outputs they are in runs/notebooks/done
 # make gpu-check        runs the GPU tests and measures the GPU, in nine minutes
 #
 # With USE_PYTHON, a command uses that Python and its packages; nothing is installed:
@@ -18,6 +19,7 @@ DEPLOY =
 SERVE =
 SITE =
 DEV =
+NOTEBOOKS =
 else
 RUN = .venv/bin/python
 BASE = .venv/installed
@@ -26,10 +28,11 @@ DEPLOY = .venv/installed-deploy
 SERVE = .venv/installed-serve
 SITE = .venv/installed-site
 DEV = .venv/installed-dev
+NOTEBOOKS = .venv/installed-notebooks
 endif
 PIP_INSTALL = .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: train compare sample smollm2 serve serve-check site site-check test test-gpu gpu-check lint format clean
+.PHONY: train compare sample smollm2 serve serve-check site site-check notebooks test test-gpu gpu-check lint format clean
 
 train: $(BASE)
 	$(RUN) train.py --stage $(STAGE) $(ARGS)
@@ -75,6 +78,10 @@ test: lint
 test-gpu: $(DEV)
 	$(RUN) -m pytest -q -m gpu $(ARGS)
 
+# Runs every notebook at full length, as Jupyter would: 120 seconds for each, 12 minutes for all.
+notebooks: $(NOTEBOOKS)
+	$(RUN) -m lab.pages.notebooks --run $${RUNS_DIR:-runs}/notebooks/done
+
 gpu-check: $(DEV)
 	$(RUN) -m benchmarks.gpu_check $(ARGS)
 
@@ -101,6 +108,10 @@ format: $(DEV)
 
 .venv/installed-serve: .venv/installed
 	$(PIP_INSTALL) -e '.[serve]'
+	touch $@
+
+.venv/installed-notebooks: .venv/installed
+	$(PIP_INSTALL) -e '.[notebooks]'
 	touch $@
 
 .venv/installed-site: .venv/installed

@@ -34,7 +34,8 @@ from lab.training import run_plots
 
 LEFT_OUT = ("what changed", "lines changed", "parameters (active)", "FLOPs per token", "bits per byte")
 STOPPED = [128 + number for number in interrupt.SIGNALS]  # exit statuses of a run that a signal stopped
-RATES = (5e-4, 1e-3, 2e-3, 3e-3)  # learning rates that --tune tries
+RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)  # learning rates that --tune tries
+TUNING_SEEDS = 2  # seeds for each of them
 
 
 @dataclass
@@ -48,7 +49,7 @@ class Settings:
     only_draw: bool = False
     """Train and measure nothing: draw the existing runs and list what is missing."""
     tune: bool = False
-    """Also train every stage with a few learning rates (seed 0); the ladder adds its best loss."""
+    """Also train every stage with five learning rates and two seeds; the ladder adds its best loss."""
     rounds: int = 5
     """How often each speed is measured, the stages in turn (by context 3 times at most); 0: not at all."""
     contexts: str = "64,256,1024"
@@ -99,7 +100,8 @@ def main():
         if settings.tune:
             for rate in RATES:
                 tuning = [*flags, "--lr", str(rate), "--min-lr", str(rate / 10)]
-                needed += wanted_runs.plan(chosen, 1, tuning, known, dataset, needed)
+                needed += wanted_runs.plan(chosen, TUNING_SEEDS, tuning, known, dataset, needed)
+        say_how_long(needed, devices.choose(wanted.device), console)
         train(needed, console)
         failed = [run for run in needed if run.failure]
         notes = []
@@ -125,15 +127,17 @@ def main():
             speeds = interleaved.read(default_folder(wanted.preset, wanted_runs.chosen_stages(None)), notes)
         if not speeds:
             notes.append("missing: speeds and memory; to measure them, leave out --only-draw and --rounds 0")
+    found = report.at_measured_speeds(found, speeds)
     results = summarize(
         found, speeds, chosen, flags, known, dataset, settings.tune, out, devices.choose(wanted.device)
     )
     (out / "ladder.md").write_text(report.ladder(results) + "\n", encoding="utf-8")
+    runs.write_json(out / "curves.json", {"format": formats.RESULTS, "stages": report.curves(found, results)})
     drawn = report.draw(found, results, speeds, out)
     console.print(ladder_table(results))
     for note in notes:
         print(note, file=sys.stderr)
-    print(f"{shown(out)}: results.json, ladder.md, {', '.join(drawn)}")
+    print(f"{shown(out)}: results.json, curves.json, ladder.md, {', '.join(drawn)}")
     if failed:
         for run in failed:
             print(f"failed: {run.name}: {run.failure}", file=sys.stderr)
@@ -172,6 +176,15 @@ def default_folder(preset: str, chosen: list[str]) -> Path:
     course = stages.course()
     names = "".join(f"-{stages.number(name) if name in course else name}" for name in chosen)
     return runs.RUNS / "compare" / preset / f"results{'' if chosen == course else names}"
+
+
+def say_how_long(needed: list[wanted_runs.Run], device: torch.device, console: Console) -> None:
+    """Prints how many runs are still to be trained, and about how long this takes."""
+    left = [run for run in needed if not run.finished()]
+    if left:
+        with console.status("timing a step of each stage", spinner="line"):
+            seconds = interleaved.seconds_of_runs(left, device)
+        print(f"{len(left)} runs to train: about {max(1, round(seconds / 60))} min on this machine")
 
 
 def train(needed: list[wanted_runs.Run], console: Console) -> None:
@@ -302,18 +315,22 @@ def summarize(
 
 
 def best_rate(stage: str, flags: list[str], known: list, dataset: str) -> dict | None:
-    """The best of the learning rates tried for a stage, and its loss; None if none was tried."""
+    """The best of the learning rates tried for a stage, by its mean loss; None if none was tried."""
     tried = {}
     for rate in RATES:
         wanted, _ = wanted_runs.wanted_settings(
             stage, 0, [*flags, "--lr", str(rate), "--min-lr", str(rate / 10)]
         )
-        for folder, config in wanted_runs.finished_runs(wanted, dataset, known):
-            if config["settings"]["seed"] == 0:
-                tried[rate] = wanted_runs.last_record(folder)["val_loss"]
+        losses = {
+            config["settings"]["seed"]: wanted_runs.last_record(folder)["val_loss"]
+            for folder, config in wanted_runs.finished_runs(wanted, dataset, known)
+            if config["settings"]["seed"] < TUNING_SEEDS
+        }
+        if losses:
+            tried[rate] = spread.summary([losses[seed] for seed in sorted(losses)])
     if not tried:
         return None
-    rate = min(tried, key=tried.get)
+    rate = min(tried, key=lambda rate: tried[rate]["mean"])
     return {"lr": rate, "val_loss": tried[rate], "tried": {f"{rate:g}": loss for rate, loss in tried.items()}}
 
 

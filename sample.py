@@ -31,8 +31,9 @@ from lab import cli
 from lab import device as devices
 from lab.errors import UserError, shown
 from lab.sampling import chat, generation, int8_cache, packed
+from lab.sampling.ahead import BackgroundStep
 from lab.sampling.compiled import CompiledStep
-from lab.storage import runs
+from lab.storage import edits, runs
 
 COMPILED_CONTEXT = (
     2048  # for a chat: a compiled step attends to all of its cache, however few tokens it holds
@@ -70,8 +71,10 @@ class Settings:
     draft_tokens: int = 2
     """Tokens to draft at a time."""
     compile: bool = False
-    """Compile the decoding step: takes about 20 s, then tokens come faster. Not with --draft, nor
-    for a quantized run."""
+    """Compile the decoding step. On a CPU this happens while the text is generated, which then becomes
+    faster, and later starts reuse the compiled code. Not with --draft, nor for a quantized run."""
+    compile_first: bool = False
+    """As --compile, but the text waits until the step is compiled."""
     ignore_eos: bool = False
     """Go on after an end-of-text token, and print it."""
     chat: bool = False
@@ -97,6 +100,7 @@ class Settings:
             raise ValueError(f"temperature must be 0 or more and finite, not {self.temperature}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be from 0 to below 2**63, not {self.seed}")
+        self.compile = self.compile or self.compile_first
         if self.compile and self.draft:
             raise ValueError("--compile and --draft do not go together; leave one of them out")
         if self.compile and self.cache_dtype == "int8":
@@ -121,8 +125,6 @@ def main():
     settings = cli.parse_flags(Settings, sys.argv[1:])
     device = devices.choose(settings.device)
     devices.prepare(device)
-    if settings.compile:
-        devices.require_compiler(device)
     folder = Path(settings.run) if settings.run else runs.newest(settings.stage)
     runs.check_stage(folder, settings.stage)
     runs.warn_of_edits(folder, runs.read_config(folder))  # before an error, if the weights no longer fit
@@ -134,8 +136,7 @@ def main():
     stored = runs.weights_dtype(folder, config)
     dtype = devices.sampling_dtype(settings.dtype, stored, device)
     model, config = runs.load(folder, settings.checkpoint, device, dtype)
-    if not settings.compile:
-        packed.pack(model)
+    packed.pack(model)
     if settings.cache_dtype == "int8":
         int8_cache.use(model)
     if settings.draft and not getattr(model.config, "num_nextn_predict_layers", 0):
@@ -156,7 +157,7 @@ def main():
     }
     if settings.chat:
         say_what_is_loaded(settings, folder, config, stored, dtype)
-        converse(settings, model, tokenizer, template, context, options)
+        converse(settings, config["stage"], model, tokenizer, template, context, options)
     else:
         prompt = read_prompt(settings)
         tokens = tokenizer.encode(prompt).tolist() if prompt else generation.default_prompt(tokenizer)
@@ -166,7 +167,7 @@ def main():
                 "use another prompt, or none to start a new text"
             )
         say_what_is_loaded(settings, folder, config, stored, dtype)
-        continue_text(settings, model, tokenizer, prompt, tokens, context, options)
+        continue_text(settings, config["stage"], model, tokenizer, prompt, tokens, context, options)
 
 
 def say_what_is_loaded(
@@ -182,16 +183,39 @@ def say_what_is_loaded(
         )
 
 
-def compiled(model: torch.nn.Module, length: int) -> CompiledStep:
-    """The compiled decoding step, for up to `length` tokens."""
+def compiled(
+    settings: Settings, stage: str, model: torch.nn.Module, length: int
+) -> CompiledStep | BackgroundStep:
+    """The decoding step for up to `length` tokens. On a CPU it is compiled while it is used."""
+    if next(model.parameters()).device.type == "cpu":
+        niceness = 0 if settings.compile_first else 19
+        step = BackgroundStep(model, stage, edits.code_hash(stage), length, niceness)
+        if settings.compile_first and step.process:
+            print("compiling the model ...", file=sys.stderr)
+            step.wait()
+        return step
     print("compiling the model ...", file=sys.stderr)
     step = CompiledStep(model, length)
     print(f"compiled in {step.seconds:.0f} s", file=sys.stderr)
     return step
 
 
+def end_compiling(step: CompiledStep | BackgroundStep | None) -> None:
+    """Ends compiling in the background, if it is not done yet, and says on stderr what came of it."""
+    if not isinstance(step, BackgroundStep):
+        return
+    if step.process:
+        step.stop()
+        print("not compiled: the text ended first (--compile-first waits for the compiler)", file=sys.stderr)
+    elif step.problem:
+        print(f"not compiled: {step.problem}", file=sys.stderr)
+    elif step.seconds:
+        print(f"compiled in {step.seconds:.0f} s", file=sys.stderr)
+
+
 def continue_text(
     settings: Settings,
+    stage: str,
     model: torch.nn.Module,
     tokenizer,
     prompt: str,
@@ -202,15 +226,16 @@ def continue_text(
     """Prints the samples. prompt is the text, tokens are its tokens, options those of generation.generate."""
     if len(tokens) > context:
         print(f"the prompt has {len(tokens):,} tokens: the model sees the last {context:,}", file=sys.stderr)
-    counts = generation.DraftCounts()
+    counts, step = generation.DraftCounts(), None
     if settings.draft:
         generate = functools.partial(
             generation.generate_with_drafts, n_drafts=settings.draft_tokens, counts=counts
         )
     elif settings.compile:
         length = generation.cache_length(context, tokens, settings.max_new_tokens)
-        length = min(context, math.ceil(length / 256) * 256)  # few lengths: each is compiled anew
-        generate = functools.partial(generation.generate, step=compiled(model, length))
+        length = min(context, max(256, 2 ** (length - 1).bit_length()))  # few lengths: each is compiled anew
+        step = compiled(settings, stage, model, length)
+        generate = functools.partial(generation.generate, step=step)
     else:
         generate = generation.generate
     n_tokens, seconds = 0, 0.0
@@ -230,10 +255,11 @@ def continue_text(
     if counts.drafted:
         speed += f"; {counts.accepted / counts.drafted:.0%} of {counts.drafted} drafts accepted"
     print(speed, file=sys.stderr)
+    end_compiling(step)
 
 
 def converse(
-    settings: Settings, model: torch.nn.Module, tokenizer, template, context: int, options: dict
+    settings: Settings, stage: str, model: torch.nn.Module, tokenizer, template, context: int, options: dict
 ) -> None:
     """Holds a conversation: with the terminal, or with the lines of a pipe."""
     if settings.compile and settings.context is None and context > COMPILED_CONTEXT:
@@ -247,7 +273,7 @@ def converse(
         settings.max_new_tokens,
         options,
         settings.system,
-        compiled(model, context) if settings.compile else None,
+        compiled(settings, stage, model, context) if settings.compile else None,
     )
     interactive = sys.stdin is not None and sys.stdin.isatty()
     if interactive:
@@ -256,6 +282,7 @@ def converse(
         lines = [] if sys.stdin is None else sys.stdin.buffer
         messages = (files.decoded(line, "standard input").rstrip("\n") for line in lines)
     chat.hold(talk, messages, write, interactive)
+    end_compiling(talk.step)
 
 
 def read_prompt(settings: Settings) -> str:

@@ -2,7 +2,8 @@
 
 All have the same weights and continue the same prompts greedily, one sequence, in turn, so that noise affects
 all alike. A token of decoding reads every weight once, so the bandwidth of the memory bounds its speed: it is
-measured in the same rounds, by summing a tensor of as many bytes. Prints tables; writes nothing.
+measured in the same rounds, by summing a tensor of as many bytes. Writes the section "pretrained" of
+results/results.json; afterwards `python -m lab.pages.lessons` writes the tables into the pages.
 """
 
 import gc
@@ -26,6 +27,7 @@ from data import files
 from lab import cli, device, stages
 from lab.comparison import markdown, timing
 from lab.errors import UserError, shown
+from lab.pages import lessons
 from lab.sampling import generation, packed
 from lab.sampling.compiled import CompiledStep
 from lab.storage import runs
@@ -42,6 +44,8 @@ class Settings:
 
     run: str = "runs/smollm2"
     """Folder of the run, as python -m deploy.pretrained smollm2 makes it."""
+    quantized: str | None = None
+    """Folder of the same run in 4 bits, as python -m deploy.quantize makes it; measured too."""
     gguf: str | None = None
     """GGUF file of the same model in 4 bits. None: that of deploy.pretrained, if it is in data/cache."""
     rounds: int = 5
@@ -54,6 +58,8 @@ class Settings:
     """Threads of each program."""
     compile: bool = True
     """Also measure with --compile, which compiles four times before."""
+    print_only: bool = False
+    """Write nothing to results.json."""
 
 
 @dataclass
@@ -87,14 +93,22 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         programs = ours(run, settings) | theirs(run, Path(folder), settings)
         programs |= llama_cpp(run, Path(folder), settings)
+        tables = []
         for prompt in prompts:
             measured, bandwidths = in_turn(programs, prompt, settings.rounds)
             print(
                 f"\n{len(prompt)} tokens of prompt, {settings.tokens} generated, {settings.rounds} rounds:\n"
             )
-            print(table(programs, measured, bandwidths))
+            rows = [row(name, programs[name].nbytes, measured, bandwidths) for name in programs]
+            tables.append({"prompt": len(prompt), "programs": rows})
+            print(table(rows))
     machine = runs.machine(CPU)
     print(f"\n{machine['processor']}, {settings.threads} threads, torch {machine['versions']['torch']}")
+    if not settings.print_only:
+        results = lessons.read_results()
+        sizes = {"tokens": settings.tokens, "rounds": settings.rounds, "machine": machine}
+        results["pretrained"] = {"prompts": tables, **sizes}
+        runs.write_json(lessons.RESULTS, results)
 
 
 def ours(run: Path, settings: Settings) -> dict[str, Program]:
@@ -112,6 +126,10 @@ def ours(run: Path, settings: Settings) -> dict[str, Program]:
             steps = {}  # by the length of the prompt, since the cache is as long as needed
             call = partial(ours_generates, model, settings.tokens, steps)
             programs[f"ours {name} --compile"] = Program(call, nbytes)
+    if settings.quantized:
+        model, _ = runs.load(Path(settings.quantized), "best", CPU)
+        nbytes = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+        programs["ours int4"] = Program(partial(ours_generates, model, settings.tokens, None), nbytes)
     return programs
 
 
@@ -270,34 +288,47 @@ def bandwidth(nbytes: int) -> float:
     return nbytes / seconds
 
 
-def table(programs: dict[str, Program], measured: dict, bandwidths: dict) -> str:
-    """A table in Markdown: medians over the rounds (of ratios: within a round), and the spread of speeds."""
-    rows = []
-    reference = measured["transformers fp32"][0].tokens
-    for name, of in measured.items():
-        nbytes = programs[name].nbytes
-        speeds = [one.decoding for one in of]
-        dtype = "bf16" if "bf16" in name else "fp32"
+def row(name: str, nbytes: int, measured: dict[str, list[Measured]], bandwidths: dict) -> dict:
+    """A program's figures: medians over the rounds; ratios are medians of the ratios within a round."""
+    speeds = [one.decoding for one in measured[name]]
+    figures = {
+        "program": name,
+        "prefill_seconds": statistics.median(one.prefill for one in measured[name]),
+        "tokens_per_second": statistics.median(speeds),
+        "speeds": speeds,
+        "bytes": nbytes,
+        "bandwidth": statistics.median(bandwidths[nbytes]),
+        "share": timing.median_ratio([nbytes * speed for speed in speeds], bandwidths[nbytes]),
+    }
+    if name.startswith("ours"):
+        dtype = "fp32" if "fp32" in name else "bf16"
         baseline = [one.decoding for one in measured[f"transformers {dtype}"]]
-        compared = name.startswith("ours")
-        ratio = f"{timing.median_ratio(speeds, baseline):.2f}" if compared else None
-        share = timing.median_ratio([nbytes * speed for speed in speeds], bandwidths[nbytes])
-        tokens = of[0].tokens
-        same = tokens and sum(a == b for a, b in zip(tokens, reference, strict=True)) / len(tokens)
-        rows.append(
+        figures["of_transformers"] = timing.median_ratio(speeds, baseline)
+    tokens, reference = measured[name][0].tokens, measured["transformers fp32"][0].tokens
+    if tokens:
+        figures["same_tokens"] = sum(a == b for a, b in zip(tokens, reference, strict=True)) / len(tokens)
+    return figures
+
+
+def table(rows: list[dict]) -> str:
+    """All figures of one prompt, in Markdown."""
+    made = []
+    for one in rows:
+        speeds = f"{one['tokens_per_second']:.1f} ({min(one['speeds']):.1f} to {max(one['speeds']):.1f})"
+        made.append(
             [
-                name,
-                f"{statistics.median(one.prefill for one in of):.2f}",
-                f"{statistics.median(speeds):.1f} ({min(speeds):.1f} to {max(speeds):.1f})",
-                ratio,
-                f"{nbytes / 1e6:.0f}",
-                f"{statistics.median(bandwidths[nbytes]) / 1e9:.1f}",
-                f"{share:.0%}",
-                f"{same:.0%}" if tokens else None,
+                one["program"],
+                f"{one['prefill_seconds']:.2f}",
+                speeds,
+                f"{one['of_transformers']:.2f}" if "of_transformers" in one else None,
+                f"{one['bytes'] / 1e6:.0f}",
+                f"{one['bandwidth'] / 1e9:.1f}",
+                f"{one['share']:.0%}",
+                f"{one['same_tokens']:.0%}" if "same_tokens" in one else None,
             ]
         )
     heads = ["program", "prefill (s)", "tokens/s", "× transformers", "weights (MB)", "memory (GB/s)"]
-    return markdown.table([*heads, "of the memory's speed", "tokens as transformers fp32"], rows)
+    return markdown.table([*heads, "of the memory's speed", "tokens as transformers fp32"], made)
 
 
 if __name__ == "__main__":

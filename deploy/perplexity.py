@@ -195,7 +195,7 @@ def on_disk(folder: Path, name: str) -> int:
 
 def in_memory(model: torch.nn.Module) -> int:
     """Bytes of a model's weights: each storage once, with the copies that kernels read."""
-    held, blocks = [*model.parameters(), *model.buffers()], 0
+    held, blocks = [each for each in (*model.parameters(), *model.buffers()) if not each.is_mkldnn], 0
     for module in model.modules():
         if isinstance(module, packed.PackedLinear):  # in oneDNN's layout, which has no storage to ask
             blocks += module.packed.numel() * module.packed.element_size()

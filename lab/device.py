@@ -173,6 +173,11 @@ def step_options(device: torch.device) -> dict[str, object]:
     return options
 
 
+def package_options() -> dict[str, object]:
+    """Options of AOTInductor for decoding one token on a CPU. (`step_options` says why one thread.)"""
+    return compile_options(torch.device("cpu")) | {"cpp.threads": 1}
+
+
 def synchronize(device: torch.device) -> None:
     """Waits until the device has finished its queued work, so that elapsed time can be measured."""
     if device.type == "cuda":

@@ -10,6 +10,7 @@ import torch
 import sample
 import train
 from lab import stages
+from lab.sampling import ahead
 from lab.storage import runs
 
 # A shell starts `make test &` with Ctrl-C ignored, and so would every process that a test interrupts.
@@ -59,6 +60,7 @@ def workshop(tmp_path, monkeypatch, text):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DATA_DIR", str(tmp_path / "data"))
     monkeypatch.setenv("RUNS_DIR", str(tmp_path / "runs"))
+    monkeypatch.setattr(ahead, "folder", lambda: tmp_path / "cache" / "compiled")
     monkeypatch.setattr(runs, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(stages, "MY", tmp_path / "my")
     (tmp_path / "words.txt").write_text(text)

@@ -469,7 +469,7 @@ def test_a_compiled_step_has_the_same_conversation(talking, monkeypatch):
 def test_a_compiled_step_is_sized_for_a_conversation_not_for_a_long_context(talking, monkeypatch, capsys):
     monkeypatch.setattr(sample, "COMPILED_CONTEXT", 64)
     lengths = []
-    monkeypatch.setattr(sample, "compiled", lambda model, length: lengths.append(length))
+    monkeypatch.setattr(sample, "compiled", lambda *arguments: lengths.append(arguments[-1]))
     for flags in ((), ("--context", "200")):
         assert talking("a\n", "--compile", "--max-new-tokens", "3", *flags) == 0
     assert lengths == [64, 200]

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -239,6 +240,82 @@ def test_seconds_to_a_loss_lie_between_two_evaluations():
     assert report.seconds_to(metrics, 1.9) == pytest.approx(10 + 10 * 5 / 6)
     assert report.seconds_to(metrics, 1.5) is None
     assert report.seconds_to(metrics, 2.5) == 10.0
+
+
+def test_seconds_are_those_of_the_speed_that_was_measured_in_turn(only_draw, no_pictures):
+    """A run's own clock also counts whatever else the machine did."""
+    made_up("0", 0, [3.0, 1.5])  # 40 steps of 768 tokens, 0.1 s each by the run's clock
+    made_up("3", 0, [3.0, 1.5])
+    folder = runs.RUNS / "compare/laptop/results-0-3"
+    codes = {"stage0_gpt": edits.code_hash("stage0_gpt")}
+    runs.write_json(folder / "speeds.json", {"training": {"stage0_gpt": [768.0, 1.0, 1e9]}, "code": codes})
+    assert only_draw("--stages", "0,3", "--seeds", "1") == 0
+    rows = results_of()["stages"]
+    assert rows["stage0_gpt"]["seconds"]["mean"] == pytest.approx(40)
+    assert rows["stage0_gpt"]["seconds_to_loss"]["mean"] == pytest.approx(20 + 20 * 2 / 3)
+    assert rows["stage3_swiglu"]["seconds"]["mean"] == pytest.approx(4)
+
+
+def test_the_seconds_of_a_compiled_run_stay_those_of_its_clock(only_draw, no_pictures):
+    """Speeds are measured without compiling."""
+    folder = made_up("0", 0, [3.0, 1.5])
+    config = runs.read_config(folder)
+    config["settings"]["compile"] = True
+    found = {"stage0_gpt": wanted_runs.StageRuns(config, folder, {0: wanted_runs.read_metrics(folder)}, [])}
+    timed = report.at_measured_speeds(found, {"training": {"stage0_gpt": [768.0]}})
+    assert timed["stage0_gpt"].history[0][-1]["seconds"] == pytest.approx(4)
+
+
+def test_curves_are_means_over_the_seeds(only_draw, no_pictures):
+    for seed, end in enumerate((1.9, 1.8, 2.0)):
+        made_up("0", seed, [3.0, end])
+    made_up("3", 0, [3.0, 2.5])
+    assert only_draw("--stages", "0,3") == 0
+    curves = json.loads((results_folder() / "curves.json").read_text())["stages"]
+    assert curves["stage0_gpt"]["val_loss"] == {"mean": [3.0, 1.9], "std": [0.0, 0.1]}
+    assert curves["stage0_gpt"]["tokens"] == [20 * 768, 40 * 768]
+    assert curves["stage0_gpt"]["train"] == {"tokens": [20 * 768, 40 * 768], "loss": [3.0, 1.9]}
+    assert curves["stage3_swiglu"]["val_loss"]["std"] == [None, None]
+
+
+def test_the_best_rate_has_the_best_mean_over_two_seeds(only_draw, no_pictures):
+    """A lucky seed does not make a rate the best, and a third seed does not count."""
+    losses = {"0.001": [1.90, 1.92, 1.0], "0.002": [1.70, 2.30], "0.004": [1.89, 1.91]}
+    for rate, by_seed in losses.items():
+        for seed, loss in enumerate(by_seed):
+            flags = ["--lr", rate, "--min-lr", str(float(rate) / 10)]
+            made_up("0", seed, [3.0, loss], folder=runs.RUNS / f"0-{rate}-{seed}", flags=flags)
+    assert only_draw("--stages", "0", "--tune") == 0
+    tuned = results_of()["stages"]["stage0_gpt"]["tuned"]
+    assert tuned["lr"] == 0.004 and tuned["val_loss"]["mean"] == pytest.approx(1.90)
+    assert tuned["tried"]["0.001"]["values"] == [1.90, 1.92] and set(tuned["tried"]) == set(losses)
+
+
+def test_how_long_the_runs_take_is_said_beforehand(run_compare, monkeypatch, capsys):
+    monkeypatch.setattr(compare, "train", lambda needed, console: sys.exit(7))
+    assert run_compare("--stages", "0,3", "--seeds", "2", "--tune") == 7
+    assert re.search(r"20 runs to train: about \d+ min on this machine", capsys.readouterr().out)
+
+
+def test_the_expected_time_counts_what_is_left(workshop, monkeypatch):
+    monkeypatch.setattr(interleaved, "seconds_per_token", lambda chosen, vocab_size, device: 1.0)
+    sizes = [
+        "--steps",
+        "30",
+        "--batch-size",
+        "2",
+        "--model.block-size",
+        "8",
+        "--eval-every",
+        "10",
+        "--data",
+        "words.txt",
+    ]
+    needed = wanted_runs.plan(["stage0_gpt"], 1, [*sizes, "--eval-tokens", "9"], [], "words")
+    per_run = 30 * 2 * 8 + 9 * 3 / 3
+    assert interleaved.seconds_of_runs(needed, torch.device("cpu")) == pytest.approx(per_run)
+    monkeypatch.setattr(wanted_runs.Run, "step", lambda self: 20)
+    assert interleaved.seconds_of_runs(needed, torch.device("cpu")) == pytest.approx(per_run / 3)
 
 
 def test_noise_is_marked(only_draw, no_pictures):

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -25,7 +26,7 @@ import regex
 import tiktoken
 
 import data
-from data import cuts, download, files, openshakespeare, prepare, sources, tinyshakespeare, tokenizers
+from data import cuts, download, files, openshakespeare, prepare, pycode, sources, tinyshakespeare, tokenizers
 from lab.errors import UserError
 
 REPOSITORY = Path(__file__).parents[1]
@@ -48,7 +49,7 @@ def no_network_and_an_empty_data_folder(monkeypatch, tmp_path):
     monkeypatch.delenv("TINYSHAKESPEARE", raising=False)
     for module in (tinyshakespeare, tokenizers):
         monkeypatch.setattr(module, "download", unreachable)
-    for module in (openshakespeare, tokenizers):
+    for module in (openshakespeare, pycode, tokenizers):
         monkeypatch.setattr(module, "pip_download", unreachable)
 
 
@@ -329,7 +330,7 @@ def test_a_folder_without_texts_is_refused(tmp_path):
 @pytest.mark.parametrize("name", ["tinyshakespear", "no/such/file.txt", ""])
 def test_an_unknown_dataset_is_answered_with_the_known_ones(name):
     with pytest.raises(
-        UserError, match="use tinyshakespeare, openshakespeare, openwebtext, or the path"
+        UserError, match="use tinyshakespeare, openshakespeare, pycode, openwebtext, or the path"
     ) as error:
         data.load(name)
     assert repr(name) in str(error.value)
@@ -455,10 +456,11 @@ def test_a_server_that_says_nothing_is_given_up(server, tmp_path, monkeypatch):
 
 
 def test_pip_hands_over_an_archive_of_the_right_sha256_and_no_other(tmp_path, monkeypatch):
+    """Also one for other versions of Python, since it is only read."""
     wheel = tmp_path / "wheels" / "little_package-1.0-py3-none-any.whl"
     wheel.parent.mkdir()
     with zipfile.ZipFile(wheel, "w") as archive:
-        about = "Metadata-Version: 2.1\nName: little-package\nVersion: 1.0\n"
+        about = "Metadata-Version: 2.1\nName: little-package\nVersion: 1.0\nRequires-Python: >=4\n"
         archive.writestr("little_package-1.0.dist-info/METADATA", about)
         archive.writestr("little_package-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
         archive.writestr("little_package-1.0.dist-info/RECORD", "")
@@ -669,6 +671,70 @@ def test_the_stand_in_is_cut_to_length_and_checked(monkeypatch):
         openshakespeare.text_from(content.getvalue())
     monkeypatch.setattr(openshakespeare, "SHA256", sha256(expected.encode()))
     assert openshakespeare.text_from(content.getvalue()) == expected
+
+
+# PyCode
+
+
+@pytest.fixture
+def code(monkeypatch) -> dict[str, str]:
+    """The files of a package like that of PyCode, which pip then hands over, by path."""
+    sources = {f"package/file{i}.py": f"x = {i}\n" * (i + 1) for i in range(25)}
+    others = {"package/snow.py": "# \N{SNOWMAN}\n", "package/empty.py": "", "package/data.txt": "x = 1\n"}
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as wheel:
+        for name, source in (sources | others).items():
+            wheel.writestr(name, source)
+    monkeypatch.setattr(pycode, "pip_download", lambda requirement, sha256: content.getvalue())
+    order = sorted(sources, key=lambda name: sha256(name.encode()))
+    parts = [f"# {name}\n{sources[name]}\n" for name in [*order[2:], *order[:2]]]
+    monkeypatch.setattr(pycode, "SHA256", sha256("".join(parts).encode()))
+    monkeypatch.setattr(pycode, "TRAINING", len("".join(parts[:-2])))
+    return sources
+
+
+def test_whole_files_of_code_are_held_out_and_files_with_other_characters_left_out(code):
+    dataset = data.load("pycode")
+    training, validation = (dataset.tokenizer.decode(ids) for ids in (dataset.train, dataset.val))
+    found = re.findall(r"# (.*)\n((?:x = \d+\n)+)\n", training)
+    held_out = re.findall(r"# (.*)\n((?:x = \d+\n)+)\n", validation)
+    assert dict(found + held_out) == code and (len(found), len(held_out)) == (23, 2)
+    assert sum(len(source) + len(name) + 4 for name, source in found) == len(training)
+    assert dataset.meta["source"] == "transformers==5.23.0"
+
+
+def test_code_is_in_an_order_of_its_own_so_that_neighbours_differ(code):
+    names = re.findall(r"# (.*)\n", pycode.texts_from(pycode.pip_download("", ""))[0])
+    assert names == sorted(names, key=lambda name: sha256(name.encode())) != sorted(names)
+
+
+def test_code_once_fetched_needs_no_network_for_another_tokenizer(code, gpt2, monkeypatch):
+    characters = data.load("pycode")
+    monkeypatch.setattr(pycode, "pip_download", unreachable)
+    pieces = data.load("pycode", "gpt2")
+    for split in ("train", "val"):
+        assert gpt2.decode(getattr(pieces, split)) == characters.tokenizer.decode(getattr(characters, split))
+
+
+def test_another_text_than_that_of_the_package_is_refused(code, monkeypatch):
+    data.load("pycode")
+    kept = files.root() / "cache" / "pycode.txt"
+    shutil.rmtree(files.root() / "tokens")
+    kept.write_bytes(kept.read_bytes()[1:])
+    with pytest.raises(UserError, match="is not PyCode: wrong sha256\ndelete it"):
+        data.load("pycode")
+    kept.unlink()
+    monkeypatch.setattr(pycode, "TRAINING", 7)
+    with pytest.raises(UserError, match=r"transformers==5.23.0 gave an unexpected text"):
+        data.load("pycode")
+    assert not kept.exists()
+
+
+def test_without_network_two_lines_say_how_to_hand_the_code_over_and_nothing_is_left():
+    with pytest.raises(UserError, match=r"cannot download.*\n.* set PIP_FIND_LINKS to the folder") as error:
+        data.load("pycode")
+    assert str(error.value).count("\n") == 1
+    assert not files.root().exists()
 
 
 # GPT-2's tokenizer

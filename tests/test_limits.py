@@ -18,6 +18,7 @@ from lab import stages
 from lab.comparison import isolated
 from lab.errors import UserError
 from lab.sampling import generation
+from lab.sampling.ahead import BackgroundStep
 from lab.sampling.compiled import CompiledStep
 from lab.storage import runs
 
@@ -113,7 +114,7 @@ def test_compiled_steps_have_a_cache_of_the_length_that_is_asked_for(monkeypatch
 
 @pytest.mark.parametrize("flags", [[], ["--draft"], ["--compile"]], ids=str)
 def test_sample_takes_a_context_and_memory_for_no_more(workshop, run_sample, monkeypatch, capsys, flags):
-    monkeypatch.setattr(torch, "compile", lambda **_: lambda function: function)
+    monkeypatch.setattr(BackgroundStep, "start", lambda *arguments: None)
     make_run("long", "7", block_size=FAR)
     make_run("short", "7", block_size=8)
     asked = ("--prompt", "abc", "--temperature", "0", *flags)

@@ -22,6 +22,7 @@ MEASURED = {
     ("front", "stages"): {"rates", "ladder"},
     ("benchmarks", "against_nanogpt"): {"nanogpt"},
     ("benchmarks", "against_transformers"): {"transformers"},
+    ("benchmarks", "pretrained"): {"pretrained", "programs"},
     ("serving", "serving"): {"throughput", "waste"},
     ("stage5_flash", "attention"): {"crossover", "context"},
     ("stage6_moe", "moe"): {"balancing", "speeds"},

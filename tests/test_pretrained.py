@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 import os
 import shutil
 import subprocess
@@ -21,6 +22,7 @@ from test_fine_tuning import TEMPLATE, make_theirs
 from benchmarks import pretrained as benchmark
 from deploy import export, pretrained
 from lab.errors import UserError
+from lab.pages import lessons
 from lab.storage import runs
 
 ROOT = Path(__file__).parent.parent
@@ -220,14 +222,29 @@ def test_the_benchmark_measures_every_program(run_import, monkeypatch, text, cap
     make_theirs(text, positions=64, eos_token_id=list(range(200)))
     assert run_import("theirs", "--out", "run") == 0
     capsys.readouterr()
+    monkeypatch.setattr(benchmark.lessons, "RESULTS", Path("results.json"))
     flags = ("--run", "run", "--rounds", "1", "--tokens", "3", "--long", "20", "--threads", "1")
-    assert call(monkeypatch, benchmark, *flags, "--no-compile") == 0
+    assert call(monkeypatch, benchmark, *flags, "--no-compile", "--quantized", "run") == 0
     out, err = capsys.readouterr()
     short = len(runs.tokenizer(Path("run")).encode(benchmark.SHORT))
     for n_tokens in (short, 20):
         assert f"{n_tokens} tokens of prompt, 3 generated, 1 rounds:" in out
-    for program in ("ours fp32", "ours bf16", "transformers fp32", "transformers bf16", "llama.cpp F16"):
+    for program in (
+        "ours fp32",
+        "ours bf16",
+        "ours int4",
+        "transformers fp32",
+        "transformers bf16",
+        "llama.cpp F16",
+    ):
         assert out.count(f"| {program} |") == 2 or "left out: llama.cpp, because the package" in err
     assert "left out: llama.cpp in 4 bits, because there is no" in err
     ours = [line for line in out.splitlines() if line.startswith("| ours fp32 |")]
     assert all(line.endswith("| 100% |") for line in ours)  # no program stops or avoids an end-of-text token
+    measured = json.loads(Path("results.json").read_text())["pretrained"]
+    assert [prompt["prompt"] for prompt in measured["prompts"]] == [short, 20]
+    for prompt in measured["prompts"]:
+        rows = {row["program"]: row for row in prompt["programs"]}
+        assert rows["ours bf16"]["bytes"] * 2 == rows["ours fp32"]["bytes"]
+        assert rows["ours fp32"]["same_tokens"] == 1 and rows["ours fp32"]["of_transformers"] > 0
+    assert "| ours, bfloat16 | " in lessons.pretrained(measured)

@@ -1,8 +1,5 @@
 """Sampling: the distributions, the cache, and sample.py."""
 
-import os
-import shutil
-import subprocess
 import sys
 
 import pytest
@@ -10,7 +7,6 @@ import torch
 from conftest import TINY_MODEL
 
 import data
-import sample
 from lab.sampling import generation
 from lab.sampling.compiled import CompiledStep
 
@@ -161,28 +157,6 @@ def test_a_character_of_several_tokens_is_shown_whole(run_train, run_sample, wor
     monkeypatch.setattr(generation, "generate", lambda *arguments, **options: iter("né€".encode()))
     assert run_sample("--prompt", "a") == 0
     assert capsys.readouterr().out == "ané€\n"
-
-
-@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler")
-@pytest.mark.usefixtures("trained")
-def test_compiled_sampling_prints_the_same_text(run_sample, capsys):
-    flags = ("--stage", "0", "--prompt", "a", "--max-new-tokens", "30")
-    assert run_sample(*flags) == 0
-    plain_text = capsys.readouterr().out
-    assert run_sample(*flags, "--compile") == 0
-    out, err = capsys.readouterr()
-    assert out == plain_text and "compiled in" in err
-
-
-@pytest.mark.usefixtures("trained")
-def test_without_a_compiler_for_cpp_compiling_is_refused():
-    """In a process of its own: inductor reads CXX when it is imported."""
-    env = {**os.environ, "CXX": "/nowhere/g++"}
-    flags = ["--stage", "0", "--device", "cpu", "--prompt", "a", "--compile"]
-    command = [sys.executable, sample.__file__, *flags]
-    child = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert child.returncode == 2 and child.stdout == ""
-    assert "apt install g++" in child.stderr and len(child.stderr.splitlines()) == 1
 
 
 def test_compiling_and_drafting_are_not_for_the_same_run(run_sample, capsys):

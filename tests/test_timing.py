@@ -36,6 +36,17 @@ def test_the_first_calls_do_not_count(calls_of):
     assert timing.seconds_of(calls_of(9, 8, 1, 2, 3), 3, CPU, warm_ups=2) == [1, 2, 3]
 
 
+def test_another_clock_can_be_asked():
+    """Here one that a call moves by 3; the wall clock would say less."""
+    now = [0.0]
+
+    def call():
+        now[0] += 3
+
+    assert timing.seconds_of(call, 2, CPU, clock=lambda: now[0]) == [3, 3]
+    assert timing.in_turn({"a": call}, 2, CPU, clock=lambda: now[0]) == {"a": [3, 3]}
+
+
 def test_no_further_call_is_made_after_the_limit(calls_of):
     assert timing.seconds_of(calls_of(2, 2, 2), 100, CPU, limit=3) == [2, 2]
 

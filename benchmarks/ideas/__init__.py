@@ -13,27 +13,32 @@ from pathlib import Path
 import torch
 
 from lab import formats, stages
-from lab.comparison import stage_plots
+from lab.comparison import stage_plots, wanted_runs
 from lab.errors import UserError, shown
 from lab.pages import lessons
 from lab.storage import edits, locks, runs
-from lab.training import log
+from lab.training import log, settings
 
 CPU = torch.device("cpu")
 
 
 def trained(name: str, flags: list[str]) -> tuple[Path, list[dict]]:
-    """The folder and the metrics of runs/ideas/<name>; train.py trains it with these flags if it is missing.
+    """The folder and the metrics of a run of train.py with these flags; the laptop preset is the default.
 
-    The laptop preset is the default. An interrupted run is resumed. If two processes want the same run, the
-    second one waits.
+    A finished run with the same settings and the current code is reused, such as one of compare.py. Otherwise
+    the run is runs/ideas/<name>: it is resumed if it was interrupted, and waited for if it is being trained.
     """
+    flags = ["--preset", "laptop", "--device", "cpu", *flags]
+    wanted = settings.parse(flags)
+    finished = wanted_runs.finished_runs(wanted, wanted_runs.dataset_name(wanted), wanted_runs.at_hand([])[0])
+    for folder, config in finished:
+        if config["settings"]["seed"] == wanted.seed:
+            return folder, log.read_metrics(folder / "metrics.jsonl")
     folder = runs.RUNS / "ideas" / name
     folder.parent.mkdir(parents=True, exist_ok=True)
     with locks.waited_for(folder.with_name(f".{name}.lock")):
         if not (folder / "sample.txt").exists():  # the last file that train.py writes
-            begun = (folder / "last").exists()
-            command = ["--resume"] if begun else ["--preset", "laptop", "--device", "cpu", *flags]
+            command = ["--resume"] if (folder / "last").exists() else flags
             command = [sys.executable, "train.py", *command, "--out", str(folder)]
             print(" ".join(command[1:]), flush=True)
             subprocess.run(command, cwd=stages.ROOT, check=True, stdout=subprocess.DEVNULL)

@@ -9,13 +9,14 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+import data
 from lab import device as devices
 from lab import formats, stages
-from lab.comparison import isolated, timing
+from lab.comparison import isolated, timing, wanted_runs
 from lab.errors import UserError, shown
 from lab.sampling import generation
 from lab.storage import edits, runs
-from lab.training import optim
+from lab.training import optim, settings
 
 DECODED = 200  # tokens per measurement of decoding speed
 
@@ -85,8 +86,8 @@ def everything(
     }
     for name, config in configs.items():
         with console.status(f"measuring {name}'s memory", spinner="line"):
-            settings = config["settings"]
-            batch = settings["micro_batch_size"] or settings["batch_size"]
+            chosen = config["settings"]
+            batch = chosen["micro_batch_size"] or chosen["batch_size"]
             made = isolated.measure(
                 **of_run(config, device), context=config["model"]["block_size"], batch_size=batch
             )
@@ -141,6 +142,33 @@ def by_context(
     return measured
 
 
+def seconds_of_runs(left: list[wanted_runs.Run], device: torch.device) -> float:
+    """About how long these runs take, one after another, from a few steps of each stage."""
+    per_token, total = {}, 0.0
+    for run in left:
+        chosen = run.settings
+        text = data.load(chosen.data, chosen.tokenizer)
+        if chosen.stage not in per_token:
+            per_token[chosen.stage] = seconds_per_token(chosen, text.tokenizer.vocab_size, device)
+        steps = chosen.steps - run.step()
+        trained = steps * chosen.batch_size * chosen.sequence_length
+        evaluated = min(chosen.eval_tokens, len(text.val)) * (steps / chosen.eval_every)
+        total += per_token[chosen.stage] * (trained + evaluated / 3)  # only the forward pass: a third
+    return total
+
+
+def seconds_per_token(chosen: settings.Settings, vocab_size: int, device: torch.device) -> float:
+    """Seconds of training per token, from a few steps of at most 2,048 tokens or one sequence."""
+    batch = max(1, min(chosen.batch_size, 2048 // chosen.model.block_size))
+    sizes = {"batch_size": batch, "micro_batch_size": batch, "optimizer": chosen.optimizer}
+    dtype = str(devices.choose_dtype(chosen.dtype, device)).removeprefix("torch.")
+    config = {"stage": chosen.stage, "model": vars(chosen.model) | {"vocab_size": vocab_size}}
+    step = trainer(config | {"settings": sizes, "dtype": dtype}, device)
+    tokens = step(1)
+    seconds = timing.seconds_of(partial(step, 1), 5, device, warm_ups=2)
+    return statistics.median(seconds) / tokens
+
+
 def of_stage(speeds: dict, name: str) -> dict:
     """The figures of one stage, for results.json; empty if nothing was measured."""
     figures = {}
@@ -181,15 +209,15 @@ def make_model(config: dict, device: torch.device) -> torch.nn.Module:
 
 def trainer(config: dict, device: torch.device) -> Callable[[int], int]:
     """A function that trains for a number of steps as train.py does, uncompiled, and returns the tokens."""
-    model, settings = make_model(config, device), config["settings"]
-    optimizer = optim.make(settings["optimizer"], model, 1e-3, 0.1, (0.9, 0.99))
+    model, chosen = make_model(config, device), config["settings"]
+    optimizer = optim.make(chosen["optimizer"], model, 1e-3, 0.1, (0.9, 0.99))
     autocast = devices.autocast(device, getattr(torch, config["dtype"]))
-    context, batch = model.config.block_size, settings["batch_size"]
+    context, batch = model.config.block_size, chosen["batch_size"]
     text = torch.randint(model.config.vocab_size, (batch, context + 1), device=device)
 
     def run(steps: int) -> int:
         for _ in range(steps):
-            micro_batch = settings["micro_batch_size"] or batch
+            micro_batch = chosen["micro_batch_size"] or batch
             optim.accumulate_gradients(model, text[:, :-1], text[:, 1:], micro_batch, autocast)
             optim.update(model, optimizer, 1e-3, 1.0)
             if hasattr(model, "after_step"):

@@ -14,6 +14,7 @@ import json
 import statistics
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,8 +35,9 @@ class Settings:
 
     stage: str
     """Stage: its number or name."""
-    what: Literal["training", "decoding"] = "training"
-    """training: optimizer steps; decoding: tokens one by one, until the context is full."""
+    what: Literal["training", "forward", "decoding"] = "training"
+    """training: optimizer steps; forward: passes over the context, without gradients; decoding: tokens one by
+    one, until the context is full."""
     context: int = 64
     """Tokens per sequence."""
     batch_size: int = 1
@@ -52,6 +54,8 @@ class Settings:
     """As in train.py."""
     steps: int = 5
     """Steps (or tokens) to time, after one that is not timed; the median counts."""
+    clock: Literal["wall", "processor"] = "wall"
+    """processor: processor time; with one thread, other programs hardly change it."""
 
 
 def measure(**settings) -> dict:
@@ -83,12 +87,15 @@ def main():
     autocast = devices.autocast(device, dtype)
     if settings.what == "training":  # torch's optimizers import torch.compile: that is no memory of the step
         optimizer = optim.make(settings.optimizer, model, 1e-3, 0.1, (0.9, 0.99))
+    clock = time.process_time if settings.clock == "processor" else None
     before = devices.peak_memory(device)
     if settings.what == "training":
-        seconds, tokens = training(model, optimizer, idx, settings.steps, autocast, device)
+        seconds, tokens = training(model, optimizer, idx, settings.steps, autocast, device, clock)
+    elif settings.what == "forward":
+        seconds, tokens = forward(model, idx, settings.steps, autocast, device, clock)
     else:
         dtype = model.lm_head.weight.dtype  # as in sample.py, which does not use autocast
-        seconds, tokens = decoding(model, idx, settings.steps, device)
+        seconds, tokens = decoding(model, idx, settings.steps, device, clock)
     result = {
         "tokens_per_second": tokens / statistics.median(seconds),
         "peak_memory": devices.peak_memory(device),
@@ -101,7 +108,7 @@ def main():
     print(json.dumps(result | {"machine": runs.machine(device)}))
 
 
-def training(model, optimizer, idx, steps, autocast, device) -> tuple[list[float], int]:
+def training(model, optimizer, idx, steps, autocast, device, clock) -> tuple[list[float], int]:
     """Seconds of each optimizer step, and the number of tokens per step."""
     model.train()
 
@@ -109,11 +116,23 @@ def training(model, optimizer, idx, steps, autocast, device) -> tuple[list[float
         optim.accumulate_gradients(model, idx[:, :-1], idx[:, 1:], len(idx), autocast)
         optim.update(model, optimizer, 1e-3, 1.0)
 
-    return timing.seconds_of(step, steps, device, warm_ups=1), idx[:, 1:].numel()
+    return timing.seconds_of(step, steps, device, warm_ups=1, clock=clock), idx[:, 1:].numel()
 
 
 @torch.no_grad()
-def decoding(model, idx, steps, device) -> tuple[list[float], int]:
+def forward(model, idx, steps, autocast, device, clock) -> tuple[list[float], int]:
+    """Seconds of each pass over the whole context, as for a prompt, and the number of its tokens."""
+    model.eval()
+
+    def step():
+        with autocast:
+            model(idx[:, :-1])
+
+    return timing.seconds_of(step, steps, device, warm_ups=1, clock=clock), idx[:, 1:].numel()
+
+
+@torch.no_grad()
+def decoding(model, idx, steps, device, clock) -> tuple[list[float], int]:
     """Seconds of each decoding step with a nearly full cache, and the tokens per step (one per sequence)."""
     model.eval()
     context = idx.size(1) - 1
@@ -124,7 +143,8 @@ def decoding(model, idx, steps, device) -> tuple[list[float], int]:
         logits, _ = model(idx[:, cache.length : cache.length + 1], cache=cache)
         logits.argmax(-1)
 
-    return timing.seconds_of(step, min(steps, context - cache.length - 1), device, warm_ups=1), len(idx)
+    steps = min(steps, context - cache.length - 1)
+    return timing.seconds_of(step, steps, device, warm_ups=1, clock=clock), len(idx)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import itertools
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -38,6 +39,7 @@ def figures(found: wanted_runs.StageRuns, speeds: dict | None) -> dict:
         seconds_to_loss["mean"] = statistics.mean(reached)
     return {
         "stage": config["stage"],
+        "code": config["code"],
         "from": origin,
         "lines_changed": sum(diffs.changed_lines(origin, config["stage"])) if origin else None,
         "parameters": cost.parameters(model),
@@ -52,6 +54,62 @@ def figures(found: wanted_runs.StageRuns, speeds: dict | None) -> dict:
         "trained_on": found.machines,
         **(speeds or {}),
     }
+
+
+def at_measured_speeds(
+    found: dict[str, wanted_runs.StageRuns], speeds: dict
+) -> dict[str, wanted_runs.StageRuns]:
+    """The runs with the seconds that they take at the training speeds measured in turn.
+
+    A run's own clock also counts whatever else the machine did. It is kept where no speed was measured, or
+    where the run was compiled (speeds are measured without compiling).
+    """
+    timed = {}
+    for name, stage_runs in found.items():
+        measured = speeds.get("training", {}).get(name)
+        if measured and not stage_runs.config["settings"]["compile"]:
+            speed = statistics.median(measured)
+            history = {
+                seed: [record | {"seconds": record["tokens"] / speed} for record in metrics]
+                for seed, metrics in stage_runs.history.items()
+            }
+            stage_runs = replace(stage_runs, history=history)
+        timed[name] = stage_runs
+    return timed
+
+
+def curves(found: dict[str, wanted_runs.StageRuns], rows: dict[str, dict]) -> dict[str, dict]:
+    """The loss curves, for curves.json: means over the seeds; validation also has standard deviations.
+
+    rows: the figures of the stages, by folder name.
+    """
+    made = {}
+    for name, stage_runs in found.items():
+        histories = list(stage_runs.history.values())
+        evaluated = [[r for r in metrics if "val_loss" in r] for metrics in histories]
+        losses = [[r["val_loss"] for r in at] for at in zip(*evaluated, strict=False)]
+        std = [rounded(statistics.stdev(at)) if len(at) > 1 else None for at in losses]
+        made[name] = {
+            "seeds": list(stage_runs.history),
+            "flops_per_token": rows[name]["flops_per_token"],
+            "tokens": [r["tokens"] for r in evaluated[0]],
+            "seconds": [
+                rounded(statistics.mean(r["seconds"] for r in at)) for at in zip(*evaluated, strict=False)
+            ],
+            "val_loss": {"mean": [rounded(statistics.mean(at)) for at in losses], "std": std},
+            "train": {
+                "tokens": [r["tokens"] for r in histories[0]],
+                "loss": [
+                    rounded(statistics.mean(r["loss"] for r in at)) for at in zip(*histories, strict=False)
+                ],
+            },
+        }
+    return made
+
+
+def rounded(value: float) -> float:
+    """Five significant digits, more than a curve can show."""
+    return float(f"{value:.5g}")
 
 
 def cache_bytes(model: torch.nn.Module) -> int:
@@ -132,7 +190,7 @@ def cells(name: str, row: dict, tuned: bool) -> list[str | None]:
     ]
     if tuned:
         best = row.get("tuned")
-        made.append(f"{best['val_loss']:.3f} at {best['lr']:g}" if best else "")
+        made.append(f"{best['val_loss']['mean']:.3f} at {best['lr']:g}" if best else "")
     made += [f"{row['bits_per_byte']['mean']:.3f}", reached]
     for key in ("training_tokens_per_second", "decoding_tokens_per_second"):
         made.append(noise(row, key) + f"{row[key]['median']:,.0f}" if key in row else "")

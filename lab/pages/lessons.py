@@ -92,8 +92,8 @@ def rates(results: dict) -> str:
     tried = sorted({rate for row in tuned.values() for rate in row}, key=float)
     rows = []
     for name, row in tuned.items():
-        losses = {rate: f"{loss:.3f}" for rate, loss in row.items()}
-        best = min(row, key=row.get)
+        losses = {rate: f"{loss['mean']:.3f}" for rate, loss in row.items()}
+        best = min(row, key=lambda rate: row[rate]["mean"])
         losses[best] = f"**{losses[best]}**"
         rows.append([stages.label(name), *(losses.get(rate, "") for rate in tried)])
     return markdown.table(["stage", *tried], rows)
@@ -181,6 +181,74 @@ def transformers(measured: dict) -> str:
     return markdown.table(["stage", *speeds, "ratio", "with `--compile`"], rows)
 
 
+def pretrained(measured: dict) -> str:
+    """The table of a pretrained model's speed beside transformers and llama.cpp."""
+    rows = []
+    for prompt in measured["prompts"]:
+        for one in prompt["programs"]:
+            name = one["program"].replace("fp32", "float32").replace("bf16", "bfloat16").replace(" ", ", ", 1)
+            ratio = f"{one['of_transformers']:.2f}" if "of_transformers" in one else ""
+            speeds = [f"{one['prefill_seconds']:.2f}", f"{one['tokens_per_second']:.1f}", ratio]
+            rows.append([name, prompt["prompt"], *speeds, f"{one['share']:.0%}"])
+    heads = ["program", "prompt", "prefill, s", "tokens/s", "of transformers'", "of the memory's speed"]
+    return markdown.table(heads, rows)
+
+
+def side_by_side(results: dict) -> str:
+    """The table of our speed beside the other programs', one row for each setting."""
+    nanogpt, stock = results["against_nanogpt"], results["against_transformers"]["stages"]
+    training = nanogpt["training_tokens_per_second"]
+    sampling = nanogpt["sampling_tokens_per_second_at_context_256"]
+    prompt = results["pretrained"]["prompts"][0]
+    decoding = {one["program"]: one["tokens_per_second"] for one in prompt["programs"]}
+    answers = results["serving"]["tokens_per_second"]
+    served = {name: answers[name]["mix"]["median"] for name in answers if "mix" in answers[name]}
+    alone = {name: answers[name]["alone"]["median"] for name in answers if "alone" in answers[name]}
+    small, large, server = "stage 0, 0.8 M", "SmolLM2, 135 M", "SmolLM2, serving"
+    # what, then the tokens/s of: ours, nanoGPT, transformers, llama.cpp, vLLM
+    rows = [
+        [f"{small}: training", training["ours"], training["nanogpt"]],
+        [f"{small}: training, compiled", training["compiled"]["ours"], training["compiled"]["nanogpt"]],
+        [
+            f"{small}: decoding",
+            sampling["ours"],
+            sampling["nanogpt"],
+            stock["stage0_gpt"]["theirs_tokens_per_second"],
+        ],
+        [f"{small}: decoding, `--compile`", sampling["compiled"]["ours"]],
+        [f"{large}: decoding, float32", decoding["ours fp32"], None, decoding["transformers fp32"]],
+        [
+            f"{large}: decoding, 16 bits",
+            decoding["ours bf16"],
+            None,
+            decoding["transformers bf16"],
+            decoding.get("llama.cpp F16"),
+        ],
+        [f"{large}: decoding, 4 bits", decoding.get("ours int4"), None, None, decoding.get("llama.cpp Q4_1")],
+        [
+            f"{server}: one request",
+            alone["this engine"],
+            None,
+            alone["transformers, padded batches"],
+            None,
+            alone.get("vLLM"),
+        ],
+        [
+            f"{server}: 16 at a time",
+            served["this engine"],
+            None,
+            served["transformers, continuous batching"],
+            None,
+            served.get("vLLM"),
+        ],
+    ]
+    rows = [
+        [what, *(f"{speed:,.0f}" if speed else "" for speed in (speeds + [None] * 5)[:5])]
+        for what, *speeds in rows
+    ]
+    return markdown.table(["tokens/s", "ours", "nanoGPT", "transformers", "llama.cpp", "vLLM"], rows)
+
+
 def serving(measured: dict) -> str:
     """The table of the serving engine's throughput beside others."""
     kinds = {
@@ -261,11 +329,14 @@ def generated_parts(name: str, results: dict) -> dict[str, str]:
     if name == "scale":
         return scale.tables(results)
     if name == "benchmarks":
-        return {
+        parts = {
             "table": ladder(stages.course(), results),
             "nanogpt": nanogpt(results["against_nanogpt"]),
             "transformers": transformers(results["against_transformers"]["stages"]),
         }
+        if "pretrained" in results:
+            parts |= {"pretrained": pretrained(results["pretrained"]), "programs": side_by_side(results)}
+        return parts
     if name == "serving":
         return {
             "throughput": serving(results["serving"]),

@@ -11,6 +11,7 @@ import torch
 from lab.errors import UserError
 from lab.interrupt import StopRequest
 from lab.sampling import generation
+from lab.sampling.ahead import BackgroundStep
 from lab.sampling.compiled import CompiledStep
 
 HELP = "type a message; /reset forgets the conversation, Ctrl-C stops an answer, Ctrl-D ends"
@@ -34,7 +35,7 @@ class Chat:
     """The other arguments of generation.generate."""
     system: str | None = None
     """The system message."""
-    step: CompiledStep | None = None
+    step: CompiledStep | BackgroundStep | None = None
     messages: list[dict] = field(default_factory=list)
     """{"role": "user" or "assistant", "content": text}, in turns."""
     cache: object = None

@@ -12,19 +12,17 @@ from lab.errors import UserError
 class StaticCache:
     """What decoding one token needs of a stage's KVCache, with shapes that do not depend on its length.
 
-    It shares the tensors of a plain cache of one sequence, returns all of their slots, and masks the slots
-    that hold no token yet. A token that finds no free slot takes that of the oldest, as in a cache that is a
-    ring. The position of the next token is a tensor, so it is not a constant in compiled code.
+    It shares the tensors of a plain cache of one sequence (see `by_layer`), returns all of their slots, and
+    masks the slots that hold no token yet. A token that finds no free slot takes that of the oldest, as in a
+    cache that is a ring. The position of the next token is a tensor (1,), so it is not a constant in compiled
+    code.
     """
 
     length = 0  # stage 0 adds it to the number of new tokens, to check that there are enough positions
 
-    def __init__(self, cache):
-        stored = [value for value in vars(cache).values() if isinstance(value, torch.Tensor)]
-        # One tensor per layer, because compiled code copies a whole tensor to store a part of it.
-        self.layers = list(zip(*(tensor.unbind() for tensor in stored), strict=True))
-        self.slots = torch.arange(stored[0].size(3), device=stored[0].device)
-        self.position = torch.zeros(1, dtype=torch.int64, device=stored[0].device)
+    def __init__(self, layers, position):
+        self.layers, self.position = layers, position
+        self.slots = torch.arange(layers[0][0].size(2), device=position.device)
 
     def positions(self, n_new):
         """The position of the new token: (1,) int64."""
@@ -45,6 +43,15 @@ class StaticCache:
         """Does nothing: CompiledStep sets the position."""
 
 
+def by_layer(cache) -> list[tuple[torch.Tensor, ...]]:
+    """The tensors (B, heads, slots, width) of each layer of a plain cache. They share its memory.
+
+    One tensor per layer, because compiled code copies a whole tensor to store a part of it.
+    """
+    stored = [value for value in vars(cache).values() if isinstance(value, torch.Tensor)]
+    return list(zip(*(tensor.unbind() for tensor in stored), strict=True))
+
+
 class CompiledStep:
     """Decodes one token with a compiled model: logits (1, 1, vocab_size) = step(idx (1, 1)).
 
@@ -57,8 +64,9 @@ class CompiledStep:
     def __init__(self, model, length=None):
         started = time.perf_counter()
         self.cache = model.new_cache(1, model.config.block_size if length is None else length)
-        static = StaticCache(self.cache)
-        device = static.position.device
+        layers = by_layer(self.cache)
+        device = layers[0][0].device
+        static = StaticCache(layers, torch.zeros(1, dtype=torch.int64, device=device))
         for tensor in (*itertools.chain(*static.layers), static.position):
             torch._dynamo.mark_static_address(tensor)  # else writing to it prevents CUDA graphs
 

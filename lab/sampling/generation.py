@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from lab.errors import UserError
+from lab.sampling.ahead import BackgroundStep
 from lab.sampling.compiled import CompiledStep
 
 SMALLEST = torch.finfo(torch.float32).tiny  # temperatures below it may be 0 in float32
@@ -89,7 +90,7 @@ def generate(
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
     context: int | None = None,
-    step: CompiledStep | None = None,
+    step: CompiledStep | BackgroundStep | None = None,
     stop: Collection[int] = (),
     cache=None,
 ) -> Iterator[int]:

@@ -5,6 +5,8 @@ library of matrix products on a CPU, reads its own layout, in blocks, up to twic
 another. inductor uses the same two operations when it freezes a model.
 """
 
+from collections.abc import Callable
+
 import torch
 
 SMALLEST = 64 * 2**20  # bytes of a model's matrices. Smaller ones may stay in the processor's cache
@@ -12,13 +14,17 @@ SMALLEST = 64 * 2**20  # bytes of a model's matrices. Smaller ones may stay in t
 READ_BY_THE_MODEL = ("kv_b_proj",)
 
 
+def one_row_layout(weight: torch.Tensor) -> torch.Tensor:
+    """The weight in the layout for one row: decoding. More rows are faster than with a plain one, too."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight, 1)
+
+
 class PackedLinear(torch.nn.Module):
     """Stands in for an nn.Linear when its weight need not change: x (…, in) -> (…, out)."""
 
-    def __init__(self, linear: torch.nn.Linear):
+    def __init__(self, linear: torch.nn.Linear, layout: Callable = one_row_layout):
         super().__init__()
-        # The layout is chosen for one row, which is decoding. More rows are faster than with a plain one too.
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 1)
+        self.register_buffer("packed", layout(linear.weight.detach()), persistent=False)
         self.bias = linear.bias
         self.weight = linear.weight.detach().new_empty(0)  # says the dtype and the device
 
@@ -32,18 +38,27 @@ def pack(model: torch.nn.Module) -> bool:
     It does for large models on a CPU, in a dtype that oneDNN multiplies there. Experts stay as they are: they
     are stacks and no linear layers.
     """
-    places = [
+    weights = (getattr(parent, name).weight for parent, name in linears(model))
+    if sum(weight.nbytes for weight in weights) < SMALLEST or not can_pack(next(model.parameters())):
+        return False
+    replace_linears(model)
+    return True
+
+
+def linears(model: torch.nn.Module) -> list[tuple[torch.nn.Module, str]]:
+    """The linear layers that can be packed, each as its parent and its name there."""
+    return [
         (parent, name)
         for parent in model.modules()
         for name, child in parent.named_children()
         if type(child) is torch.nn.Linear and name not in READ_BY_THE_MODEL
     ]
-    weights = (getattr(parent, name).weight for parent, name in places)
-    if sum(weight.nbytes for weight in weights) < SMALLEST or not can_pack(next(model.parameters())):
-        return False
-    for parent, name in places:  # one by one, so that few matrices are in memory twice
-        setattr(parent, name, PackedLinear(getattr(parent, name)))
-    return True
+
+
+def replace_linears(model: torch.nn.Module, layout: Callable = one_row_layout) -> None:
+    """Puts a PackedLinear in the place of each; one by one, so that few matrices are in memory twice."""
+    for parent, name in linears(model):
+        setattr(parent, name, PackedLinear(getattr(parent, name), layout))
 
 
 def can_pack(weight: torch.Tensor) -> bool:

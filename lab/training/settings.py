@@ -28,8 +28,8 @@ class Settings(Generic[ModelConfig]):
     stage: str
     """Stage to train: its number or name. Default with --resume or --init-from: the run's."""
     data: str = "tinyshakespeare"
-    """tinyshakespeare, openshakespeare, openwebtext, or a path: a file of UTF-8 text, .jsonl or .parquet, or
-    a folder of such files."""
+    """tinyshakespeare, openshakespeare, pycode, openwebtext, or a path: a file of UTF-8 text, .jsonl or
+    .parquet, or a folder of such files."""
     tokenizer: Literal["char", "gpt2", "hf"] = "char"
     """char: tokens are characters; gpt2: GPT-2's 50257 word pieces (the only choice for openwebtext); hf: the
     tokenizer of the imported run that --init-from names. Default with --init-from: the run's."""

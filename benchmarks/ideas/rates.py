@@ -1,0 +1,127 @@
+"""How much of a stage's gain is a learning rate that suits it, with AdamW and with Muon.
+
+python -m benchmarks.ideas.rates trains the laptop preset with several learning rates and seeds; it reuses the
+runs of `python compare.py --tune`. Writes results/ideas/rates.json and its picture.
+"""
+
+import sys
+from dataclasses import dataclass
+
+from benchmarks import ideas
+from lab import cli, stages
+from lab.comparison import spread, stage_plots, wanted_runs
+from lab.training import run_plots
+
+RATES = {"adamw": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3), "muon": (2e-3, 4e-3, 8e-3, 1.6e-2)}
+NAMES = {"adamw": "AdamW", "muon": "Muon"}
+PRESET = 1e-3  # the preset's rate, at which the ladder is measured
+
+
+@dataclass
+class Settings:
+    """Measures losses by learning rate.
+
+    On one core, AdamW takes about 4 hours (1½ after compare.py --tune), and Muon about 1½.
+    """
+
+    stages: str | None = None
+    """Stages to train with AdamW, as in 0-7. None: all."""
+    muon_stages: str = "0,2,3,6"
+    """Stages to train with Muon too."""
+    seeds: int = 2
+    """Runs of each stage, optimizer and rate."""
+    steps: int = 2000
+    """Steps of each run."""
+
+
+def main():
+    settings = cli.parse_flags(Settings, sys.argv[1:])
+    chosen = {
+        "adamw": wanted_runs.chosen_stages(settings.stages),
+        "muon": wanted_runs.chosen_stages(settings.muon_stages),
+    }
+    losses = {
+        optimizer: {stage: by_rate(stage, optimizer, settings) for stage in names}
+        for optimizer, names in chosen.items()
+    }
+    measured = {"losses": losses, "seeds": settings.seeds, "steps": settings.steps}
+    heads = ["stage", "at the preset's rate", "gain", "best, AdamW", "gain", "best, Muon"]
+    ideas.write("rates", measured, heads, table(losses), lambda: draw(losses), describe(losses))
+
+
+def by_rate(stage: str, optimizer: str, settings: Settings) -> dict[str, dict]:
+    """The final validation losses of a stage, by learning rate."""
+    losses = {}
+    for rate in RATES[optimizer]:
+        flags = ["--stage", stage, "--optimizer", optimizer, "--steps", str(settings.steps)]
+        flags += ["--lr", str(rate), "--min-lr", str(rate / 10)]
+        finals = []
+        for seed in range(settings.seeds):
+            name = f"rates-{stage}-{optimizer}-{rate:g}-seed{seed}"
+            _, metrics = ideas.trained(name, [*flags, "--seed", str(seed)])
+            finals.append(metrics[-1]["val_loss"])
+        losses[f"{rate:g}"] = spread.summary(finals)
+    return losses
+
+
+def best(losses: dict[str, dict]) -> str:
+    """The rate with the lowest mean loss."""
+    return min(losses, key=lambda rate: losses[rate]["mean"])
+
+
+def table(losses: dict) -> list[list[str]]:
+    """A row for each stage; a gain is how far its loss is below that of the row above."""
+    rows, before = [], None
+    for stage, of in losses["adamw"].items():
+        now = of[f"{PRESET:g}"]["mean"], of[best(of)]["mean"]
+        gains = [f"{a - b:+.3f}" for a, b in zip(before, now, strict=True)] if before else ["", ""]
+        muon = losses["muon"].get(stage)
+        rows.append(
+            [
+                stages.label(stage),
+                f"{now[0]:.3f}",
+                gains[0],
+                f"{now[1]:.3f} at {best(of)}",
+                gains[1],
+                f"{muon[best(muon)]['mean']:.3f} at {best(muon)}" if muon else "",
+            ]
+        )
+        before = now
+    return rows
+
+
+def draw(losses: dict):
+    """Loss against rate, a line for each stage, a panel for each optimizer; bars from seed to seed."""
+    figure, panels = run_plots.new_figure(11, 4.6, columns=2)
+    for panel, (optimizer, of) in zip(panels, losses.items(), strict=True):
+        for stage, by_rate in of.items():
+            rates = [float(rate) for rate in by_rate]
+            means = [one["mean"] for one in by_rate.values()]
+            ends = [
+                (one["mean"] - min(one["values"]), max(one["values"]) - one["mean"])
+                for one in by_rate.values()
+            ]
+            look = stage_plots.style(stage)
+            panel.errorbar(rates, means, yerr=list(zip(*ends, strict=True)), capsize=2, **look)
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(rates, [f"{rate:g}" for rate in rates])
+        panel.set_xlabel("learning rate")
+        panel.set_title(NAMES[optimizer])
+        panel.grid(alpha=0.3)
+    panels[0].sharey(panels[1])
+    panels[0].set_ylabel("validation loss (nats per token)")
+    panels[0].legend(fontsize=8)
+    return figure
+
+
+def describe(losses: dict) -> str:
+    """The picture in words."""
+    spans = []
+    for optimizer, of in losses.items():
+        finals = [one[best(one)]["mean"] for one in of.values()]
+        spans.append(f"with {NAMES[optimizer]} between {min(finals):.2f} and {max(finals):.2f}")
+    return f"Validation loss against learning rate, a line for each stage; the best are {' and '.join(spans)}"
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,117 @@
+"""What the scripts in benchmarks/ideas/ share: runs that are reused, results that become a lesson's table."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from conftest import call
+from test_compare import made_up
+
+from benchmarks import ideas
+from benchmarks.ideas import rates
+from lab.errors import UserError
+from lab.pages import lessons
+from lab.training import run_plots
+
+FLAGS = ["--stage", "0", "--data", "words.txt", "--steps", "40", "--seed", "1"]
+
+
+@pytest.fixture
+def commands(workshop, monkeypatch):
+    """The commands that would train a run; each leaves a finished run instead."""
+    commands = []
+
+    def pretend(command, **_):
+        commands.append(command)
+        made_up("0", 1, [3.0, 1.5], folder=command[-1])
+        Path(command[-1], "sample.txt").touch()
+
+    monkeypatch.setattr(ideas.subprocess, "run", pretend)
+    return commands
+
+
+def test_a_finished_run_with_the_same_settings_is_reused(commands):
+    flags = ["--data", "words.txt"]
+    made_up("0", 0, [3.0, 1.1], folder="runs/other-seed", flags=flags)
+    made_up("0", 1, [3.0, 1.2], folder="runs/other-rate", flags=[*flags, "--lr", "0.5"])
+    made_up("0", 1, [3.0, 1.3], folder="runs/compare/laptop/right", flags=flags)
+    folder, metrics = ideas.trained("mine", FLAGS)
+    assert folder.name == "right" and metrics[-1]["val_loss"] == 1.3 and commands == []
+
+
+def test_a_missing_run_is_trained_once(commands):
+    for _ in range(2):
+        folder, metrics = ideas.trained("mine", FLAGS)
+        assert folder == ideas.runs.RUNS / "ideas" / "mine" and metrics[-1]["val_loss"] == 1.5
+    assert len(commands) == 1 and commands[0][2:-2] == ["--preset", "laptop", "--device", "cpu", *FLAGS]
+
+
+def test_an_interrupted_run_is_resumed(commands):
+    (ideas.runs.RUNS / "ideas" / "mine" / "last").mkdir(parents=True)
+    with pytest.raises(FileExistsError):  # where train.py would resume, this pretence makes a new folder
+        ideas.trained("mine", FLAGS)
+    assert commands[0][2:-2] == ["--resume"]
+
+
+def test_a_run_of_other_code_is_refused(commands, monkeypatch):
+    ideas.trained("mine", FLAGS)
+    monkeypatch.setattr(ideas.edits, "difference", lambda config: "its code has changed")
+    with pytest.raises(UserError, match="mine cannot be used: its code has changed; delete it"):
+        ideas.trained("mine", FLAGS)
+
+
+def test_results_become_the_table_and_the_picture_of_a_lesson(tmp_path, monkeypatch):
+    monkeypatch.setattr(lessons, "IDEAS", tmp_path)
+    shades = []
+
+    def draw():
+        figure, axes = run_plots.new_figure(2, 1)
+        shades.append(axes.get_facecolor())
+        return figure
+
+    ideas.write("widths", {"ms": [1.5]}, ["width", "ms"], [["128", "1.5"]], draw, "A line.")
+    made = json.loads((tmp_path / "widths.json").read_text())
+    assert made["ms"] == [1.5] and "commit" in made["machine"]
+    assert shades[0] != shades[1] and (tmp_path / "widths-dark.png").stat().st_size > 500
+    page = lessons.filled("a\n<!-- pays widths -->\n<!-- end -->\nb\n", "stage0_gpt", lessons.read_results())
+    assert "| 128 | 1.5 |" in page and '<img alt="A line." src="../results/ideas/widths.png">' in page
+    ideas.write("widths", {}, ["width"], [["128"]])
+    again = lessons.filled(page, "stage0_gpt", lessons.read_results())
+    assert "<img" not in again and re.search(r"-->\n\| width \|\n", again) and again.endswith("-->\nb\n")
+
+
+def test_a_gain_is_measured_from_the_row_above_at_its_best_mean(monkeypatch):
+    """Of two seeds: one lucky loss does not make a rate the best."""
+    losses = {
+        "stage0_gpt": {5e-4: [2.5, 2.5], 1e-3: [2.0, 2.0], 2e-3: [1.8, 1.9], 4e-3: [1.0, 3.0], 8e-3: [3, 3]}
+    }
+    losses["stage3_swiglu"] = {rate: [1.7, 1.7] for rate in losses["stage0_gpt"]} | {5e-4: [1.6, 1.6]}
+    asked = []
+
+    def trained(name, flags):
+        stage, optimizer, rate, seed = (
+            flags[flags.index(f"--{x}") + 1] for x in ("stage", "optimizer", "lr", "seed")
+        )
+        asked.append((stage, optimizer, float(rate), int(seed)))
+        values = losses[stage] if optimizer == "adamw" else dict.fromkeys(rates.RATES["muon"], (1.5, 1.5))
+        return None, [{"val_loss": values[float(rate)][int(seed)]}]
+
+    monkeypatch.setattr(ideas, "trained", trained)
+    written = {}
+    monkeypatch.setattr(
+        ideas, "write", lambda idea, measured, heads, rows, draw, alt: written.update(locals())
+    )
+    assert call(monkeypatch, rates, "--stages", "0,3", "--muon-stages", "3") == 0
+    assert len(asked) == len(set(asked)) == 2 * 5 * 2 + 4 * 2
+    assert written["rows"][0] == ["0 gpt", "2.000", "", "1.850 at 0.002", "", ""]
+    assert written["rows"][1] == [
+        "3 swiglu",
+        "1.700",
+        "+0.300",
+        "1.600 at 0.0005",
+        "+0.250",
+        "1.500 at 0.002",
+    ]
+    assert "with AdamW between 1.60 and 1.85 and with Muon between 1.50 and 1.50" in written["alt"]
+    assert len(written["draw"]().axes) == 2
