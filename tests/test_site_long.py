@@ -232,11 +232,11 @@ def test_the_models_compute_in_the_page_what_torch_computes(visit, trained):
 def test_a_written_text_shows_attention_and_experts_of_any_character(visit):
     page = visit("index.html")
     text, panel, status = (page.locator(f"#try .{name}") for name in ("text", "panel", "status"))
-    assert text.locator("button").count() == models.RECORDED  # before anything is loaded
+    assert text.locator("button").count() == len(models.READ)  # before anything is loaded
     assert panel.locator("caption").first.inner_text().startswith("Layer 1: experts ")
-    page.get_by_label("Beginning of the text").fill("DO")
+    page.get_by_label("Beginning of the text").fill("AJ")
     page.get_by_role("button", name="Load and write").click()
-    page.get_by_text("The model does not know “D”.").wait_for()
+    page.get_by_text("The model does not know “J”.").wait_for()
     page.get_by_label("Model").select_option("stage7_mla_mtp")
     page.get_by_label("Beginning of the text").fill("ROMEO:")
     page.get_by_label("Characters to write").fill("100")
@@ -258,7 +258,7 @@ def test_a_written_text_shows_attention_and_experts_of_any_character(visit):
 def test_make_site_trains_what_is_missing_and_reuses_it(workshop, monkeypatch, text):
     """With two steps of training, on a made-up text in the place of TinyShakespeare."""
     monkeypatch.setattr(models, "DATA", str(workshop / "words.txt"))
-    monkeypatch.setattr(models, "PROMPT", "a")
+    monkeypatch.setattr(models, "READ", "a bad")
     assert call(monkeypatch, site_command, "--steps", "2") == 0
     assert {f"{name}.js" for name in models.STAGES} < {path.name for path in Path("site/static").iterdir()}
     before = {path: path.stat().st_mtime for path in runs.RUNS.rglob("config.json")}

@@ -43,6 +43,10 @@ class Settings:
     steps: int = 1000
     """Training steps of each of the three models that run in the page; 0: a page without them."""
 
+    def __post_init__(self):
+        if self.steps < 0:
+            raise ValueError(f"steps must be 0 or more, not {self.steps}")
+
 
 def build(out: Path, trained: dict) -> None:
     """Writes the site; trained: the models of its first page, as `models.trained` returns them."""
@@ -101,14 +105,13 @@ def reading_order() -> list[tuple[str, str]]:
 
 def put_own_pages(put, trained: dict) -> None:
     """The first page and the page of costs."""
-    results, course = lessons.read_results(), stages.course()
+    results = lessons.read_results()
     sizes = charts.costs(results)
-    put("cost.html", "cost.html", course=course, sizes=sizes, rounds=results["rounds"])
+    put("cost.html", "cost.html", sizes=sizes, rounds=results["rounds"])
     put(
         "index.html",
         "home.html",
-        course=course,
-        stages=[station(name, results) for name in course],
+        stages=[station(name, results) for name in stages.course()],
         measured=sizes[0],
         curves=charts.curves(),
         models={name: stages.label(name) for name in trained},
@@ -137,8 +140,7 @@ def station(name: str, results: dict) -> dict:
 
 def main():
     settings = cli.parse_flags(Settings, sys.argv[1:])
-    trained = models.trained(settings.steps) if settings.steps else {}
-    build(Path(settings.out), trained)
+    build(Path(settings.out), models.trained(settings.steps) if settings.steps else {})
     print(f"open {shown(Path(settings.out) / 'index.html')}")
 
 

@@ -23,7 +23,7 @@ SIZES = {"n_layer": 4, "n_head": 4, "n_embd": 64, "block_size": 64}
 RATES = {"lr": 3e-3, "min_lr": 3e-4}
 EXAMPLE = "stage6_moe"  # of which an example is recorded
 PROMPT = "ROMEO:\n"
-RECORDED = 48  # characters of the recorded example
+READ = f"{PROMPT}But, soft! what light through yonder window breaks?"  # in the recorded example
 
 
 def trained(steps: int) -> dict[str, tuple]:
@@ -110,12 +110,10 @@ def script(key: str, content: dict) -> str:
 
 @torch.no_grad()
 def recorded(stage, model: torch.nn.Module, tokenizer) -> dict:
-    """A text that a model continues greedily, as the page's script makes it: the characters, and for each
+    """What a model computes when it reads a text, in the form of the page's script: for each character
     {"attention": [layer][head] -> shares of the keys so far, "experts": [layer] -> [[expert, weight]]}.
     """
-    idx = torch.tensor(tokenizer.encode(PROMPT).astype("int64"))[None]
-    while idx.size(1) < RECORDED:
-        idx = torch.cat((idx, model(idx)[0][:, -1:].argmax(-1)), dim=1)
+    idx = torch.tensor(tokenizer.encode(READ).astype("int64"))[None]
     attention, experts = [], []  # by layer: (head, query, key); (position, choice, 2)
 
     def record(q, k, v, mask, dropout):
@@ -141,4 +139,4 @@ def recorded(stage, model: torch.nn.Module, tokenizer) -> dict:
         }
         for t in range(idx.size(1))
     ]
-    return {"characters": list(tokenizer.decode(idx[0].tolist())), "steps": steps}
+    return {"characters": list(READ), "steps": steps}
