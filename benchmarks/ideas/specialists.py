@@ -157,7 +157,7 @@ def loyal(characters: np.ndarray, layer: np.ndarray) -> float:
     """The share of the characters, of those that are not rare, that are loyal to one of the experts."""
     counts = np.bincount(characters)
     shares = users(characters, layer, len(counts))[counts >= RARE]
-    return float(np.mean(shares.max(axis=1) >= LOYAL))
+    return float(np.sum(shares.max(axis=1) >= LOYAL) / max(1, len(shares)))
 
 
 def entropy(counts: np.ndarray) -> float:
