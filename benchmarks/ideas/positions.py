@@ -40,7 +40,7 @@ class Settings:
     """Models of each kind."""
     lengths: tuple[int, ...] = (64, 128, 256, 512)
     """Tokens to read at once, in ascending order. The first is the length in training."""
-    windows: int = 512
+    windows: int = 128
     """Places in the validation text up to which they are read."""
 
 
