@@ -92,7 +92,7 @@ def measure(width: int, dtype: torch.dtype, settings: Settings) -> dict:
 def speeds(calls: dict[str, Callable], least_bytes: int, rounds: int) -> dict:
     """The median milliseconds of each call, made in turn, and the GB/s if it moves only the least bytes.
 
-    The calls have one thread, and the time is that of the CPU: other programs on the machine disturb it least.
+    The calls have one thread, and the time is that of the CPU: other programs disturb it least.
     """
     seconds = {name: [] for name in calls}
     for _ in range(3 + rounds):
