@@ -40,7 +40,7 @@ class Settings:
     """Models of each kind."""
     lengths: tuple[int, ...] = (64, 128, 256, 512)
     """Tokens to read at once, in ascending order. The first is the length in training."""
-    windows: int = 512
+    windows: int = 128
     """Places in the validation text up to which they are read."""
 
 
@@ -149,9 +149,7 @@ def picture(by_position: dict[str, torch.Tensor], farthest: dict[str, list], tra
         middles = (np.arange(len(smooth)) + 0.5) * (trained // 4)
         far.plot(middles, smooth, color=COLORS[name], linewidth=1.6, marker="o", markersize=3, label=name)
     far.axvline(trained, color="#888888", linewidth=1)
-    far.annotate(
-        " end of training's context", (trained, far.get_ylim()[1]), va="top", color="#888888", fontsize=8
-    )
+    far.annotate(" end of the context in training", (trained, far.get_ylim()[1]), va="top", fontsize=8)
     near.set_ylabel("validation loss (nats per token)")
     for axes in (near, far):
         axes.set_xlabel("position in the context")
