@@ -23,7 +23,7 @@ MEASURED = {
     ("benchmarks", "against_nanogpt"): {"nanogpt"},
     ("benchmarks", "against_transformers"): {"transformers"},
     ("serving", "serving"): {"throughput", "waste"},
-    ("stage5_flash", "attention"): {"crossover", "context"},
+    ("stage5_flash", "attention"): {"crossover"},
     ("stage6_moe", "moe"): {"balancing", "speeds"},
     ("stage7_mla_mtp", "mla"): {"training", "caches", "decoding", "drafts"},
 }

@@ -36,7 +36,7 @@ class Settings:
     """Number of interleaved measurements; medians are reported."""
     contexts: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384)
     """Numbers of tokens of the one text in the batch."""
-    largest: float = 5.5
+    largest: float = 6.0
     """GiB that a process may use; what needs more is reported as too large."""
     precision: int = 128
     """The longest context that trains in 4 GiB is searched among the multiples of this number."""
