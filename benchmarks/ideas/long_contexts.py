@@ -38,7 +38,7 @@ class Settings:
     """Numbers of tokens of the one text in the batch."""
     largest: float = 6.0
     """GiB that a process may use; what needs more is reported as too large."""
-    precision: int = 128
+    precision: int = 512
     """The longest context that trains in 4 GiB is searched among the multiples of this number."""
 
 
@@ -126,7 +126,8 @@ def longest_context(name: str, measured: dict[int, dict], settings: Settings) ->
     while high - low > 1:
         middle = (low + high) // 2
         context = middle * settings.precision
-        if fits(context, one(name, "training", context)):
+        repeats = [one(name, "training", context) for _ in range(settings.rounds)]
+        if fits(context, summary(repeats, context)):
             low = middle
         else:
             high = middle
