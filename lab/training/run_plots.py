@@ -148,35 +148,6 @@ def balancing(histories: dict[str, list[dict]], path: Path) -> None:
     figure.savefig(path)
 
 
-def against_context(measured: dict[str, dict], contexts: list[int], path: Path) -> None:
-    """Plots training tokens/s and memory of attention implementations against the context, as a PNG.
-
-    measured: for each name the stage, and tokens_per_second and memory (bytes) by context.
-    """
-    from matplotlib.ticker import LogLocator, NullLocator
-
-    figure, (speed, memory) = new_figure(9, 4.2, columns=2)
-    for name, values in measured.items():
-        tiled = name.endswith(".py")
-        style = {"linestyle": "--" if tiled else "-", "marker": "s" if tiled else "o", "label": name}
-        style["color"] = "#999999" if tiled else stage_color(values["stage"])
-        speed.plot(values["tokens_per_second"].keys(), values["tokens_per_second"].values(), **style)
-        memory.plot(values["memory"].keys(), [v / 2**20 for v in values["memory"].values()], **style)
-    for axes in (speed, memory):
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.set_xticks(contexts, [str(context) for context in contexts])
-        axes.set_xlabel("context (tokens)")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter("{x:,.0f}")
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.grid(alpha=0.3)
-    speed.set_ylabel("training tokens/s")
-    memory.set_ylabel("memory of a training step (MiB)")
-    memory.legend()
-    figure.savefig(path)
-
-
 def stage_color(name: str) -> str:
     """The colour of a stage. Relatives and variants have colours of their own, repeated as needed."""
     i, n_stages = stages.names().index(name), len(stages.course())
