@@ -26,7 +26,7 @@ ALLOWED = {
         "exercises",
     },
     "lab/pages/figures": {*ROOMS, "deploy"},
-    "lab/pages/site": set(ROOMS),
+    "lab/pages/site": {*ROOMS, "exercises"},
     "deploy": set(ROOMS),
     "benchmarks": {*ROOMS, "deploy"},
     "exercises": {*ROOMS, "deploy"},

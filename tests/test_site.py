@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from data.tokenizers import CharTokenizer
+from exercises import chapters, cut
 from lab import stages
 from lab.comparison import diffs
 from lab.errors import UserError
@@ -188,6 +189,19 @@ def test_questions_have_folded_answers(site):
         assert main.count("<details><summary>Answer</summary>") == text.count("<summary>Answer</summary>") > 0
 
 
+@pytest.mark.parametrize("chapter", chapters.CHAPTERS, ids=lambda chapter: chapter.name)
+def test_exercises_have_folded_hints_and_the_courses_code_as_folded_solution(site, chapter):
+    html = page(site, f"{Path(chapter.source).parent}/README.html")
+    for exercise in chapter.exercises:
+        pattern = rf'<section class="exercise" id="exercise-{exercise.number}">.*?</section>'
+        shown = re.search(pattern, html, re.DOTALL)[0]
+        folded = [plain(text) for text in re.findall(r"</summary>(.*?)</details>", shown, re.DOTALL)]
+        reference = chapter.reference(chapter.source_of(exercise))
+        code = "\n\n".join(cut.piece(reference, name) for name in exercise.functions)
+        assert folded == [exercise.shapes, exercise.steps, code + "\n"]
+        assert exercise.question in plain(shown)
+
+
 def test_a_filled_section_on_where_an_idea_pays_keeps_its_table_and_its_picture(tmp_path, monkeypatch):
     table = "| size | gain |\n|---|---|\n| 8 | 2.5× |"
     picture = '<picture>\n  <img alt="a gain" src="../results/ideas/x.png">\n</picture>'
@@ -225,12 +239,10 @@ def test_a_stations_numbers_are_those_of_the_results(site):
     ) in text.replace(" ", "")
 
 
-def test_a_stage_has_a_button_for_each_of_its_notebooks(tmp_path, monkeypatch):
-    cells = [{"source": ["# Heads\n", "share keys"]}, {"source": ["see stage4_gqa, stage3_swiglu"]}]
-    (tmp_path / "01_heads.ipynb").write_text(json.dumps({"cells": cells}))
-    monkeypatch.setattr(site_command, "NOTEBOOKS", tmp_path)
-    assert site_command.notebooks("stage4_gqa") == {"notebooks/01_heads.ipynb": "Heads"}
-    assert site_command.notebooks("stage3_swiglu") == {}
+def test_a_stage_has_a_button_for_each_notebook_of_its_lesson(site):
+    panel = re.search(r'id="stage4_gqa">.*?</section>', page(site, "index.html"), re.DOTALL)[0]
+    found = re.search(r'href="(notebooks/\w+\.ipynb)">Notebook: The cache, growing</a>', panel)
+    assert (site / found[1]).read_bytes() == (stages.ROOT / found[1]).read_bytes()
 
 
 def test_a_table_behind_the_curves_has_all_their_numbers(site):
@@ -363,17 +375,16 @@ def test_an_older_site_is_replaced_whole(tmp_path, monkeypatch):
 
 
 def test_finished_runs_are_reused_and_others_trained_anew(tmp_path, monkeypatch):
-    class Done:
-        def wait(self):
-            return 0
-
     begun = []
     monkeypatch.setattr(models.runs, "RUNS", tmp_path)
     monkeypatch.setattr(models, "finished", lambda folder, steps: "stage4" in folder.name)
-    monkeypatch.setattr(models, "train", lambda name, steps, folder: begun.append((name, steps)) or Done())
+    monkeypatch.setattr(models, "train", lambda name, steps, folder: begun.append((name, steps)) or 0)
     monkeypatch.setattr(models, "loaded", lambda folder: folder.name)
     found = models.trained(7)
-    assert begun == [("stage6_moe", 7), ("stage7_mla_mtp", 7)] and list(found) == list(models.STAGES)
+    assert sorted(begun) == [("stage6_moe", 7), ("stage7_mla_mtp", 7)] and list(found) == list(models.STAGES)
+    monkeypatch.setattr(models, "train", lambda name, steps, folder: 2)
+    with pytest.raises(UserError, match="was not trained"):
+        models.trained(7)
 
 
 def test_the_generator_and_the_scripts_stay_small():

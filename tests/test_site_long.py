@@ -110,6 +110,8 @@ def test_the_curves_follow_the_axis_the_stages_and_the_station(visit):
     assert "FLOPs" in page.locator(".tip").inner_text() and "1 rmsnorm" in page.locator(".tip").inner_text()
     page.locator('.stations a[href="#stage4_gqa"]').click()
     assert page.locator(".curve:not(.other)").count() == 2  # the step from stage 3 to stage 4
+    page.reload()
+    assert page.locator(".curve:not(.other)").count() == 2
 
 
 def test_the_stations_are_tabs_for_mouse_and_keyboard(visit):

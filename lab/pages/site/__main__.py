@@ -12,7 +12,6 @@ if __name__ == "__main__":
     terminal.prepare()  # first, since importing torch takes seconds
 
 import ast
-import json
 import posixpath
 import re
 import shutil
@@ -21,6 +20,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader
 
+from exercises import chapters
 from lab import atomic, cli, stages
 from lab.comparison import report
 from lab.errors import UserError, shown
@@ -29,8 +29,8 @@ from lab.pages.site import charts, code, models, prose
 
 HERE = Path(__file__).parent
 FURTHER = ("family/deepseek_v3/README.md", "deploy/quantization/README.md", "deploy/serving/README.md")
-NOTEBOOKS = stages.ROOT / "notebooks"
 OTHERS = ("README.md", "docs/learning-path.md", "docs/glossary.md", "docs/scale.md", "docs/benchmarks.md")
+CHAPTERS = {posixpath.dirname(chapter.source): chapter for chapter in chapters.CHAPTERS}
 LINK = re.compile(r'(?:href|src|srcset)="([^"#:]+)(?:#[^"]*)?"')  # without a scheme: within the site
 
 
@@ -81,7 +81,8 @@ def write(site: Path, trained: dict) -> None:
         if (stages.ROOT / f"{source}.md").exists():
             page = prose.render(f"{source}.md", templates.get_template("hunks.html"), terms)
             index += [[page.title, f"{address}#{at}", *texts] for _, at, *texts in page.sections]
-            put(address, "page.html", title=page.title, page=page)
+            chapter = CHAPTERS.get(posixpath.dirname(source))
+            put(address, "page.html", title=page.title, page=page, chapter=chapter, solution=code.solution)
         elif source.endswith(".py"):
             put(address, "source.html", title=source, lines=code.lines(source))
         else:
@@ -129,20 +130,9 @@ def station(name: str, results: dict) -> dict:
         "lines": results["stages"][name]["lines_changed"],
         "summary": docstring.partition(": ")[2].partition("\n")[0],
         "lesson": f"{folder}/README.html",
-        "notebooks": notebooks(name),
+        "notebooks": re.findall(r"\[([^\]]+)\]\(\.\./(notebooks/[^)]+)\)", text),
         "figure": picture.replace('"figures/', f'"{folder}/figures/'),
     }
-
-
-def notebooks(name: str) -> dict[str, str]:
-    """The address and title of each notebook whose text names this stage first."""
-    found = {}
-    for path in sorted(NOTEBOOKS.glob("*.ipynb")):
-        text = "\n".join("".join(cell["source"]) for cell in json.loads(path.read_text())["cells"])
-        places = {text.index(stage): stage for stage in stages.course() if stage in text}
-        if places and places[min(places)] == name:
-            found[f"notebooks/{path.name}"] = re.search(r"^# (.*)", text, re.MULTILINE)[1]
-    return found
 
 
 def main():

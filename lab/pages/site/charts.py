@@ -11,9 +11,9 @@ CURVES = stages.ROOT / "results" / "curves.json"
 # The columns of the measured models: key, name, digits, and what a number is divided by.
 MEASURED = [
     ("val_loss", "validation loss, nats", 3, 1),
-    ("seconds_to_loss", f"seconds to a loss of {report.LOSS_TO_REACH}", 0, 1),
     ("training_tokens_per_second", "training tokens/s", 0, 1),
     ("decoding_tokens_per_second", "decoding tokens/s", 0, 1),
+    ("seconds_to_loss", f"seconds to a loss of {report.LOSS_TO_REACH}", 0, 1),
     ("flops_per_token", "FLOPs per token, millions", 2, 1e6),
     ("parameters", "parameters, millions", 2, 1e6),
     ("active_parameters", "active parameters, millions", 2, 1e6),

@@ -8,6 +8,8 @@ from html import escape
 from pygments import highlight, lexers
 from pygments.formatters import HtmlFormatter
 
+from exercises import cut
+from exercises.units import Chapter, Exercise
 from lab import stages
 
 NAME = re.compile(r'<span class="(n|nc|nf|nb|bp)">(\w+)</span>')  # Pygments' classes for names
@@ -23,6 +25,12 @@ def coloured(text: str, language: str) -> str:
 def lines(file: str) -> list[str]:
     """The lines of a Python file of the course, as HTML."""
     return coloured((stages.ROOT / file).read_text(encoding="utf-8"), "python").split("\n")
+
+
+def solution(chapter: Chapter, exercise: Exercise) -> str:
+    """The course's own code for an exercise, as HTML."""
+    reference = chapter.reference(chapter.source_of(exercise))
+    return coloured("\n\n".join(cut.piece(reference, name) for name in exercise.functions), "python")
 
 
 def definitions(file: str) -> dict[str, tuple[int, str]]:

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest.mock import patch
 
@@ -29,15 +30,12 @@ def trained(steps: int) -> dict[str, tuple]:
     """The models and their tokenizers, by stage; trained if they are missing or their code has changed."""
     folders = {name: runs.RUNS / "site" / f"{name}-{edits.code_hash(name)}-{steps}" for name in STAGES}
     waiting = [name for name in STAGES if not finished(folders[name], steps)]
-    while waiting:
-        batch, waiting = waiting[:2], waiting[2:]
-        print(f"training {' and '.join(batch)} for {steps} steps", flush=True)
-        started = [train(name, steps, folders[name]) for name in batch]
-        statuses = [process.wait() for process in started]
-        if any(statuses):
-            raise UserError(
-                "a model of the page was not trained (see above); --steps 0 builds without models"
-            )
+    if waiting:
+        print(f"training {' and '.join(waiting)} for {steps} steps", flush=True)
+    with ThreadPoolExecutor(2) as pool:  # the last stage takes longest, so it starts first
+        statuses = pool.map(lambda name: train(name, steps, folders[name]), reversed(waiting))
+        if any(list(statuses)):
+            raise UserError("a model of the page was not trained (see above): --steps 0 builds without them")
     return {name: loaded(folder) for name, folder in folders.items()}
 
 
@@ -53,8 +51,8 @@ def loaded(folder: Path) -> tuple:
     return model.eval(), runs.tokenizer(folder)
 
 
-def train(name: str, steps: int, folder: Path) -> subprocess.Popen:
-    """Starts the training of one of the models, with one thread and from the beginning."""
+def train(name: str, steps: int, folder: Path) -> int:
+    """Trains one of the models from the beginning, with one thread; returns the exit status."""
     shutil.rmtree(folder, ignore_errors=True)
     flags = RATES | {f"model.{size}": value for size, value in SIZES.items()}
     flags |= {"stage": name, "preset": "laptop", "device": "cpu", "steps": steps, "eval_every": steps}
@@ -62,7 +60,7 @@ def train(name: str, steps: int, folder: Path) -> subprocess.Popen:
     written = [text for key, value in flags.items() for text in (f"--{key.replace('_', '-')}", str(value))]
     alone = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "train.py", *written]
-    return subprocess.Popen(command, cwd=stages.ROOT, stdout=subprocess.DEVNULL, env=alone)
+    return subprocess.run(command, cwd=stages.ROOT, stdout=subprocess.DEVNULL, env=alone).returncode
 
 
 def in_8_bits(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -114,7 +114,7 @@ function lossCurves(figure, { stages }) {
     FLOPs: { name: "FLOPs, trillions", digits: 2, of: (stage, tokens) => (tokens * stage.flops_per_token) / 1e12 },
   };
   const hidden = new Set();
-  let way = ways.tokens, chosen = -1;
+  let way = ways.tokens, chosen = stages.findIndex(({ name }) => location.hash === `#${name}`);
   const draw = () => {
     const shown = stages.filter((stage) => !hidden.has(stage.name));
     const all = (get) => shown.flatMap((stage) => stage.tokens.map((tokens, i) => get(stage, i)));
