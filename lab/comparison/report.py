@@ -9,7 +9,7 @@ import torch
 
 from lab import stages
 from lab.comparison import diffs, markdown, spread, wanted_runs
-from lab.training import cost
+from lab.training import cost, run_plots
 
 LOSS_TO_REACH = 2.0
 IDEAS = {
@@ -227,6 +227,6 @@ def draw(
                     pictures[f"{what}_context"] = stage_plots.by_context(speeds[f"{what}_by_context"], what)
             for name, figure in pictures.items():
                 path = out / f"{name}{'-dark' if dark else ''}.png"
-                figure.savefig(path)
+                run_plots.save(figure, path)
                 drawn.append(path.name)
     return drawn
