@@ -86,16 +86,15 @@ def curves(found: dict[str, wanted_runs.StageRuns], rows: dict[str, dict]) -> di
     made = {}
     for name, stage_runs in found.items():
         histories = list(stage_runs.history.values())
+        ends = [metrics[-1] for metrics in histories]
         evaluated = [[r for r in metrics if "val_loss" in r] for metrics in histories]
         losses = [[r["val_loss"] for r in at] for at in zip(*evaluated, strict=False)]
         std = [rounded(statistics.stdev(at)) if len(at) > 1 else None for at in losses]
         made[name] = {
             "seeds": list(stage_runs.history),
             "flops_per_token": rows[name]["flops_per_token"],
+            "tokens_per_second": rounded(ends[0]["tokens"] / statistics.mean(end["seconds"] for end in ends)),
             "tokens": [r["tokens"] for r in evaluated[0]],
-            "seconds": [
-                rounded(statistics.mean(r["seconds"] for r in at)) for at in zip(*evaluated, strict=False)
-            ],
             "val_loss": {"mean": [rounded(statistics.mean(at)) for at in losses], "std": std},
             "train": {
                 "tokens": [r["tokens"] for r in histories[0]],
