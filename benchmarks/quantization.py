@@ -305,7 +305,7 @@ def plot_outliers(run: Path, settings: Settings, path: Path) -> None:
     axes.set_title(run.name)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path)
+    run_plots.save(figure, path)
 
 
 def fill_lesson(text: str) -> None:
@@ -333,7 +333,7 @@ def plot(rows: list[dict], path: Path) -> None:
         panel.grid(alpha=0.3)
     (panels if len(names) == 1 else panels[0]).set_ylabel("divergence (nats per token)")
     figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", fontsize=8, ncols=3)
-    figure.savefig(path)
+    run_plots.save(figure, path)
 
 
 if __name__ == "__main__":

@@ -57,12 +57,6 @@ def trained(stage: str, steps: int, *flags: str) -> tuple[torch.nn.Module, data.
     return model, runs.tokenizer(folder)
 
 
-def validation_text(n: int, start: int = 0) -> str:
-    """n characters of the validation text, which no model was trained on."""
-    dataset = data.load(DATA)
-    return dataset.tokenizer.decode(dataset.val[start : start + n])
-
-
 def show_text(text: Sequence[str], colors: Sequence, title: str = "", columns: int = 64) -> None:
     """Draws one cell per character (or other short token), each in its colour."""
     rows = -(-len(text) // columns)

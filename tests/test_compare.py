@@ -275,6 +275,7 @@ def test_curves_are_means_over_the_seeds(only_draw, no_pictures):
     assert curves["stage0_gpt"]["val_loss"] == {"mean": [3.0, 1.9], "std": [0.0, 0.1]}
     assert curves["stage0_gpt"]["tokens"] == [20 * 768, 40 * 768]
     assert curves["stage0_gpt"]["train"] == {"tokens": [20 * 768, 40 * 768], "loss": [3.0, 1.9]}
+    assert curves["stage0_gpt"]["tokens_per_second"] == 7680  # by the runs' clocks: no speed was measured
     assert curves["stage3_swiglu"]["val_loss"]["std"] == [None, None]
 
 

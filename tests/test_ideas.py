@@ -4,8 +4,10 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import call
+from PIL import Image
 from test_compare import made_up
 
 from benchmarks import ideas
@@ -115,3 +117,15 @@ def test_a_gain_is_measured_from_the_row_above_at_its_best_mean(monkeypatch):
     ]
     assert "with AdamW between 1.60 and 1.85 and with Muon between 1.50 and 1.50" in written["alt"]
     assert len(written["draw"]().axes) == 2
+
+
+def test_pictures_are_small_and_look_the_same(tmp_path):
+    figure, axes = run_plots.new_figure(6, 4)
+    for i, color in enumerate(run_plots.RUN_COLORS):
+        axes.plot([0, 1], [i, i + 1], color=color, label=f"line {i}")
+    axes.legend()
+    figure.savefig(tmp_path / "whole.png")
+    run_plots.save(figure, tmp_path / "small.png")
+    whole, small = (Image.open(tmp_path / f"{name}.png").convert("RGB") for name in ("whole", "small"))
+    assert np.abs(np.asarray(whole, dtype=int) - np.asarray(small)).mean() < 0.5  # of 255
+    assert (tmp_path / "small.png").stat().st_size < 0.6 * (tmp_path / "whole.png").stat().st_size

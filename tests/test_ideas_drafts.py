@@ -52,7 +52,7 @@ def test_compiled_passes_write_the_same_text_beyond_the_context(model, passes, n
     expected = drafts.decode(model, PROMPTS, 0.0, 30, 0, None)
     assert len(set(expected[0])) > 1
     assert drafts.decode(passes, PROMPTS, 0.0, 30, n_drafts, generation.DraftCounts()) == expected
-    assert set(passes.sizes) == set(range(1, n_drafts + 2))  # and longer passes are not compiled
+    assert max(passes.sizes) == n_drafts + 1  # longer passes are not compiled
 
 
 def test_compiled_passes_draw_the_same_tokens_by_chance(model, passes):

@@ -137,6 +137,15 @@ def test_a_router_without_context_knows_no_more_of_the_neighbours_than_the_chara
     assert second["itself"] > 0.9  # shuffling among equals keeps what is known of the character
 
 
+def test_a_character_is_loyal_if_nearly_all_of_it_uses_one_expert(monkeypatch):
+    monkeypatch.setattr(specialists, "RARE", 20)
+    characters = np.repeat([0, 1, 2], [20, 20, 19])  # the last one is rare
+    layer = np.stack([np.zeros(59, int), np.arange(59) % 9 + 1], axis=1)
+    assert specialists.loyal(characters, layer) == 1
+    layer[:2, 0] = 10  # 90 % of the first character are left
+    assert specialists.loyal(characters, layer) == 0.5
+
+
 def test_spaces_at_the_start_of_a_line_are_a_class_of_their_own():
     text = "a  b\n  c"
     layer = np.array([[0, 1], [2, 1], [2, 1], [0, 1], [3, 1], [4, 1], [4, 0]])  # of all but the last

@@ -44,7 +44,7 @@ def measured(monkeypatch):
 
 
 def test_the_longest_context_is_searched_by_measuring_to_the_precision_that_is_stated(measured):
-    settings = long_contexts.Settings(rounds=1, contexts=(1024, 4096, 16384), precision=64)
+    settings = long_contexts.Settings(rounds=2, contexts=(1024, 4096, 16384), precision=64)
     found = long_contexts.by_context("training", settings)["stage 4"]
     assert "error" in found[16384]
     measured.clear()
@@ -52,9 +52,8 @@ def test_the_longest_context_is_searched_by_measuring_to_the_precision_that_is_s
     assert longest["measured"] and longest["context"] % 64 == 0
     assert quadratic(longest["context"]) <= 4 * GIB < quadratic(longest["context"] + 64)
     for context in (longest["context"], longest["context"] + 64):
-        assert (
-            longest["tried"][context] == quadratic(context) and ("4", "auto", "training", context) in measured
-        )
+        assert longest["tried"][context] == quadratic(context)
+        assert measured.count(("4", "auto", "training", context)) == 2
 
 
 def test_what_was_not_searched_is_called_extrapolated(measured, monkeypatch, tmp_path):

@@ -12,6 +12,7 @@ import matplotlib
 import pytest
 
 import train
+from lab.errors import UserError
 from lab.pages import notebooks
 from lab.storage import runs
 
@@ -64,6 +65,16 @@ def test_every_notebook_is_the_one_that_its_python_file_makes():
     assert sorted(made) == sorted(notebooks.FOLDER.glob("*.ipynb"))
     stale = [path.name for path, text in made.items() if path.read_text() != text]
     assert not stale, "python -m lab.pages.notebooks"
+
+
+def test_make_notebooks_keeps_outputs_and_names_what_failed(tmp_path, monkeypatch, capsys):
+    for name, code in (("1_right", "print(6 * 7)"), ("2_wrong", "assert 1 == 2, 'one is not two'")):
+        (tmp_path / f"{name}.ipynb").write_text(notebooks.notebook(f"# %%\n{code}\n"))
+    monkeypatch.setattr(notebooks, "FOLDER", tmp_path)
+    with pytest.raises(UserError, match=r"^failed: 2_wrong.ipynb$"):
+        notebooks.run_all(tmp_path / "done")
+    assert "one is not two" in capsys.readouterr().out
+    assert "42" in (tmp_path / "done" / "1_right.ipynb").read_text()
 
 
 def first_cell(source):

@@ -24,7 +24,7 @@ MEASURED = {
     ("benchmarks", "against_transformers"): {"transformers"},
     ("benchmarks", "pretrained"): {"pretrained", "programs"},
     ("serving", "serving"): {"throughput", "waste"},
-    ("stage5_flash", "attention"): {"crossover", "context"},
+    ("stage5_flash", "attention"): {"crossover"},
     ("stage6_moe", "moe"): {"balancing", "speeds"},
     ("stage7_mla_mtp", "mla"): {"training", "caches", "decoding", "drafts"},
 }

@@ -17,7 +17,7 @@ from lab.comparison import stage_plots, wanted_runs
 from lab.errors import UserError, shown
 from lab.pages import lessons
 from lab.storage import edits, locks, runs
-from lab.training import log, settings
+from lab.training import log, run_plots, settings
 
 CPU = torch.device("cpu")
 
@@ -62,4 +62,4 @@ def write(
     runs.write_json(lessons.IDEAS / f"{idea}.json", results | {"table": table, "picture": alt})
     for dark in (False, True) if draw else ():
         with stage_plots.theme(dark):
-            draw().savefig(lessons.IDEAS / f"{idea}{'-dark' if dark else ''}.png")
+            run_plots.save(draw(), lessons.IDEAS / f"{idea}{'-dark' if dark else ''}.png")

@@ -18,7 +18,6 @@ from benchmarks import ideas
 from lab import cli, device, stages
 from lab.comparison import report, spread, timing
 from lab.sampling import generation
-from lab.sampling.compiled import StaticCache
 from lab.storage import runs
 from lab.training import cost, presets, run_plots
 
@@ -213,8 +212,19 @@ def decode(
     return [list(function(model, prompt, tokens, vocab_size, **options)) for prompt in prompts]
 
 
-class SeveralTokens(StaticCache):
-    """A StaticCache that takes several new tokens at a time, for caches that are no ring."""
+class SeveralTokens:
+    """What decoding needs of stage 7's KVCache, with shapes that do not depend on its length.
+
+    It is lab/sampling/compiled.py's StaticCache for several new tokens at a time. It shares the tensors of a
+    plain cache of one sequence. The position of the first new token is a tensor, so it is not a constant in
+    compiled code.
+    """
+
+    def __init__(self, cache):
+        # One tensor per layer, because compiled code copies a whole tensor to store a part of it.
+        self.layers = list(zip(cache.keys.unbind(), cache.latents.unbind(), strict=True))
+        self.slots = torch.arange(cache.max_length)
+        self.position = torch.zeros(1, dtype=torch.int64)
 
     def positions(self, n_new):
         """The positions of the new tokens: (n_new,) int64."""
@@ -229,6 +239,9 @@ class SeveralTokens(StaticCache):
         for stored, value in zip(self.layers[layer_idx], new, strict=True):
             stored.index_copy_(2, self.positions(value.size(2)), value.type_as(stored))
         return self.layers[layer_idx]
+
+    def advance(self, n_new):
+        """Does nothing: CompiledPasses sets the position."""
 
 
 class CompiledPasses:

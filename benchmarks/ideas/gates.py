@@ -55,7 +55,7 @@ class Settings:
 
 def main():
     settings = cli.parse_flags(Settings, sys.argv[1:])
-    print("This takes about 45 minutes on one core. Finished runs are kept, so it can be interrupted.")
+    print("This takes about 50 minutes on one core. Finished runs are kept, so it can be interrupted.")
     device.prepare(ideas.CPU)
     mlps = {"SwiGLU": "stage3_swiglu"} | {name: write_variant(name) for name in ACTIVATIONS}
     measured = {name: losses(stage, settings) for name, stage in mlps.items()}

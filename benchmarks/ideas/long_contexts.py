@@ -36,9 +36,9 @@ class Settings:
     """Number of interleaved measurements; medians are reported."""
     contexts: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384)
     """Numbers of tokens of the one text in the batch."""
-    largest: float = 5.5
+    largest: float = 6.0
     """GiB that a process may use; what needs more is reported as too large."""
-    precision: int = 128
+    precision: int = 512
     """The longest context that trains in 4 GiB is searched among the multiples of this number."""
 
 
@@ -126,7 +126,8 @@ def longest_context(name: str, measured: dict[int, dict], settings: Settings) ->
     while high - low > 1:
         middle = (low + high) // 2
         context = middle * settings.precision
-        if fits(context, one(name, "training", context)):
+        repeats = [one(name, "training", context) for _ in range(settings.rounds)]
+        if fits(context, summary(repeats, context)):
             low = middle
         else:
             high = middle

@@ -37,6 +37,7 @@ CLASSES = {
     "other punctuation": "!#$%&*+,-./:;<=>?@\\^|~",
 }
 RARE = 200  # characters that occur less often are not listed: their shares are mostly chance
+LOYAL = 0.95  # a character is loyal if this share of its occurrences use one and the same expert
 FAVOURITES = 5  # characters listed for each expert
 SHUFFLES = 5
 
@@ -65,7 +66,7 @@ def main():
     ideas.write(
         "specialists",
         measured,
-        ["layer", "the character", "the one before", "the next one", "shuffled", "at most"],
+        ["layer", "the character", "the one before", "the next one", "shuffled", "at most", "loyal"],
         rows_of_information(bits),
         lambda: draw_classes(classes),
         f"How many of each class of characters use each of the {MODEL}, in both layers, and in the last "
@@ -119,6 +120,7 @@ def information(text: str, chosen: np.ndarray) -> list[dict[str, float]]:
     the bits that are left if the choices are shuffled among equal characters. "shuffled" is what remains
     without any relation, since the sample is finite. "most" is the lower of two entropies: that of the
     characters; and that of the experts, less the bits that say which of a character's own experts it is.
+    "loyal" and "loyal shuffled" are the shares of the frequent characters that are loyal to an expert.
     """
     codes = np.unique(list(text), return_inverse=True)[1]
     n = chosen.shape[1]
@@ -126,7 +128,7 @@ def information(text: str, chosen: np.ndarray) -> list[dict[str, float]]:
     layers = []
     for layer in chosen:
         alike = shuffled_among_equals(layer, characters, 0)
-        controls = [mutual_information(characters, shuffled(layer, seed)) for seed in range(SHUFFLES)]
+        controls = [shuffled(layer, seed) for seed in range(SHUFFLES)]
         of_experts = entropy(np.bincount(layer.ravel())) - np.log2(layer.shape[1])
         layers.append(
             {
@@ -135,8 +137,10 @@ def information(text: str, chosen: np.ndarray) -> list[dict[str, float]]:
                 "before alike": mutual_information(before, alike),
                 "next": mutual_information(after, layer),
                 "next alike": mutual_information(after, alike),
-                "shuffled": statistics.mean(controls),
+                "shuffled": statistics.mean(mutual_information(characters, control) for control in controls),
                 "most": float(min(entropy(np.bincount(characters)), of_experts)),
+                "loyal": loyal(characters, layer),
+                "loyal shuffled": statistics.mean(loyal(characters, control) for control in controls),
             }
         )
     return layers
@@ -147,6 +151,13 @@ def mutual_information(labels: np.ndarray, chosen: np.ndarray) -> float:
     pairs = np.zeros((labels.max() + 1, chosen.max() + 1))
     np.add.at(pairs, (labels[:, None], chosen), 1)
     return float(entropy(pairs.sum(axis=0)) + entropy(pairs.sum(axis=1)) - entropy(pairs))
+
+
+def loyal(characters: np.ndarray, layer: np.ndarray) -> float:
+    """The share of the characters, of those that are not rare, that are loyal to one of the experts."""
+    counts = np.bincount(characters)
+    shares = users(characters, layer, len(counts))[counts >= RARE]
+    return float(np.sum(shares.max(axis=1) >= LOYAL) / max(1, len(shares)))
 
 
 def entropy(counts: np.ndarray) -> float:
@@ -163,7 +174,11 @@ def rows_of_information(seeds: list[list[dict[str, float]]]) -> list[list]:
             name: report.with_std(spread.summary([layer[name] for layer in layers]), 3) for name in layers[0]
         }
         neighbours = (f"{found[name]} ({found[f'{name} alike']})" for name in ("before", "next"))
-        rows.append([i, found["itself"], *neighbours, found["shuffled"], found["most"]])
+        own, control = (
+            statistics.mean(layer[key] for layer in layers) for key in ("loyal", "loyal shuffled")
+        )
+        bits = [found["itself"], *neighbours, found["shuffled"], found["most"]]
+        rows.append([i, *bits, f"{own:.0%} ({control:.0%})"])
     return rows
 
 

@@ -9,7 +9,7 @@ import torch
 
 from lab import stages
 from lab.comparison import diffs, markdown, spread, wanted_runs
-from lab.training import cost
+from lab.training import cost, run_plots
 
 LOSS_TO_REACH = 2.0
 IDEAS = {
@@ -86,16 +86,15 @@ def curves(found: dict[str, wanted_runs.StageRuns], rows: dict[str, dict]) -> di
     made = {}
     for name, stage_runs in found.items():
         histories = list(stage_runs.history.values())
+        ends = [metrics[-1] for metrics in histories]
         evaluated = [[r for r in metrics if "val_loss" in r] for metrics in histories]
         losses = [[r["val_loss"] for r in at] for at in zip(*evaluated, strict=False)]
         std = [rounded(statistics.stdev(at)) if len(at) > 1 else None for at in losses]
         made[name] = {
             "seeds": list(stage_runs.history),
             "flops_per_token": rows[name]["flops_per_token"],
+            "tokens_per_second": rounded(ends[0]["tokens"] / statistics.mean(end["seconds"] for end in ends)),
             "tokens": [r["tokens"] for r in evaluated[0]],
-            "seconds": [
-                rounded(statistics.mean(r["seconds"] for r in at)) for at in zip(*evaluated, strict=False)
-            ],
             "val_loss": {"mean": [rounded(statistics.mean(at)) for at in losses], "std": std},
             "train": {
                 "tokens": [r["tokens"] for r in histories[0]],
@@ -227,6 +226,6 @@ def draw(
                     pictures[f"{what}_context"] = stage_plots.by_context(speeds[f"{what}_by_context"], what)
             for name, figure in pictures.items():
                 path = out / f"{name}{'-dark' if dark else ''}.png"
-                figure.savefig(path)
+                run_plots.save(figure, path)
                 drawn.append(path.name)
     return drawn

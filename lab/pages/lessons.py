@@ -106,17 +106,6 @@ def crossover(measured: dict) -> str:
     return markdown.table(["context", *contexts], rows)
 
 
-def by_context(measured: dict) -> str:
-    """The table of training speed and memory by context, for each attention implementation."""
-    contexts = list(next(iter(measured.values()))["memory"])
-    rows = []
-    for name, values in measured.items():
-        speeds = (f"{speed:,.0f}" for speed in values["tokens_per_second"].values())
-        memory = (f"{number / 2**20:,.0f}" for number in values["memory"].values())
-        rows += [[f"{name}, tokens/s", *speeds], [f"{name}, MiB", *memory]]
-    return markdown.table(["context", *contexts], rows)
-
-
 def balancing(measured: dict) -> str:
     """The table of methods that balance experts."""
     rows = []
@@ -350,7 +339,6 @@ def generated_parts(name: str, results: dict) -> dict[str, str]:
         parts["exercises"] = exercises_of(name.partition("_")[0])
     if name == "stage5_flash":
         parts["crossover"] = crossover(results["attention"]["crossover"])
-        parts["context"] = by_context(results["attention"]["by_context"])
     if name == "stage6_moe":
         parts["balancing"] = balancing(results["moe"]["balancing"])
         parts["speeds"] = speeds(results["moe"]["speeds"])

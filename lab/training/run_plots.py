@@ -1,5 +1,6 @@
 """Pictures of runs."""
 
+import io
 import math
 from pathlib import Path
 
@@ -35,6 +36,16 @@ def new_figure(width: float, height: float, columns: int = 1, rows: int = 1):
     return figure, figure.subplots(rows, columns)
 
 
+def save(figure, path: Path) -> None:
+    """Saves a figure as a PNG of 256 colours, a third of the size of one with all colours."""
+    from PIL import Image  # comes with matplotlib
+
+    whole = io.BytesIO()
+    figure.savefig(whole, format="png")
+    picture = Image.open(whole).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    picture.save(path, optimize=True)
+
+
 def loss_curves(metrics: list[dict], title: str, path: Path) -> None:
     """Plots training and validation loss against tokens, as a PNG."""
     figure, axes = new_figure(7, 4.3)
@@ -67,7 +78,7 @@ def loss_curves(metrics: list[dict], title: str, path: Path) -> None:
     axes.set_title(title)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path)
+    save(figure, path)
 
 
 def several_runs(histories: dict[str, list[dict]], loss: str, path: Path) -> None:
@@ -95,7 +106,7 @@ def several_runs(histories: dict[str, list[dict]], loss: str, path: Path) -> Non
     units = {"val_loss": "validation loss (nats per token)", "bits_per_byte": "validation bits per byte"}
     panels[0].set_ylabel(units[loss])
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", fontsize=8, ncols=2)
-    figure.savefig(path)
+    save(figure, path)
 
 
 def expert_load(metrics: list[dict], path: Path) -> None:
@@ -121,7 +132,7 @@ def expert_load(metrics: list[dict], path: Path) -> None:
             panel.set_yticklabels([])
     figure.supxlabel("step", fontsize=9)
     figure.supylabel("tokens of each expert (%)", fontsize=9)
-    figure.savefig(path)
+    save(figure, path)
 
 
 def balancing(histories: dict[str, list[dict]], path: Path) -> None:
@@ -145,36 +156,7 @@ def balancing(histories: dict[str, list[dict]], path: Path) -> None:
     np.atleast_1d(axes)[0].legend(fontsize=8)
     figure.supxlabel("step (dotted: all experts equally busy)", fontsize=9)
     figure.supylabel("tokens of the busiest expert (%)", fontsize=9)
-    figure.savefig(path)
-
-
-def against_context(measured: dict[str, dict], contexts: list[int], path: Path) -> None:
-    """Plots training tokens/s and memory of attention implementations against the context, as a PNG.
-
-    measured: for each name the stage, and tokens_per_second and memory (bytes) by context.
-    """
-    from matplotlib.ticker import LogLocator, NullLocator
-
-    figure, (speed, memory) = new_figure(9, 4.2, columns=2)
-    for name, values in measured.items():
-        tiled = name.endswith(".py")
-        style = {"linestyle": "--" if tiled else "-", "marker": "s" if tiled else "o", "label": name}
-        style["color"] = "#999999" if tiled else stage_color(values["stage"])
-        speed.plot(values["tokens_per_second"].keys(), values["tokens_per_second"].values(), **style)
-        memory.plot(values["memory"].keys(), [v / 2**20 for v in values["memory"].values()], **style)
-    for axes in (speed, memory):
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.set_xticks(contexts, [str(context) for context in contexts])
-        axes.set_xlabel("context (tokens)")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter("{x:,.0f}")
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.grid(alpha=0.3)
-    speed.set_ylabel("training tokens/s")
-    memory.set_ylabel("memory of a training step (MiB)")
-    memory.legend()
-    figure.savefig(path)
+    save(figure, path)
 
 
 def stage_color(name: str) -> str:
