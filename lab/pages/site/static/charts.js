@@ -133,9 +133,9 @@ function lossCurves(figure, { stages }) {
       const means = indices.map((i) => at(i, 0));
       make(root, "polyline", { class: `curve ${color}${other}`, points: means.join(" ") });
       for (const i of indices) {
-        const value = `${written(stage.mean[i], 3)} ± ${written(stage.std[i], 3)}`;
+        const std = stage.std[i] === null ? "" : ` ± ${written(stage.std[i], 3)}`; // none with a single seed
         const where = `${written(way.of(stage, stage.tokens[i]), way.digits)} ${way.name}`;
-        points.push({ at: means[i], text: `${stage.label}: ${value} at ${where}`, color });
+        points.push({ at: means[i], text: `${stage.label}: ${written(stage.mean[i], 3)}${std} at ${where}`, color });
       }
     }
     explore(figure.querySelector(".plot"), root, points);
