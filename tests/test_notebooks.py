@@ -43,6 +43,7 @@ def reader(tmp_path_factory):
         yield
 
 
+@pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # of NumPy, when matplotlib gets a tensor
 @pytest.mark.parametrize("source", notebooks.sources(), ids=lambda source: source.stem)
 def test_a_notebook_runs_and_its_claims_hold(source, reader, monkeypatch):
     monkeypatch.chdir(notebooks.FOLDER)
