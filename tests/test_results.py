@@ -1,0 +1,50 @@
+"""What is published was measured with committed code, and the ladder with one commit."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lab import stages
+from lab.pages import lessons
+
+FOLDER = stages.ROOT / "results"
+# Parts of results.json from before this test, measured with uncommitted changes. Measure them again.
+TO_BE_MEASURED_AGAIN = {
+    "against_nanogpt",
+    "against_transformers",
+    "attention",
+    "gpt2_preset",
+    "machine",
+    "mla",
+}
+
+
+def commits(measured) -> Iterator[str]:
+    """All commits that a part of a JSON file names."""
+    if isinstance(measured, dict):
+        if "commit" in measured:
+            yield measured["commit"]
+        measured = list(measured.values())
+    if isinstance(measured, list):
+        for part in measured:
+            yield from commits(part)
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.rglob("*.json")), ids=lambda path: path.name)
+def test_everything_was_measured_with_committed_code(path: Path):
+    measured = json.loads(path.read_text())
+    dirty = {part for part, value in measured.items() if any("-dirty" in c for c in commits(value))}
+    assert dirty <= (TO_BE_MEASURED_AGAIN if path == lessons.RESULTS else set())
+
+
+def test_the_ladder_was_trained_and_timed_with_one_commit():
+    results = lessons.read_results()
+    assert set(results["stages"]) == set(stages.course())
+    assert len(set(commits([results["stages"], results["speeds"]]))) == 1
+
+
+def test_every_idea_names_its_commit():
+    for path in lessons.IDEAS.glob("*.json"):
+        assert list(commits(json.loads(path.read_text()))), path.name
