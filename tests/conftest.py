@@ -13,8 +13,8 @@ from lab import stages
 from lab.sampling import ahead
 from lab.storage import runs
 
-# A shell starts `make test &` with Ctrl-C ignored, and nohup ignores a closed terminal: so would every process
-# that a test interrupts.
+# A shell starts `make test &` with Ctrl-C ignored, and nohup ignores a closed terminal. So would every
+# process that a test interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
