@@ -128,7 +128,8 @@ def ours(run: Path, settings: Settings) -> dict[str, Program]:
             programs[f"ours {name} --compile"] = Program(call, nbytes)
     if settings.quantized:
         model, _ = runs.load(Path(settings.quantized), "best", CPU)
-        nbytes = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+        files_of = Path(settings.quantized).glob("last/*.safetensors")
+        nbytes = sum(file.stat().st_size for file in files_of)  # packed codes are no parameters of the model
         programs["ours int4"] = Program(partial(ours_generates, model, settings.tokens, None), nbytes)
     return programs
 

@@ -246,5 +246,6 @@ def test_the_benchmark_measures_every_program(run_import, monkeypatch, text, cap
     for prompt in measured["prompts"]:
         rows = {row["program"]: row for row in prompt["programs"]}
         assert rows["ours bf16"]["bytes"] * 2 == rows["ours fp32"]["bytes"]
+        assert rows["ours int4"]["bytes"] == Path("run/last/model.safetensors").stat().st_size
         assert rows["ours fp32"]["same_tokens"] == 1 and rows["ours fp32"]["of_transformers"] > 0
     assert "| ours, bfloat16 | " in lessons.pretrained(measured)
