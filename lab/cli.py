@@ -51,7 +51,7 @@ def did_you_mean(message: str, hints: Iterable[str]) -> str:
     if choice:
         close = difflib.get_close_matches(choice[1], re.findall(r"'(.*?)'", choice[2]), n=1)
     elif hints and hints[0].startswith("Perhaps you meant"):  # tyro lists similar flags, the closest first
-        close = [hint.split()[0] for hint in hints if hint.startswith("--")][:1]
+        close = [hint.split()[0].rstrip(",") for hint in hints if hint.startswith("--")][:1]
     else:
         close = []
     return f"Did you mean {close[0]}? " if close else ""

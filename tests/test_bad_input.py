@@ -186,6 +186,7 @@ BAD_SAMPLING = {
     "temperature below zero": (["--prompt", "a", "--temperature", "-1"], "temperature must be 0 or more"),
     "top-p of nothing": (["--prompt", "a", "--top-p", "0"], "top_p"),
     "no such checkpoint": (["--prompt", "a", "--checkpoint", "first"], "best"),
+    "a misspelt flag with two like it": (["--compil"], "Did you mean --compile? See"),
     "unknown stage": (["--prompt", "a", "--stage", "99"], "unknown stage '99'"),
 }
 

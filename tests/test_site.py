@@ -12,6 +12,7 @@ from urllib.parse import unquote
 
 import pytest
 import torch
+from conftest import call
 
 from data.tokenizers import CharTokenizer
 from exercises import chapters, cut
@@ -358,10 +359,12 @@ def test_the_scripts_have_no_syntax_errors(name):
     subprocess.run([NODE, "--check", site_command.HERE / "static" / name], check=True)
 
 
-def test_a_folder_that_is_no_site_is_never_replaced(tmp_path):
+def test_what_is_no_site_is_never_replaced_and_refused_before_the_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(models, "trained", None)
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(UserError, match="is not empty and no site: choose another --out"):
-        site_command.build(tmp_path, {})
+    for out in (tmp_path, tmp_path / "thesis.txt"):
+        assert call(monkeypatch, site_command, "--out", str(out)) == 2
+        assert "is no site and no empty folder: choose another --out" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 

@@ -50,8 +50,6 @@ class Settings:
 
 def build(out: Path, trained: dict) -> None:
     """Writes the site; trained: the models of its first page, as `models.trained` returns them."""
-    if out.exists() and any(out.iterdir()) and not (out / "static" / "search.js").exists():
-        raise UserError(f"{shown(out)} is not empty and no site: choose another --out")
     with atomic.scratch(out.resolve().parent) as scratch:
         site = scratch / "site"
         shutil.copytree(HERE / "static", site / "static")
@@ -140,8 +138,11 @@ def station(name: str, results: dict) -> dict:
 
 def main():
     settings = cli.parse_flags(Settings, sys.argv[1:])
-    build(Path(settings.out), models.trained(settings.steps) if settings.steps else {})
-    print(f"open {shown(Path(settings.out) / 'index.html')}")
+    out = Path(settings.out)
+    if out.is_file() or (out.exists() and any(out.iterdir()) and not (out / "static" / "search.js").exists()):
+        raise UserError(f"{shown(out)} is no site and no empty folder: choose another --out")
+    build(out, models.trained(settings.steps) if settings.steps else {})
+    print(f"open {shown(out / 'index.html')}")
 
 
 if __name__ == "__main__":

@@ -78,7 +78,6 @@ def render(source: str, template: Template, terms: dict[str, tuple[str, str]]) -
             start.attrSet("id", slug(row))
         explained = {}
     link(tokens, explained)
-
     show_diffs(source, tokens, template, explained)
     return Page(sections[0][2], html_of(tokens), sections)
 
