@@ -105,6 +105,8 @@ def tests(run: Run) -> None:
                 os._exit(BROKEN)
 
     files = ["test_gpu", "test_flash", "test_parallel", "test_serving_engine", "test_serving_drafts"]
+    if run.smoke:  # where every test is skipped, and importing the others would take the most time
+        files = files[:2]
     status = pytest.main(
         ["-q", "-m", "gpu", "-p", "no:cacheprovider", *(f"tests/{name}.py" for name in files)],
         plugins=[Recorder()],
