@@ -91,6 +91,14 @@ def test_information_is_measured_in_every_layer_of_every_seed(written):
         assert 0 <= layer["shuffled"] < layer["most"] and 0 < layer["itself"] <= layer["most"]
 
 
+def test_the_second_control_was_never_trained_and_has_the_seeds_of_the_runs(written):
+    trained, never = (read(written, "specialists")[key] for key in ("bits", "bits never trained"))
+    assert [len(layers) for layers in never] == [2, 2] and never[0] != never[1]
+    for layer in (*never[0], *never[1]):
+        assert layer["shuffled"] < layer["itself"] <= layer["most"]
+        assert layer not in (*trained[0], *trained[1])
+
+
 def test_a_router_that_reads_the_character_knows_it_and_one_that_reads_the_next_knows_that():
     codes = np.random.default_rng(0).integers(8, size=8001)
     text = "".join("abcdefgh"[code] for code in codes)

@@ -1,4 +1,6 @@
-"""Stage 6's experts: which of them take which characters, beside a control with shuffled choices.
+"""Stage 6's experts: which of them take which characters, beside two controls.
+
+In one, the choices are shuffled among the characters. In the other, nothing of the model was ever trained.
 
 python -m benchmarks.ideas.specialists trains the missing runs in runs/ideas/: two layers of width 64, with 8
 experts, on PyCode. It takes about 2 minutes of one core.
@@ -60,14 +62,20 @@ def main():
     folders = [experts.train(MODEL, seed, RATE, settings.steps)[0] for seed in range(settings.seeds)]
     taken = [routing(folder, settings.characters) for folder in folders]
     bits = [information(*of_seed) for of_seed in taken]
+    never = [information(*routing(folder, settings.characters, trained=False)) for folder in folders]
     text, chosen = taken[0]
     classes = [shares_of_classes(text, layer) for layer in (*chosen, shuffled(chosen[-1], 0))]
-    measured = {"bits": bits, "classes": [shares.tolist() for shares in classes], "settings": vars(settings)}
+    measured = {
+        "bits": bits,
+        "bits never trained": never,
+        "classes": [shares.tolist() for shares in classes],
+        "settings": vars(settings),
+    }
     ideas.write(
         "specialists",
         measured,
         ["layer", "the character", "the one before", "the next one", "shuffled", "at most", "loyal"],
-        rows_of_information(bits),
+        rows_of_information(bits) + rows_of_information(never, ", never trained"),
         lambda: draw_classes(classes),
         f"How many of each class of characters use each of the {MODEL}, in both layers, and in the last "
         "layer with the choices shuffled among the characters",
@@ -77,12 +85,16 @@ def main():
     ideas.write("favourites", {"settings": vars(settings)}, heads, favourites)
 
 
-def routing(folder: Path, n_characters: int) -> tuple[str, np.ndarray]:
+def routing(folder: Path, n_characters: int, trained: bool = True) -> tuple[str, np.ndarray]:
     """The first characters of the validation split and one more, and the experts that each of them uses.
 
-    The experts: (layers, characters, experts per token).
+    The experts: (layers, characters, experts per token). If not trained, those of the run's model as it was
+    before its first step.
     """
     model, config = runs.load(folder, "last", CPU)
+    if not trained:
+        torch.manual_seed(config["settings"]["seed"])
+        model = type(model)(model.config).eval()
     chosen, real = [[] for _ in model.model.layers], []
     for layer, of_layer in zip(model.model.layers, chosen, strict=True):
         layer.mlp.gate.register_forward_hook(lambda _, x, output, to=of_layer: to.append(output[1]))
@@ -166,8 +178,11 @@ def entropy(counts: np.ndarray) -> float:
     return -(shares * np.log2(shares)).sum()
 
 
-def rows_of_information(seeds: list[list[dict[str, float]]]) -> list[list]:
-    """The table's rows, one for each layer: means over seeds ± their standard deviation."""
+def rows_of_information(seeds: list[list[dict[str, float]]], model: str = "") -> list[list]:
+    """The table's rows, one for each layer: means over seeds ± their standard deviation.
+
+    model: what the first column says of it behind the layer's number.
+    """
     rows = []
     for i, layers in enumerate(zip(*seeds, strict=True)):
         found = {
@@ -178,7 +193,7 @@ def rows_of_information(seeds: list[list[dict[str, float]]]) -> list[list]:
             statistics.mean(layer[key] for layer in layers) for key in ("loyal", "loyal shuffled")
         )
         bits = [found["itself"], *neighbours, found["shuffled"], found["most"]]
-        rows.append([i, *bits, f"{own:.0%} ({control:.0%})"])
+        rows.append([f"{i}{model}", *bits, f"{own:.0%} ({control:.0%})"])
     return rows
 
 
