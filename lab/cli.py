@@ -17,7 +17,7 @@ import tyro
 from lab import terminal
 from lab.errors import UserError, shown
 
-SECONDS_FOR_THE_FIRST = 3
+SECONDS_FOR_THE_FIRST = 10
 
 
 def parse_flags(kind: type, argv: list[str], **options):

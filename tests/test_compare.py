@@ -383,6 +383,19 @@ def test_a_run_that_breaks_is_reported_and_the_rest_is_drawn(run_compare, monkey
     assert list(results_of()["stages"]) == ["stage0_gpt"]
 
 
+def test_metrics_are_read_again_only_if_they_have_changed(tmp_path, monkeypatch):
+    assert wanted_runs.read_metrics(tmp_path) == []
+    record = {"step": 1, "tokens": 8, "loss": 2.0}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    assert wanted_runs.read_metrics(tmp_path) == [record]
+    with monkeypatch.context() as patch:
+        patch.setattr(wanted_runs.log, "read_metrics", None)
+        assert wanted_runs.read_metrics(tmp_path) == [record]
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(record | {"step": 2}) + "\n")
+    assert [record["step"] for record in wanted_runs.read_metrics(tmp_path)] == [1, 2]
+
+
 @pytest.mark.parametrize("reaches", ["both", "the run alone"])
 def test_an_interrupted_comparison_goes_on_where_it_was(workshop, no_pictures, monkeypatch, reaches):
     """The first run is stopped in its middle, by the signal that Ctrl-C gives to compare.py and its child.

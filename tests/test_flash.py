@@ -1,5 +1,6 @@
 """Stage 5: every way to compute attention is the same function, the algorithm written out among them."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -323,6 +324,7 @@ print(device.peak_memory(torch.device("cpu")) - before)
 def test_memory_grows_with_the_length_and_not_with_its_square():
     """Peak of a process of its own, above what it needed before: once and with four times the length."""
 
+    @functools.cache
     def peak(how, length):
         child = [sys.executable, "-c", MEMORY, how, str(length)]
         env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed leaves glibc's hands at once
@@ -343,10 +345,10 @@ def test_memory_grows_with_the_length_and_not_with_its_square():
     (0, 0) < version("triton") < (3, 7) and version("numpy") >= (2, 4),
     reason="the interpreter of Triton before 3.7 needs numpy before 2.4",
 )
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_the_triton_kernels_are_attention_in_the_interpreter(dtype):
+def test_the_triton_kernels_are_attention_in_the_interpreter():
     """In a process of its own: what interprets is decided when Triton is imported."""
-    code = f"import torch, test_flash; test_flash.check_kernels(torch.{dtype})"
+    dtypes = "torch.float32, torch.float16, torch.bfloat16"
+    code = f"import torch, test_flash\nfor dtype in ({dtypes}): test_flash.check_kernels(dtype)"
     env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     child = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr[-3000:]

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
+from functools import lru_cache
 from pathlib import Path
 
 import data
@@ -94,8 +95,19 @@ def last_record(folder: Path) -> dict:
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """The records of metrics.jsonl. Raises UserError if they are not metrics."""
+    """The records of metrics.jsonl, which is read again only if it has changed; do not change the records.
+
+    Raises UserError if they are not metrics.
+    """
     path = folder / "metrics.jsonl"
+    if not path.exists():
+        return []
+    status = path.stat()
+    return list(_read_metrics(path, status.st_mtime_ns, status.st_size))
+
+
+@lru_cache(maxsize=1000)  # compare.py shows the state of every run twice a second
+def _read_metrics(path: Path, _modified: int, _size: int) -> list[dict]:
     try:
         metrics = log.read_metrics(path)
         return [record for record in metrics if record["step"] and record["tokens"]]
