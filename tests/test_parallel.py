@@ -35,9 +35,9 @@ from lab.training import settings as command_line
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 FLOAT32 = device.autocast(CPU, torch.float32)
-# A vocabulary that two processes cannot halve; a loss that falls in 20 steps.
+# A vocabulary that two processes cannot halve; a loss that falls in 12 steps.
 FLAGS = ["--device", "cpu", "--dtype", "float32", "--model.vocab-size", "13", "--batch-size", "8"]
-FLAGS += ["--steps", "20", "--eval-every", "10", "--log-every", "1", "--lr", "3e-3", "--warmup-steps", "2"]
+FLAGS += ["--steps", "12", "--eval-every", "6", "--log-every", "1", "--lr", "3e-3", "--warmup-steps", "2"]
 
 
 # The group
@@ -344,7 +344,7 @@ def test_compiled_training_in_two_processes(how, group):
 def test_any_number_of_processes_goes_on_with_a_run(number, group):
     assert run("--stage", number, "--out", "whole")[0] == 0
     out = ("--stage", number, "--out", "moved")
-    steps = iter(range(2, 20, 2))
+    steps = iter(range(2, 12))
     assert run(*out, stop=next(steps))[0] == 128 + signal.SIGTERM
     resume = ("--resume", "--out", "moved")
     for how in ("ddp", "one", "fsdp", "one", "fsdp", "ddp", "fsdp", "fsdp"):  # from each to each
