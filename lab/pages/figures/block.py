@@ -180,18 +180,18 @@ class Block:
             self.arrows(x_q, x_k, x_v)
 
     def attention(self) -> None:
-        """The function attention, and its mask."""
+        """The function attention, and in it its mask."""
         note = f"softmax(q kᵀ / √{self.shapes['head_dim']} + mask) v"
         if self.has("explicit_attention"):
             note = "the fastest implementation at hand"
         if self.has("Attention.absorbed_attention"):
             note = "on k and v, or absorbed: on latents"
         sources = ["attention", "explicit_attention"]
-        self.box(LEFT, 218, 42, "attention", *sources, shape=self.shape("attention"), note=note)
+        self.box(LEFT, RIGHT - LEFT, 46, "attention", *sources, note=note)
+        self.drawing.text(276, self.y + 15, self.shape("attention"), 11, "muted", "end", mono=True)
         sources = ["KVCache.mask", "GPT.forward/causal_mask", "causal_mask"]
-        self.box(287, 57, 42, "mask", *sources, shape=self.shape("mask"))
-        self.drawing.line((287, self.y + 21), (274, self.y + 21), arrow=True)
-        self.y += 42
+        self.box(283, 55, 36, "mask", *sources, shape=self.shape("mask"), y=self.y + 5)
+        self.y += 46
         self.arrows(LEFT + 109)
         self.linear("layers.0.self_attn.o_proj", "Attention.__init__/o_proj")
         self.join()
