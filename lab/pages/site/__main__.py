@@ -105,7 +105,7 @@ def put_own_pages(put, trained: dict) -> None:
     """The first page and the page of costs."""
     results = lessons.read_results()
     sizes = charts.costs(results)
-    put("cost.html", "cost.html", sizes=sizes, rounds=results["rounds"])
+    put("cost.html", "cost.html", sizes=sizes, results=results)
     put(
         "index.html",
         "home.html",

@@ -80,6 +80,8 @@ function explore(box, root, points) {
   const tip = makeHtml(box, "div", { class: "tip", role: "status" });
   const marker = make(root, "circle", { class: "marker", r: 6, visibility: "hidden" });
   let current = -1;
+  const hide = () => { [tip.textContent, current] = ["", -1]; marker.setAttribute("visibility", "hidden"); };
+  root.addEventListener("pointerleave", hide);
   const show = (index) => {
     current = index;
     const { at: [x, y], text, color } = points[index];
@@ -125,13 +127,13 @@ function lossCurves(figure, { stages }) {
     const { root, place } = axes(figure.querySelector(".plot"), x, y, "Losses of the stages"), points = [];
     for (const stage of shown) {
       const index = stages.indexOf(stage), color = `s${index}`;
-      const other = chosen < 0 || chosen === index || chosen === index + 1 ? "" : " other";
+      const bold = chosen < 1 || [index, index + 1].includes(chosen) || !shown.includes(stages[chosen]);
       const at = (i, factor) => place(way.of(stage, stage.tokens[i]), stage.mean[i] + factor * stage.std[i]);
       const indices = [...stage.tokens.keys()], below = indices.map((i) => at(i, -1)).reverse();
       const around = [...indices.map((i) => at(i, 1)), ...below];
-      make(root, "polygon", { class: `band ${color}${other}`, points: around.join(" ") });
+      make(root, "polygon", { class: `band ${color}${bold ? "" : " other"}`, points: around.join(" ") });
       const means = indices.map((i) => at(i, 0));
-      make(root, "polyline", { class: `curve ${color}${other}`, points: means.join(" ") });
+      make(root, "polyline", { class: `curve ${color}${bold ? "" : " other"}`, points: means.join(" ") });
       for (const i of indices) {
         const std = stage.std[i] === null ? "" : ` ± ${written(stage.std[i], 3)}`; // none with a single seed
         const where = `${written(way.of(stage, stage.tokens[i]), way.digits)} ${way.name}`;
@@ -184,9 +186,11 @@ function costPoints(figure, sizes) {
       const at = place(a[0], b[0]), late = at[0] > root.clientWidth - 90;
       make(root, "circle", { class: `point ${color}`, cx: at[0], cy: at[1], r: 5 });
       const label = { class: "label", x: at[0] + (late ? -8 : 8), "text-anchor": late ? "end" : "start" };
-      const meets = (other, y) => Math.abs(other.x - label.x) < 80 && Math.abs(other.y - y) < 13;
-      const places = [-7, 17, -20, 30, -33, 43].map((shift) => at[1] + shift);
-      label.y = places.find((y) => !labels.some((other) => meets(other, y))) ?? places[0];
+      const meets = (other, y) => Math.abs(other.x - label.x) < 80 && Math.abs(other.y - y) < 16;
+      const spots = rows.map((other) => (other === row ? [NaN] : place(...columns.map(({ key }) => other.values[key][0]))));
+      const taken = [...labels, ...spots.map(([x, y]) => ({ x: x - 36, y: y + 4 }))];
+      const places = [-7, 17, -20, 30, -33, 43, -46, 56].map((shift) => at[1] + shift);
+      label.y = places.find((y) => !taken.some((other) => meets(other, y))) ?? places[0];
       labels.push(label);
       make(root, "text", label, row.label);
       const values = columns.map(({ name, digits }, i) => `${name} ${written([a, b][i][0], digits)}`);

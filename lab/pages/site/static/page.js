@@ -69,7 +69,7 @@ field.addEventListener("focus", () => {
   document.head.append(script);
 }, { once: true });
 
-/** Lists the sections that contain all words; those with the words in their heading come first. */
+/** Lists the sections that contain all words, a few of each page; words in the heading count most. */
 function search() {
   const words = field.value.toLowerCase().split(/\s+/).filter(Boolean);
   results.replaceChildren();
@@ -79,23 +79,32 @@ function search() {
   for (const [page, address, heading, body] of DATA.search) {
     const title = `${heading} ${page}`.toLowerCase(), all = `${title} ${body.toLowerCase()}`;
     if (words.every((word) => all.includes(word))) {
-      found.push({ page, address, heading, body, rank: words.filter((word) => title.includes(word)).length });
+      const weight = (word) => (heading.toLowerCase().includes(word) ? 2 : title.includes(word) ? 1 : 0);
+      const rank = words.reduce((sum, word) => sum + weight(word), 0);
+      found.push({ page, address, heading, body, rank });
     }
   }
   found.sort((a, b) => b.rank - a.rank);
-  for (const { page, address, heading, body } of found.slice(0, 12)) {
+  const ofPage = {}, few = ({ page }) => (ofPage[page] = (ofPage[page] ?? 0) + 1) <= 3;
+  const listed = found.filter(few).slice(0, 12);
+  for (const { page, address, heading, body } of listed) {
     const item = document.createElement("li"), link = document.createElement("a");
-    const at = Math.max(0, body.toLowerCase().indexOf(words[0]) - 40);
+    const near = body.toLowerCase().indexOf(words[0]), at = body.lastIndexOf(" ", Math.max(0, near - 40)) + 1;
     link.href = top_ + address;
     link.textContent = heading === page ? page : `${page}: ${heading}`;
-    item.append(link, document.createElement("br"), body.slice(at, at + 110));
+    item.append(link, document.createElement("br"), body.slice(at, body.lastIndexOf(" ", at + 120)), " …");
     results.append(item);
   }
+  if (found.length > listed.length) results.append(`and ${found.length - listed.length} more sections`);
   if (!found.length) results.append("Nothing found.");
 }
 
 field.addEventListener("input", search);
-field.addEventListener("keydown", (event) => event.key === "Escape" && ((field.value = ""), search()));
+field.addEventListener("keydown", (event) => {
+  if (event.key === "Enter") results.querySelector("a")?.click();
+  if (event.key === "Escape") [field.value, results.hidden] = ["", true];
+});
+document.addEventListener("click", ({ target }) => (target === field ? search() : (results.hidden = true)));
 
 // ---- The stations of the first page: tabs with a panel each. The charts hear of the choice.
 

@@ -36,6 +36,8 @@ async function write(event) {
   const unknown = given.find((character) => !model.characters.includes(character));
   if (unknown) return (status.textContent = `The model does not know “${unknown}”.`);
   if (!given.length) return (status.textContent = "Type the beginning of a text.");
+  const button = form.querySelector("button"); // a second text at the same time would use the same cache
+  [button.disabled, status.textContent] = [true, "Writing …"];
   model.reset();
   const started = performance.now(), characters = [...given], steps = [];
   for (let i = 0; i < given.length + Number(length); i++) {
@@ -44,6 +46,7 @@ async function write(event) {
     if (i % 20 === 0) await new Promise((resolve) => setTimeout(resolve)); // lets the page draw
   }
   const seconds = (performance.now() - started) / 1000;
+  button.disabled = false;
   status.textContent = `${steps.length} characters at ${Math.round(steps.length / seconds)} a second. Click one.`;
   shown = { characters: characters.slice(0, steps.length), steps };
   list(given.length - 1);
@@ -58,19 +61,22 @@ function percent(share) {
   return `${Math.round(100 * share)}%`;
 }
 
-/** The text as buttons, of which the arrow keys choose one. */
+/** The text as buttons, of which the arrow keys choose one. A line may end after a word, not within it. */
 function list(chosen) {
   text.replaceChildren();
+  let word = makeHtml(text, "span");
   shown.characters.forEach((character, i) => {
-    const looks = { " ": "\u00a0", "\n": "↵\n" }[character] ?? character;
-    const button = makeHtml(text, "button", { type: "button", "aria-label": named(character) }, looks);
+    const looks = { " ": "\u00a0", "\n": "↵" }[character] ?? character;
+    const button = makeHtml(word, "button", { type: "button", "aria-label": named(character) }, looks);
     button.addEventListener("click", () => choose(i));
+    if (character === "\n") text.append("\n");
+    if (" \n".includes(character)) word = makeHtml(text, "span");
   });
   choose(chosen);
 }
 
 text.addEventListener("keydown", (event) => {
-  const move = { ArrowRight: 1, ArrowLeft: -1 }[event.key], buttons = [...text.children];
+  const move = { ArrowRight: 1, ArrowLeft: -1 }[event.key], buttons = [...text.querySelectorAll("button")];
   const next = buttons[buttons.indexOf(document.activeElement) + move];
   if (!next) return;
   event.preventDefault();
@@ -80,7 +86,7 @@ text.addEventListener("keydown", (event) => {
 
 /** Shows what one character's token attended to, and the experts that computed it. */
 function choose(index) {
-  [...text.children].forEach((button, i) => {
+  text.querySelectorAll("button").forEach((button, i) => {
     button.tabIndex = i === index ? 0 : -1;
     button.setAttribute("aria-pressed", i === index);
   });
