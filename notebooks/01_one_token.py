@@ -22,13 +22,15 @@ if "google.colab" in sys.modules:
     root = root or Path("course").resolve()
     if not root.exists():
         address = REPOSITORY or input("The address of the course's git repository: ")
-        subprocess.run(["git", "clone", "--quiet", "--depth", "1", address, str(root)], check=True)
+        clone = ["git", "clone", "--quiet", "--depth", "1", address, str(root)]
+        done = subprocess.run(clone, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
     modules = ("docstring_parser", "jinja2", "rich", "safetensors", "tiktoken", "typeguard", "tyro")
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
     if missing:
         install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
         subprocess.run([*install, *missing], check=True)
-assert root, "this is not the course's folder: start Jupyter in it"
+assert root, "cannot find the course: start Jupyter in its folder"
 os.chdir(root)
 sys.path.insert(0, str(root))
 
@@ -40,6 +42,7 @@ import torch.nn.functional as F
 from lab import stages
 from notebooks.helpers import COLORS, QUICK, trained
 
+# QUICK is true only in the tests of the course, whose models are hardly trained.
 stage0 = stages.load("stage0_gpt")
 model, tokenizer = trained("0", steps=600)
 config = model.config
@@ -81,7 +84,7 @@ assert x.shape == (1, T, config.n_embd)
 # ## Attention, by hand
 #
 # The block norms the stream, and three matrices turn each row into a query, a key and a value. `view` and
-# `transpose` cut them into heads: no arithmetic happens, the numbers are only renamed. Then each query
+# `transpose` cut them into heads: nothing is computed, the numbers are only rearranged. Then each query
 # meets each key.
 
 # %%
@@ -132,9 +135,9 @@ plt.show()
 #
 # The head turns a stream into probabilities. Nothing forbids asking it early: norm the stream after block
 # 0, 1, 2 … and multiply by the same matrix. (This is known as the *logit lens*.) Read a row from left to
-# right: how does the model make up its mind? At the far left it can only repeat what it has read, because
-# the head is the matrix that embedded the character. Ours was trained for a minute only, and does most of
-# its work in block 0.
+# right: how does the model make up its mind? At the far left, its first guess is nearly always the
+# character that it has read, because the head is the matrix that embedded it. Ours was trained for a
+# minute only, and does most of its work in block 0.
 
 # %%
 streams = [x]
@@ -213,8 +216,8 @@ assert QUICK or chosen > 2 * uniform, "a trained model knows more than nothing"
 # %% [markdown]
 # ## Change a number
 #
-# - Set `prompt` to the same text without its last letter, then without two. When does the model become
-#   unsure?
+# - Set `prompt` to the same text without its last letter, then without two. How does its
+#   first choice change?
 # - In "Attention, by hand", leave out `/ head_dim**0.5`. Which assertion fails first?
 #
 # ## Two questions
@@ -223,8 +226,9 @@ assert QUICK or chosen > 2 * uniform, "a trained model knows more than nothing"
 #
 # <details><summary>Answer</summary>
 #
-# `weights @ v` (through `scores`, which compare queries with keys). Norms, projections and the MLP treat
-# each row by itself: without attention, a GPT would predict from the last character alone.
+# `q @ k.transpose(2, 3)`: there a query meets the keys of other tokens. `weights @ v` then mixes their
+# values in. Norms, projections and the MLP treat each row by itself: without attention, a GPT would
+# predict from the last character alone.
 #
 # </details>
 #

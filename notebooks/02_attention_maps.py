@@ -23,13 +23,15 @@ if "google.colab" in sys.modules:
     root = root or Path("course").resolve()
     if not root.exists():
         address = REPOSITORY or input("The address of the course's git repository: ")
-        subprocess.run(["git", "clone", "--quiet", "--depth", "1", address, str(root)], check=True)
+        clone = ["git", "clone", "--quiet", "--depth", "1", address, str(root)]
+        done = subprocess.run(clone, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
     modules = ("docstring_parser", "jinja2", "rich", "safetensors", "tiktoken", "typeguard", "tyro")
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
     if missing:
         install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
         subprocess.run([*install, *missing], check=True)
-assert root, "this is not the course's folder: start Jupyter in it"
+assert root, "cannot find the course: start Jupyter in its folder"
 os.chdir(root)
 sys.path.insert(0, str(root))
 
@@ -42,6 +44,7 @@ import data
 from lab import stages
 from notebooks.helpers import COLORS, DATA, QUICK, trained
 
+# QUICK is true only in the tests of the course, whose models are hardly trained.
 stage0 = stages.load("stage0_gpt")
 model, tokenizer = trained("0", steps=600)  # the same model as in the first notebook
 untrained = stage0.GPT(model.config).eval()
@@ -116,9 +119,10 @@ plt.show()
 # ## From impressions to numbers
 #
 # "This head looks at the previous character." How much of its weight goes there, averaged over 32 texts
-# from the validation split? We ask for five kinds of places. The last row of the picture is the control: a
-# head that spreads its weight evenly over all it may see. The untrained model should be like it, and the
-# trained one should not.
+# from the validation split? We ask for five kinds of places. The last row of the picture is the control:
+# a head that spreads its weight evenly over all it may see. (A place can be of two kinds, and some are of
+# none, so a row need not sum to 100 %.) The untrained model should be like it, and the trained one should
+# not.
 
 # %%
 val = data.load(DATA).val
@@ -204,7 +208,9 @@ for j in range(n_head):
         damage[:, j].tolist(),
         0.18,
         color=COLORS[j],
+        label=f"head {j}",
     )
+axes.legend(ncols=n_head)
 axes.axhline(0, color="black", linewidth=0.8)
 axes.set_xticks(range(n_layer), [f"layer {i}" for i in range(n_layer)])
 axes.set(ylabel="loss added (nats)", title=f"Without one head (with all of them, the loss is {whole:.2f})")
@@ -223,9 +229,9 @@ assert QUICK or (damage.max() > 0.02 and damage.max() > 5 * damage.flatten().med
 #
 # ## Change a number
 #
-# - Choose `layer, head` by the last picture: look at the map of the most missed head, then at that of the
-#   least missed one.
-# - `text = "abababababababab"`. Which head finds the repetition?
+# - Choose `layer, head` by the last picture: look at the map of the least missed head, then at that of
+#   the second most missed one.
+# - `text = "abababababababab"`. Does a head look at the letter two back, or does each only look one back?
 #
 # ## Two questions
 #

@@ -20,13 +20,15 @@ if "google.colab" in sys.modules:
     root = root or Path("course").resolve()
     if not root.exists():
         address = REPOSITORY or input("The address of the course's git repository: ")
-        subprocess.run(["git", "clone", "--quiet", "--depth", "1", address, str(root)], check=True)
+        clone = ["git", "clone", "--quiet", "--depth", "1", address, str(root)]
+        done = subprocess.run(clone, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
     modules = ("docstring_parser", "jinja2", "rich", "safetensors", "tiktoken", "typeguard", "tyro")
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
     if missing:
         install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
         subprocess.run([*install, *missing], check=True)
-assert root, "this is not the course's folder: start Jupyter in it"
+assert root, "cannot find the course: start Jupyter in its folder"
 os.chdir(root)
 sys.path.insert(0, str(root))
 
@@ -98,7 +100,8 @@ plt.show()
 at_root = inside[(sizes - eps**0.5).abs().argmin()].item()
 print(f"an input of size √eps comes out with size {at_root:.2f}")
 assert eps != 1e-5 or abs(at_root - 0.5**0.5) < 0.03, "at √eps, half of the sum under the root is eps"
-assert torch.allclose(inside[-10:], outside[-10:], atol=1e-3), "ordinary inputs do not show the difference"
+ordinary = sizes > 30 * max(eps, eps**0.5)
+assert torch.allclose(inside[ordinary], outside[ordinary], atol=0.01), "ordinary inputs hardly show it"
 
 # %% [markdown]
 # ## Squares in 16 bits
@@ -142,8 +145,8 @@ with torch.no_grad():
 # %% [markdown]
 # ## The digits that bfloat16 loses
 #
-# No overflow here, only noise. Norm 2000 random tokens in bfloat16 and compare with float64: how large are
-# the errors?
+# No overflow here, only noise. Norm 2000 random tokens in bfloat16 and compare with float64: how large
+# are the errors?
 
 # %%
 tokens = torch.randn(2000, 128).bfloat16()
@@ -175,8 +178,8 @@ assert carelessly > 1.3 * carefully and errors["squares in float32"].max() < 2**
 #
 # <details><summary>Answer</summary>
 #
-# An overflow: somewhere a number exceeds 65,504, such as a square in a norm. bfloat16 has fewer digits but
-# the range of float32.
+# An overflow: somewhere a number exceeds 65,504, such as a square in a norm. bfloat16 has fewer digits
+# but the range of float32.
 #
 # </details>
 #

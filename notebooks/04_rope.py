@@ -2,8 +2,8 @@
 # # RoPE's arrows and distances
 #
 # Rotary positions turn pairs of numbers like the hands of clocks. The lesson has four still pictures of
-# one clock; here the clocks run. You will see why only the **difference** of two positions counts, build a
-# head that looks exactly five tokens back, and watch positions break in 16 bits.
+# one clock; here the clocks run. You will see why only the **difference** of two positions counts, build
+# a head that looks exactly five tokens back, and watch positions break in 16 bits.
 #
 # Goes with the lesson of [stage 2](../stage2_rope/README.md). Nothing is trained: it runs in seconds.
 
@@ -21,13 +21,15 @@ if "google.colab" in sys.modules:
     root = root or Path("course").resolve()
     if not root.exists():
         address = REPOSITORY or input("The address of the course's git repository: ")
-        subprocess.run(["git", "clone", "--quiet", "--depth", "1", address, str(root)], check=True)
+        clone = ["git", "clone", "--quiet", "--depth", "1", address, str(root)]
+        done = subprocess.run(clone, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
     modules = ("docstring_parser", "jinja2", "rich", "safetensors", "tiktoken", "typeguard", "tyro")
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
     if missing:
         install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
         subprocess.run([*install, *missing], check=True)
-assert root, "this is not the course's folder: start Jupyter in it"
+assert root, "cannot find the course: start Jupyter in its folder"
 os.chdir(root)
 sys.path.insert(0, str(root))
 
@@ -88,7 +90,7 @@ assert torch.allclose(qs.norm(dim=-1), q.norm()), "turning changes no length"
 # that they point in opposite directions.
 
 # %%
-head_dim, theta = 32, 10000.0  # try theta = 100, or 1,000,000
+head_dim, theta = 32, 10000.0  # try theta = 100, or 1_000_000
 distances = torch.arange(129)
 cos, _ = stage2.rotation(distances, head_dim, theta)
 figure, axes = plt.subplots(figsize=(9, 3.4))
@@ -110,8 +112,9 @@ assert abs(periods[0] - 6.283) < 0.001 and periods[-1] < 2 * torch.pi * theta
 #
 # You may have read that RoPE makes scores decay with distance. Take a query and a key with the same
 # numbers: the score is highest at distance 0, and lower further away. But queries and keys need not be
-# equal. Build the key from the query by turning it *back* by five positions, and the head looks five
-# tokens back. Draw the key at random, and there is no trend.
+# equal. Build the key from the query by turning it *forward* by five positions: standing five tokens
+# behind, it lines up with the query, so the head looks five tokens back. Draw keys at random, and there
+# is no trend: the picture shows one, and the last assertion asks a thousand.
 
 # %%
 torch.manual_seed(1)
@@ -119,7 +122,7 @@ q = torch.randn(head_dim)
 far = 64
 cases = {
     "key = query": q,
-    "key = query, turned by 5 positions": at(q, [5])[0],
+    "key = query, turned forward by 5": at(q, [5])[0],
     "a random key": torch.randn(head_dim),
 }
 figure, axes = plt.subplots(figsize=(9, 3.6))
@@ -137,6 +140,9 @@ plt.show()
 first, fifth, random = scores.values()
 assert first.argmax() == 0 and fifth.argmax() == 5
 assert random.argmax() != 0, "for this key, some tokens further away score higher than the nearest"
+many = at(q, list(range(far + 1))) @ torch.randn(head_dim, 1000)  # (distances, keys)
+sizes = many.abs().mean(1)
+assert sizes.max() < 1.25 * sizes.min(), "for a thousand keys, no distance stands out"
 
 # %% [markdown]
 # ## Positions in 16 bits
@@ -174,8 +180,8 @@ assert (cos[0, :, 0] - wrong).abs().max() > 0.5 and cos.dtype == torch.float32
 # <details><summary>Answer</summary>
 #
 # The scores would stay, but what is passed on would not: a token's value would arrive turned by its
-# absolute position, so the same character would say something else at position 7 than at 8. Values are not
-# compared with anything, so nothing turns them back.
+# absolute position, so the same character would say something else at position 7 than at 8. Values are
+# not compared with anything, so nothing turns them back.
 #
 # </details>
 #

@@ -2,9 +2,9 @@
 # # The cache, growing
 #
 # Generating a token needs the keys and values of all tokens before it. They are kept in a cache, and in
-# long conversations the cache, not the weights, fills the memory. Three stages of the course make it
-# smaller: watch one fill up, then weigh multi-head, grouped-query and latent attention at the size of real
-# models, **without owning their memory**.
+# long conversations the cache, not the weights, fills the memory. Two stages of the course make it
+# smaller: watch one fill up, then weigh multi-head, grouped-query and latent attention at the size of
+# real models, **without owning their memory**.
 #
 # Goes with the lessons of [stage 4](../stage4_gqa/README.md) and [stage 7](../stage7_mla_mtp/README.md).
 # Nothing is trained.
@@ -23,13 +23,15 @@ if "google.colab" in sys.modules:
     root = root or Path("course").resolve()
     if not root.exists():
         address = REPOSITORY or input("The address of the course's git repository: ")
-        subprocess.run(["git", "clone", "--quiet", "--depth", "1", address, str(root)], check=True)
+        clone = ["git", "clone", "--quiet", "--depth", "1", address, str(root)]
+        done = subprocess.run(clone, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
     modules = ("docstring_parser", "jinja2", "rich", "safetensors", "tiktoken", "typeguard", "tyro")
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
     if missing:
         install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
         subprocess.run([*install, *missing], check=True)
-assert root, "this is not the course's folder: start Jupyter in it"
+assert root, "cannot find the course: start Jupyter in its folder"
 os.chdir(root)
 sys.path.insert(0, str(root))
 
@@ -48,8 +50,8 @@ mha, gqa, mla = (stages.load(name) for name in ("stage3_swiglu", "stage4_gqa", "
 # ## Watch it fill
 #
 # A small model reads 8 tokens at once and then one at a time. Each row of the picture is a slot of the
-# cache, each column a number of a key in the first layer; heads lie side by side. Filled rows never change
-# again.
+# cache, each column a number of a key in the first layer; heads lie side by side. Filled rows never
+# change again.
 
 # %%
 torch.manual_seed(0)
@@ -87,7 +89,7 @@ animate(figure, draw, len(pictures), milliseconds=300)
 # ## What a token costs
 #
 # The course's models, in the shape of an 8-billion-parameter Llama: 32 layers, 32 heads, width 4096. On
-# PyTorch's *meta* device a tensor has a shape and no memory, so `cache.nbytes` can be asked at any size.
+# PyTorch's *meta* device a tensor has a shape and no memory, so we can read `cache.nbytes` at any size.
 # MLA's latent is that of DeepSeek-V3: 512 numbers, and 64 for the rotated key.
 
 # %%
@@ -142,23 +144,24 @@ for name, n in crossing.items():
 assert crossing["MHA: 32 key/value heads"] < 32_000 < 100_000 < crossing["GQA: 8"]
 
 # %% [markdown]
-# ## How many readers fit?
+# ## How many users fit?
 #
-# A GPU with 80 GB, 16 of them taken by the weights, and readers whose conversations are `context` tokens
-# long.
+# A GPU with 80 GB, 16 of them taken by the weights, and users, each with a conversation of `context`
+# tokens.
 
 # %%
 context = 8192
 room = 80e9 - 16e9
-readers = {name: int(room // (each * context)) for name, each in per_token.items()}
+users = {name: int(room // (each * context)) for name, each in per_token.items()}
 figure, axes = plt.subplots(figsize=(9, 2.6))
-bars = axes.barh(list(readers), list(readers.values()), color=COLORS[: len(readers)])
+bars = axes.barh(list(users), list(users.values()), color=COLORS[: len(users)])
 axes.bar_label(bars, padding=4)
 axes.invert_yaxis()
 axes.set(xlabel="conversations", title=f"Conversations of {context:,} tokens on one GPU of 80 GB")
 plt.show()
-few, several, most, latent = readers.values()
-assert few < several < latent < most, "MLA: keys and values for every head, and more readers than with GQA"
+few, several, most, latent = users.values()
+assert few < several < most
+assert rank > 1024 or several < latent < most, "MLA: keys and values for every head, more users than with GQA"
 
 # %% [markdown]
 # ## Change a number
@@ -168,7 +171,8 @@ assert few < several < latent < most, "MLA: keys and values for every head, and 
 #
 # ## Two questions
 #
-# **1.** GQA with 8 heads has a quarter of the cache. Is a quarter of attention's arithmetic saved as well?
+# **1.** GQA with 8 heads needs only a quarter of the cache. Does attention need only a quarter of the
+# arithmetic, too?
 #
 # <details><summary>Answer</summary>
 #

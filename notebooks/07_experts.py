@@ -1,9 +1,10 @@
 # %% [markdown]
 # # Which expert takes which character
 #
-# A mixture of experts chooses, for every token, two of eight small MLPs. It is tempting to look for
-# meaning in the choice: an expert for vowels, one for names. Here you can look, and then ask two awkward
-# questions: would chance look like this, too? And would a router that never learned anything?
+# A mixture of experts chooses, for every token, two of eight small MLPs (a ninth is used by all tokens).
+# It is tempting to look for meaning in the choice: an expert for vowels, one for names. Here you can
+# look, and then ask two awkward questions: would chance look like this, too? And would a model that never
+# learned anything?
 #
 # Goes with the lesson of [stage 6](../stage6_moe/README.md). The first run trains a model (about a minute
 # on two cores).
@@ -22,13 +23,15 @@ if "google.colab" in sys.modules:
     root = root or Path("course").resolve()
     if not root.exists():
         address = REPOSITORY or input("The address of the course's git repository: ")
-        subprocess.run(["git", "clone", "--quiet", "--depth", "1", address, str(root)], check=True)
+        clone = ["git", "clone", "--quiet", "--depth", "1", address, str(root)]
+        done = subprocess.run(clone, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
     modules = ("docstring_parser", "jinja2", "rich", "safetensors", "tiktoken", "typeguard", "tyro")
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
     if missing:
         install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
         subprocess.run([*install, *missing], check=True)
-assert root, "this is not the course's folder: start Jupyter in it"
+assert root, "cannot find the course: start Jupyter in its folder"
 os.chdir(root)
 sys.path.insert(0, str(root))
 
@@ -40,6 +43,7 @@ import data
 from lab import stages
 from notebooks.helpers import COLORS, DATA, QUICK, pale, show_text, trained
 
+# QUICK is true only in the tests of the course, whose models are hardly trained.
 stage6 = stages.load("stage6_moe")
 model, tokenizer = trained("6", 600, "--model.n-layer", "2")
 untrained = stage6.GPT(model.config).eval()
@@ -86,8 +90,8 @@ for layer in range(n_layer):
 # %% [markdown]
 # ## Is everyone busy?
 #
-# Nothing is gained if two experts do all the work. Training moved a bias of each expert until the load was
-# about even. (On other text than that it was balanced on, it need not be exactly even.)
+# Nothing is gained if two experts do all the work. Training moved a bias of each expert until the load
+# was about even. (On text that it was not balanced on, it may be less even.)
 
 # %%
 load = torch.stack([each.flatten().bincount(minlength=n_experts) for each in chosen]) / chosen[0].numel()
@@ -107,8 +111,8 @@ assert QUICK or (load.max() < 0.3 and load.min() > 0.02), "no expert idles, none
 # %% [markdown]
 # ## Characters and experts
 #
-# A row for each of the most frequent characters: to which expert does it go first? One dark field in a row
-# means: always to the same one.
+# A row for each of the most frequent characters: to which expert does it go first? One dark field in a
+# row means: always to the same one.
 
 # %%
 characters = val.flatten()
@@ -129,8 +133,8 @@ plt.show()
 # %% [markdown]
 # ## Two controls
 #
-# How much does the character tell about the expert? *Mutual information* measures it: 0 bits if nothing, 3
-# bits if the character decided everything among eight equally busy experts. But with finite text, even
+# How much does the character tell about the expert? *Mutual information* measures it: 0 bits if nothing,
+# 3 bits if the character decided everything among eight equally busy experts. But with finite text, even
 # unrelated pairs have some. So:
 #
 # 1. **shuffle** the characters, 20 times: what chance gives;
@@ -175,7 +179,7 @@ assert QUICK or rows["trained"][1] < rows["never trained"][1], "in layer 1, the 
 
 # %% [markdown]
 # The first control is passed: this is not chance. The second should make you careful. A random matrix
-# sends equal vectors to equal experts, so it sorts characters, too, and no worse. *That characters have
+# sends equal vectors to equal experts, so it sorts characters, too. *That characters have
 # experts proves no learning.* In our run, training even loosened the tie in layer 1 (the last assertion):
 # there, the choice now depends on more than the character. What an expert *computes* with what it gets is
 # another question.
@@ -203,7 +207,7 @@ assert QUICK or rows["trained"][1] < rows["never trained"][1], "in layer 1, the 
 #
 # <details><summary>Answer</summary>
 #
-# The same map with shuffled labels, and that of an untrained router. Then: does the loss rise when the
+# The same map with shuffled labels, and that of an untrained model. Then: does the loss rise when the
 # expert for a topic is replaced by another?
 #
 # </details>

@@ -2,9 +2,9 @@
 # # Latent attention, absorbed
 #
 # MLA caches one small latent per token and computes the keys and values of all heads from it. Done
-# literally, that means unpacking the whole cache again for every new token. The trick of *absorbing* never
-# unpacks it. It is nothing but moving a bracket, (q W)·c instead of q·(W c), and yet it changes what
-# decoding costs by an order of magnitude. Here you move it yourself.
+# literally, that means unpacking the whole cache again for every new token. The trick of *absorbing*
+# never unpacks it. It is nothing but moving a bracket, (q W)·c instead of q·(W c), and yet it changes
+# what decoding costs by an order of magnitude. Here you move it yourself.
 #
 # Goes with the lesson of [stage 7](../stage7_mla_mtp/README.md#stage-7a-multi-head-latent-attention-mla).
 # Nothing is trained.
@@ -23,13 +23,15 @@ if "google.colab" in sys.modules:
     root = root or Path("course").resolve()
     if not root.exists():
         address = REPOSITORY or input("The address of the course's git repository: ")
-        subprocess.run(["git", "clone", "--quiet", "--depth", "1", address, str(root)], check=True)
+        clone = ["git", "clone", "--quiet", "--depth", "1", address, str(root)]
+        done = subprocess.run(clone, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
     modules = ("docstring_parser", "jinja2", "rich", "safetensors", "tiktoken", "typeguard", "tyro")
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
     if missing:
         install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
         subprocess.run([*install, *missing], check=True)
-assert root, "this is not the course's folder: start Jupyter in it"
+assert root, "cannot find the course: start Jupyter in its folder"
 os.chdir(root)
 sys.path.insert(0, str(root))
 
@@ -83,7 +85,7 @@ panels[2].set(title="numbers made on the way")
 plt.show()
 
 # %% [markdown]
-# Values work alike, from the other side: first the weighted mean of the *latents*, then `W_v`, once.
+# Values work the same way in reverse: average the *latents* first, then apply `W_v` once.
 
 # %%
 weights = (expanded / nope**0.5).softmax(-1)
@@ -170,7 +172,7 @@ assert unpacked > 10 * absorbed_way and not attention.absorbing_is_cheaper(2048,
 # %% [markdown]
 # ## Why positions must stay outside
 #
-# Rotary positions turn the key of every token by another angle. If the unpacked keys were rotated, the
+# Rotary positions rotate each token's key by a different angle. If the unpacked keys were rotated, the
 # bracket could not be moved: between q and W_k c there would be a rotation that depends on the distance,
 # so *each distance would need a matrix of its own*. Below: how much that matrix differs from the one at
 # distance 0. This is why MLA rotates a separate, shared part of `rope_dim` numbers, and caches it.
@@ -198,7 +200,8 @@ assert difference[0] < 1e-6 and min(difference[1:]) > 0.2
 # ## Change a number
 #
 # - Add `kv_lora_rank=32` to the config: where does the border between blue and red move?
-# - `n_head=32`, with `n_embd=1024`. What changes in "Moving the bracket", and what stays in the map?
+# - `n_head=32, n_embd=1024, kv_lora_rank=96`. What changes in "Moving the bracket", and what stays in the
+#   map?
 #
 # ## Two questions
 #
@@ -211,8 +214,8 @@ assert difference[0] < 1e-6 and min(difference[1:]) > 0.2
 #
 # </details>
 #
-# **2.** In decoding, what matters more than multiplications: the bytes read. How many numbers does a token
-# read from the cache with absorbing, and how many keys and values would MHA read?
+# **2.** In decoding, what matters more than multiplications: the bytes read. How many numbers does a
+# token read from the cache with absorbing, and how many keys and values would MHA read?
 #
 # <details><summary>Answer</summary>
 #

@@ -25,13 +25,15 @@ if "google.colab" in sys.modules:
     root = root or Path("course").resolve()
     if not root.exists():
         address = REPOSITORY or input("The address of the course's git repository: ")
-        subprocess.run(["git", "clone", "--quiet", "--depth", "1", address, str(root)], check=True)
+        clone = ["git", "clone", "--quiet", "--depth", "1", address, str(root)]
+        done = subprocess.run(clone, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
     modules = ("docstring_parser", "jinja2", "rich", "safetensors", "tiktoken", "typeguard", "tyro")
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
     if missing:
         install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
         subprocess.run([*install, *missing], check=True)
-assert root, "this is not the course's folder: start Jupyter in it"
+assert root, "cannot find the course: start Jupyter in its folder"
 os.chdir(root)
 sys.path.insert(0, str(root))
 
@@ -44,13 +46,14 @@ from deploy.serving.pool import Batch, Pool
 from lab import stages
 from notebooks.helpers import COLORS, animate, pale
 
-BLOCK_SIZE, N_BLOCKS = 4, 21  # block 0 is never given away
+BLOCK_SIZE, N_BLOCKS = 4, 21  # block 0 is never handed out
 
 # %% [markdown]
 # ## A day in the life of 20 blocks
 #
 # `Blocks` is the course's own block manager: it counts references and knows what each full block holds,
-# and nothing of tensors. After each event we note which table holds which block. Letters stand for tokens.
+# and nothing of tensors. After each event we note which table holds which block. Letters stand for
+# tokens.
 
 # %%
 copies = []
@@ -93,11 +96,11 @@ note(
 )
 
 blocks.release(tables.pop("Ann"))
-note("Ann leaves: what only she held is free, and full blocks stay known")
+note("Ann leaves: what only she held is free, and full blocks can still be found")
 reused_by_cid = arrive("Cid", system + "Sonnet, please")
 for name in list(tables):
     blocks.release(tables.pop(name))
-note("all leave: full blocks stay known until someone needs the room")
+note("all leave: full blocks can be found until someone needs the room")
 
 assert reused_by_ann == 0
 assert reused_by_bob == 24 // BLOCK_SIZE * BLOCK_SIZE, "Bob reuses the full blocks of the system prompt"
@@ -198,8 +201,8 @@ assert (keys.abs().sum((1, 2)) > 0).nonzero().flatten().tolist() == sorted(share
 # %% [markdown]
 # ## Change a number
 #
-# - `BLOCK_SIZE = 8`: how many tokens do Bob and Cid reuse now? And with 5? What would speak against blocks
-#   of one token?
+# - `BLOCK_SIZE = 8`: how many tokens do Bob and Cid reuse now? And with 5? What would speak against
+#   blocks of one token?
 # - How much would Bob reuse if his system prompt differed in the first letter? And in the last one?
 #
 # ## Two questions
@@ -209,7 +212,8 @@ assert (keys.abs().sum((1, 2)) > 0).nonzero().flatten().tolist() == sorted(share
 # <details><summary>Answer</summary>
 #
 # A full block never changes. One that is half full will be written to by its owner; whoever had found it
-# would then hold keys of someone else's tokens. (A fork may share it, since the first to write copies it.)
+# would then hold keys of someone else's tokens. (A fork may share it, since the first to write copies
+# it.)
 #
 # </details>
 #

@@ -99,10 +99,11 @@ def test_on_colab_the_first_cell_clones_the_course_and_installs_only_what_is_mis
 ):
     ran = []
 
-    def run(command, check):
+    def run(command, **options):
         ran.append(command)
         if command[:2] == ["git", "clone"]:
             (tmp_path / "course").mkdir()
+        return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -115,6 +116,14 @@ def test_on_colab_the_first_cell_clones_the_course_and_installs_only_what_is_mis
     assert clone[-2:] == ["https://example.com/course.git", str(tmp_path / "course")]
     assert [command[-len(missing) - 1 :] for command in install] == [["--no-deps", *missing]] * bool(missing)
     assert sys.path[0] == str(tmp_path / "course")
+
+
+def test_on_colab_a_wrong_address_is_explained_by_git(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "google.colab", ModuleType("google.colab"))
+    monkeypatch.setattr("builtins.input", lambda prompt: str(tmp_path / "nowhere"))
+    with pytest.raises(AssertionError, match=r"nowhere.* does not exist"):
+        exec(first_cell(notebooks.sources()[0]), {})
 
 
 def test_the_first_cell_knows_every_package_that_the_course_needs():
