@@ -199,6 +199,20 @@ def test_the_search_leads_to_a_section(visit):
     page.wait_for_url("**/stage4_gqa/README.html#pitfalls")
     page.locator(".search input").fill("zyzzyva")
     page.get_by_text("Nothing found.").wait_for()
+    page.locator("h1").click()
+    assert not page.locator(".search ol").is_visible()
+    page.locator(".search input").fill("pitfalls grouped")
+    page.locator(".search input").press("Enter")
+    page.wait_for_url("**/stage4_gqa/README.html#pitfalls")
+
+
+def test_one_page_does_not_fill_the_search(visit):
+    page = visit("index.html", width=360)
+    page.locator(".search input").fill("latent")
+    page.locator(".search li a").first.wait_for()
+    pages = [link.partition(": ")[0] for link in page.locator(".search li a").all_inner_texts()]
+    assert len(set(pages)) >= 4 and page.get_by_text("more sections").is_visible()
+    assert page.locator(".search ol").bounding_box()["x"] >= 0
 
 
 def test_everything_can_be_read_without_a_script(visit):
@@ -228,6 +242,20 @@ def test_the_models_compute_in_the_page_what_torch_computes(visit, trained):
             logits = trained[name][0](tokens[None])[0][0]
         assert (found - logits).abs().max() < 2e-5 * logits.abs().max()
         page.reload()
+
+
+def test_texts_are_written_one_at_a_time_and_keep_their_lines(visit):
+    page = visit("index.html")
+    button, text = page.get_by_role("button", name="Load and write"), page.locator("#try .text")
+    page.get_by_label("Beginning of the text").fill("ROMEO:\nO")
+    page.get_by_label("Characters to write").fill("400")
+    button.click()
+    page.get_by_text("Writing …").wait_for()
+    assert button.is_disabled()
+    page.get_by_text("Click one.").wait_for()
+    assert button.is_enabled() and text.inner_text().startswith("ROMEO:↵\nO")
+    first, second = (text.locator("button").nth(i).bounding_box()["y"] for i in (0, 7))
+    assert second > first
 
 
 def test_a_written_text_shows_attention_and_experts_of_any_character(visit):
