@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -97,6 +98,14 @@ def test_the_second_control_was_never_trained_and_has_the_seeds_of_the_runs(writ
     for layer in (*never[0], *never[1]):
         assert layer["shuffled"] < layer["itself"] <= layer["most"]
         assert layer not in (*trained[0], *trained[1])
+
+
+def test_the_untrained_model_is_the_runs_own_before_its_first_step(run_train, workshop, monkeypatch):
+    monkeypatch.setattr(experts, "DATA", "words.txt")
+    still = ["--lr", "1e-12", "--min-lr", "0", "--model.bias-update-speed", "0", "--seed", "3"]
+    assert run_train("--stage", "6", *TINY, "--steps", "1", *still, "--out", "run") == 0
+    (_, before), (_, after) = (specialists.routing(Path("run"), 100, trained) for trained in (False, True))
+    assert (before == after).all()
 
 
 def test_a_router_that_reads_the_character_knows_it_and_one_that_reads_the_next_knows_that():

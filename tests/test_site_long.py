@@ -249,7 +249,8 @@ def test_texts_are_written_one_at_a_time_and_keep_their_lines(visit):
     button, text = page.get_by_role("button", name="Load and write"), page.locator("#try .text")
     page.get_by_label("Beginning of the text").fill("ROMEO:\nO")
     page.get_by_label("Characters to write").fill("400")
-    button.click()
+    submit = "form.requestSubmit(); form.querySelector('button').disabled"
+    assert page.evaluate(f"const form = document.querySelector('#try form'); {submit}")  # while it loads, too
     page.get_by_text("Writing …").wait_for()
     assert button.is_disabled()
     page.get_by_text("Click one.").wait_for()

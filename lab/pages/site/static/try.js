@@ -28,16 +28,15 @@ function draw(logits, temperature) {
   return Math.max(0, probabilities.findIndex((probability) => (left -= probability) < 0));
 }
 
-async function write(event) {
-  event.preventDefault();
+/** Continues the text with the chosen model. */
+async function write() {
   const { stage, prompt, temperature, length } = Object.fromEntries(new FormData(form));
   const model = await load(stage).catch(() => null), given = Array.from(prompt);
   if (!model) return (status.textContent = `static/${stage}.js could not be loaded.`);
   const unknown = given.find((character) => !model.characters.includes(character));
   if (unknown) return (status.textContent = `The model does not know “${unknown}”.`);
   if (!given.length) return (status.textContent = "Type the beginning of a text.");
-  const button = form.querySelector("button"); // a second text at the same time would use the same cache
-  [button.disabled, status.textContent] = [true, "Writing …"];
+  status.textContent = "Writing …";
   model.reset();
   const started = performance.now(), characters = [...given], steps = [];
   for (let i = 0; i < given.length + Number(length); i++) {
@@ -46,7 +45,6 @@ async function write(event) {
     if (i % 20 === 0) await new Promise((resolve) => setTimeout(resolve)); // lets the page draw
   }
   const seconds = (performance.now() - started) / 1000;
-  button.disabled = false;
   status.textContent = `${steps.length} characters at ${Math.round(steps.length / seconds)} a second. Click one.`;
   shown = { characters: characters.slice(0, steps.length), steps };
   list(given.length - 1);
@@ -112,6 +110,11 @@ function choose(index) {
   });
 }
 
-form.addEventListener("submit", write);
+form.addEventListener("submit", (event) => {
+  event.preventDefault();
+  const button = form.querySelector("button");
+  button.disabled = true; // a second text at the same time would use the same cache
+  write().finally(() => (button.disabled = false));
+});
 place.hidden = false;
 list(shown.characters.length - 1);
