@@ -1,6 +1,7 @@
 """What the scripts in benchmarks/ideas/ share: runs that are reused, results that become a lesson's table."""
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -83,12 +84,24 @@ def test_results_become_the_table_and_the_picture_of_a_lesson(tmp_path, monkeypa
     assert "<img" not in again and re.search(r"-->\n\| width \|\n", again) and again.endswith("-->\nb\n")
 
 
+@pytest.mark.parametrize(
+    ("best", "tried"),
+    [(1, [0.5, 1, 2]), (2, [1, 2, 4]), (4, [1, 2, 4, 8]), (0.25, [0.125, 0.25, 0.5, 1, 2])],
+)
+def test_rates_are_tried_until_the_best_lies_between_two(best, tried):
+    asked = []
+    losses = ideas.rates_around_the_best(lambda rate: asked.append(rate) or abs(math.log(rate / best)), 1)
+    assert list(losses) == sorted(asked) == tried and min(losses, key=losses.get) == best
+
+
 def test_a_gain_is_measured_from_the_row_above_at_its_best_mean(monkeypatch):
     """Of two seeds: one lucky loss does not make a rate the best."""
     losses = {
         "stage0_gpt": {5e-4: [2.5, 2.5], 1e-3: [2.0, 2.0], 2e-3: [1.8, 1.9], 4e-3: [1.0, 3.0], 8e-3: [3, 3]}
     }
     losses["stage3_swiglu"] = {rate: [1.7, 1.7] for rate in losses["stage0_gpt"]} | {5e-4: [1.6, 1.6]}
+    losses["stage3_swiglu"][2.5e-4] = [1.9, 1.9]
+    muon = {2e-3: [1.6, 1.6], 4e-3: [1.5, 1.5], 8e-3: [1.6, 1.6]}
     asked = []
 
     def trained(name, flags):
@@ -96,7 +109,7 @@ def test_a_gain_is_measured_from_the_row_above_at_its_best_mean(monkeypatch):
             flags[flags.index(f"--{x}") + 1] for x in ("stage", "optimizer", "lr", "seed")
         )
         asked.append((stage, optimizer, float(rate), int(seed)))
-        values = losses[stage] if optimizer == "adamw" else dict.fromkeys(rates.RATES["muon"], (1.5, 1.5))
+        values = losses[stage] if optimizer == "adamw" else muon
         return None, [{"val_loss": values[float(rate)][int(seed)]}]
 
     monkeypatch.setattr(ideas, "trained", trained)
@@ -105,7 +118,7 @@ def test_a_gain_is_measured_from_the_row_above_at_its_best_mean(monkeypatch):
         ideas, "write", lambda idea, measured, heads, rows, draw, alt: written.update(locals())
     )
     assert call(monkeypatch, rates, "--stages", "0,3", "--muon-stages", "3") == 0
-    assert len(asked) == len(set(asked)) == 2 * 5 * 2 + 4 * 2
+    assert len(asked) == len(set(asked)) == (3 + 4 + 3) * 2  # stage 0, stage 3 and Muon, with two seeds
     assert written["rows"][0] == ["0 gpt", "2.000", "", "1.850 at 0.002", "", ""]
     assert written["rows"][1] == [
         "3 swiglu",
@@ -113,7 +126,7 @@ def test_a_gain_is_measured_from_the_row_above_at_its_best_mean(monkeypatch):
         "+0.300",
         "1.600 at 0.0005",
         "+0.250",
-        "1.500 at 0.002",
+        "1.500 at 0.004",
     ]
     assert "with AdamW between 1.60 and 1.85 and with Muon between 1.50 and 1.50" in written["alt"]
     assert len(written["draw"]().axes) == 2

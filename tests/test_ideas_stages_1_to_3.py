@@ -174,19 +174,8 @@ def test_the_mlps_that_are_compared_have_equally_many_parameters_and_flops(works
 
 def test_each_mlp_is_measured_with_all_seeds_at_its_best_rate(measure, monkeypatch):
     monkeypatch.setattr(gates.moe, "training_step", lambda stage, dtype: lambda: None)
-    flags = [
-        "--steps",
-        "3",
-        "--rates",
-        "1e-3",
-        "1e-2",
-        "--choosing-seeds",
-        "1",
-        "--seeds",
-        "2",
-        "--rounds",
-        "2",
-    ]
+    monkeypatch.setattr(ideas, "rates_around_the_best", lambda loss, rate: {r: loss(r) for r in (rate, 1e-2)})
+    flags = ["--steps", "3", "--choosing-seeds", "1", "--seeds", "2", "--rounds", "2"]
     made = measure(gates, *flags)
     for of in made["mlps"].values():
         tried = {rate: each["values"] for rate, each in of["tried"].items()}

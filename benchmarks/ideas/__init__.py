@@ -48,6 +48,20 @@ def trained(name: str, flags: list[str]) -> tuple[Path, list[dict]]:
     return folder, log.read_metrics(folder / "metrics.jsonl")
 
 
+def rates_around_the_best(loss: Callable[[float], float], rate: float) -> dict[float, float]:
+    """The losses by learning rate, in the order of the rates; loss(rate) measures one.
+
+    Starts with this rate and twice as much, and doubles or halves until the best lies between two others.
+    """
+    losses = {rate: loss(rate), 2 * rate: loss(2 * rate)}
+    while True:
+        best, lowest, highest = min(losses, key=losses.get), min(losses), max(losses)
+        if lowest < best < highest:
+            return dict(sorted(losses.items()))
+        further = best / 2 if best == lowest else 2 * best
+        losses[further] = loss(further)
+
+
 def write(
     idea: str, measured: dict, heads: list[str], rows: list[list], draw: Callable | None = None, alt: str = ""
 ) -> None:

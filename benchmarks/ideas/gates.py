@@ -1,7 +1,9 @@
 """Stage 3: SwiGLU beside GELU and ReLU² with as many parameters, each at its best learning rate.
 
-python -m benchmarks.ideas.gates trains models that differ in their MLP alone, and writes
-results/ideas/gates.json and its picture. It writes the MLPs that the course does not have into my/.
+python -m benchmarks.ideas.gates trains models that differ in their MLP alone: from the preset's rate on, it
+doubles or halves the rate until the best lies between two others. It reuses the runs of
+`python compare.py --tune`. Writes results/ideas/gates.json and its picture, and into my/ the MLPs that the
+course does not have.
 """
 
 import statistics
@@ -43,8 +45,8 @@ class Settings:
 
     steps: int = 2000
     """Optimizer steps of a run."""
-    rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
-    """Learning rates to try."""
+    rate: float = 1e-3
+    """The first learning rate to try."""
     choosing_seeds: int = 2
     """Seeds whose mean loss decides which rate is the best."""
     seeds: int = 3
@@ -55,7 +57,8 @@ class Settings:
 
 def main():
     settings = cli.parse_flags(Settings, sys.argv[1:])
-    print("This takes about 50 minutes on one core. Finished runs are kept, so it can be interrupted.")
+    print("This takes about 30 minutes on one core, or 20 after compare.py --tune.")
+    print("Finished runs are kept, so it can be interrupted.")
     device.prepare(ideas.CPU)
     mlps = {"SwiGLU": "stage3_swiglu"} | {name: write_variant(name) for name in ACTIVATIONS}
     measured = {name: losses(stage, settings) for name, stage in mlps.items()}
@@ -68,15 +71,16 @@ def main():
         of["differs_from_swiglu"] = spread.means_differ(
             of["at_best"]["values"], measured["SwiGLU"]["at_best"]["values"]
         )
+    rates = sorted({float(rate) for of in measured.values() for rate in of["tried"]})
     ideas.write(
         "gates",
         {"mlps": measured, "steps": settings.steps, "rounds": settings.rounds, "dtype": str(dtype)[6:]},
         [
-            *("MLP", "parameters", "FLOPs per token", *map("rate {:g}".format, settings.rates)),
+            *("MLP", "parameters", "FLOPs per token", *map("rate {:g}".format, rates)),
             *(f"{settings.seeds} seeds at its best rate", "time of a step"),
         ],
-        [row(name, of) for name, of in measured.items()],
-        lambda: picture(measured),
+        [row(name, of, rates) for name, of in measured.items()],
+        lambda: picture(measured, rates),
         "The validation loss by learning rate for SwiGLU, GELU and ReLU²: an outlined point for each seed, "
         "and lines through the means.",
     )
@@ -97,29 +101,33 @@ def losses(stage: str, settings: Settings) -> dict:
     """The sizes of an MLP's model, and its final validation losses by rate and with all seeds at the best."""
 
     def run(rate: float, seed: int) -> tuple[Path, list[dict]]:
-        flags = ["--stage", stage, "--lr", f"{rate:g}", "--seed", str(seed), "--steps", str(settings.steps)]
-        flags += ["--eval-every", str(settings.steps)]  # only the last loss is compared
+        flags = ["--stage", stage, "--lr", str(rate), "--min-lr", str(rate / 10)]
+        flags += ["--seed", str(seed), "--steps", str(settings.steps)]
         return ideas.trained(f"gates-{stage}-{settings.steps}-steps-lr{rate:g}-seed{seed}", flags)
 
-    def loss(rate: float, seed: int) -> float:
-        return run(rate, seed)[1][-1]["val_loss"]
+    def final_losses(rate: float, seeds: int) -> list[float]:
+        return [run(rate, seed)[1][-1]["val_loss"] for seed in range(seeds)]
 
-    tried = {rate: [loss(rate, seed) for seed in range(settings.choosing_seeds)] for rate in settings.rates}
-    best = min(tried, key=lambda rate: statistics.mean(tried[rate]))
-    chosen = tried[best] + [loss(best, seed) for seed in range(settings.choosing_seeds, settings.seeds)]
+    def mean_loss(rate: float) -> float:
+        return statistics.mean(final_losses(rate, settings.choosing_seeds))
+
+    means = ideas.rates_around_the_best(mean_loss, settings.rate)
+    best = min(means, key=means.get)
+    tried = {f"{rate:g}": spread.summary(final_losses(rate, settings.choosing_seeds)) for rate in means}
     model, config = runs.load(run(best, 0)[0], "best", ideas.CPU)
     return {
         "parameters": config["parameters"],
         "flops_per_token": cost.flops_per_token(model),
-        "tried": {f"{rate:g}": spread.summary(values) for rate, values in tried.items()},
+        "tried": tried,
         "best_rate": f"{best:g}",
-        "at_best": spread.summary(chosen),
+        "at_best": spread.summary(final_losses(best, settings.seeds)),
     }
 
 
-def row(name: str, of: dict) -> list:
-    """The line of an MLP in the table."""
-    means = {rate: f"{summary['mean']:.3f}" for rate, summary in of["tried"].items()}
+def row(name: str, of: dict, rates: list[float]) -> list:
+    """The line of an MLP in the table, with a column for each of the rates."""
+    means = dict.fromkeys((f"{rate:g}" for rate in rates), "")
+    means |= {rate: f"{summary['mean']:.3f}" for rate, summary in of["tried"].items()}
     means[of["best_rate"]] = f"**{means[of['best_rate']]}**"
     noise = "≈ " if name != "SwiGLU" and of["differs_from_swiglu"] is False else ""
     return [
@@ -132,14 +140,13 @@ def row(name: str, of: dict) -> list:
     ]
 
 
-def picture(measured: dict):
+def picture(measured: dict, rates: list[float]):
     """The losses against the learning rate."""
     figure, axes = run_plots.new_figure(7, 4.2)
-    rates = [float(rate) for rate in measured["SwiGLU"]["tried"]]
     for (name, of), marker in zip(measured.items(), "o^s", strict=False):
         by_rate = of["tried"] | {of["best_rate"]: of["at_best"]}
-        means = [summary["mean"] for summary in by_rate.values()]
-        axes.plot(rates, means, color=COLORS[name], marker=marker, linewidth=1.6, label=name)
+        means = {float(rate): summary["mean"] for rate, summary in by_rate.items()}
+        axes.plot(means.keys(), means.values(), color=COLORS[name], marker=marker, linewidth=1.6, label=name)
         for rate, summary in by_rate.items():
             for loss in summary["values"]:
                 axes.plot(float(rate), loss, marker, color=COLORS[name], markersize=5, markerfacecolor="none")
