@@ -2,9 +2,11 @@
 
 Each row is one run and one length of text. In turn, so that noise affects all alike: sample.py without
 --compile, a first start with it (nothing is compiled yet), and a later start (an earlier one compiled all).
-Prints a table; writes nothing. Keep the machine otherwise idle: compiling takes what the text leaves of it.
+Writes the section "compiled_sampling" of results/results.json. Keep the machine otherwise idle: compiling
+takes what the text leaves of it.
 """
 
+import json
 import os
 import statistics
 import subprocess
@@ -18,8 +20,9 @@ import torch
 
 import sample
 from lab import cli
-from lab.comparison import markdown
+from lab.comparison import timing
 from lab.errors import UserError, shown
+from lab.pages import lessons
 from lab.storage import runs
 
 ROUNDS = {"without": [], "first start": ["--compile"], "later start": ["--compile"]}
@@ -56,15 +59,15 @@ def main():
         for run in map(Path, settings.runs):
             for n_tokens in settings.tokens:
                 rows.append(measured(run, n_tokens, settings.rounds, Path(folder)))
-                print("|", " | ".join(rows[-1]), "|", file=sys.stderr)
-    heads = ["run", "tokens", *(f"{name}, s" for name in ROUNDS), "first / without", "later / without"]
-    heads += ["first token without, s", "first token of a later start, s", "same text"]
-    print(markdown.table(heads, rows))
-    print(f"\n{runs.processor()}, {os.cpu_count()} cores, torch {torch.__version__}")
+                print(json.dumps(rows[-1]), flush=True)
+    results = lessons.read_results()
+    machine = runs.machine(torch.device("cpu"))
+    results["compiled_sampling"] = {"calls": rows, "rounds": settings.rounds, "machine": machine}
+    runs.write_json(lessons.RESULTS, results)
 
 
-def measured(run: Path, n_tokens: int, rounds: int, folder: Path) -> list[str]:
-    """One row."""
+def measured(run: Path, n_tokens: int, rounds: int, folder: Path) -> dict:
+    """Medians of one run and one length of text: seconds of a whole call and until its first token."""
     kept = folder / "kept"
     call(run, n_tokens, ["--compile-first"], kept)
     found = {name: [] for name in ROUNDS}
@@ -72,20 +75,17 @@ def measured(run: Path, n_tokens: int, rounds: int, folder: Path) -> list[str]:
         for name, flags in ROUNDS.items():
             with tempfile.TemporaryDirectory(dir=folder) as fresh:
                 found[name].append(call(run, n_tokens, flags, kept if name == "later start" else Path(fresh)))
-    same = len({each.text for calls in found.values() for each in calls}) == 1
-    seconds = {name: statistics.median(each.seconds for each in calls) for name, calls in found.items()}
-    ratios = [
-        statistics.median(
-            with_it.seconds / without.seconds
-            for with_it, without in zip(found[name], found["without"], strict=True)
-        )
-        for name in ("first start", "later start")
-    ]
-    first = [
-        statistics.median(each.first_token for each in found[name]) for name in ("without", "later start")
-    ]
-    figures = [*(f"{each:.1f}" for each in seconds.values()), *(f"{each:.2f}" for each in ratios)]
-    return [run.name, f"{n_tokens:,}", *figures, *(f"{each:.1f}" for each in first), "yes" if same else "no"]
+    seconds = {name: [each.seconds for each in calls] for name, calls in found.items()}
+    first_token = {name: [each.first_token for each in calls] for name, calls in found.items()}
+    ratios = {name: timing.median_ratio(seconds[name], seconds["without"]) for name in seconds}
+    return {
+        "stage": runs.read_config(run)["stage"],
+        "tokens": n_tokens,
+        "seconds": {name: statistics.median(values) for name, values in seconds.items()},
+        "of_the_time_without": ratios,
+        "first_token_seconds": {name: statistics.median(values) for name, values in first_token.items()},
+        "same_text": len({each.text for calls in found.values() for each in calls}) == 1,
+    }
 
 
 def call(run: Path, n_tokens: int, flags: list[str], folder: Path) -> Measured:

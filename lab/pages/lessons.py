@@ -170,6 +170,20 @@ def transformers(measured: dict) -> str:
     return markdown.table(["stage", *speeds, "ratio", "with `--compile`"], rows)
 
 
+def compiled_sampling(measured: dict) -> str:
+    """The table of whole calls of sample.py, with --compile and without."""
+    rows = []
+    for call in measured["calls"]:
+        times = [f"{seconds:.1f}" for seconds in call["seconds"].values()]
+        of_it = call["of_the_time_without"]
+        ratios = [f"{of_it[start]:.2f}" for start in ("first start", "later start")]
+        first = call["first_token_seconds"]["later start"]
+        rows.append([call["stage"], f"{call['tokens']:,}", *times, *ratios, f"{first:.1f}"])
+    heads = ["stage", "tokens", "without, s", "first start, s", "later start, s", "first / without"]
+    heads += ["later / without", "a later start's first token, s"]
+    return markdown.table(heads, rows)
+
+
 def pretrained(measured: dict) -> str:
     """The table of a pretrained model's speed beside transformers and llama.cpp."""
     rows = []
@@ -323,6 +337,8 @@ def generated_parts(name: str, results: dict) -> dict[str, str]:
             "nanogpt": nanogpt(results["against_nanogpt"]),
             "transformers": transformers(results["against_transformers"]["stages"]),
         }
+        if "compiled_sampling" in results:
+            parts["compiled_sampling"] = compiled_sampling(results["compiled_sampling"])
         if "pretrained" in results:
             parts |= {"pretrained": pretrained(results["pretrained"]), "programs": side_by_side(results)}
         return parts
