@@ -2,7 +2,7 @@
 
 Runs `train.py` for each stage, on a text that is first converted to parquet files. Updates the section
 "gpt2_preset" of results/results.json after each stage, so --stages can measure the missing ones later.
-Afterwards `python -m lab.pages.lessons` writes the table into docs/scale.md. Takes five minutes or more per
+Afterwards `python -m lab.pages.lessons` writes the table into docs/scale.md. Takes two minutes or more per
 stage on two cores, and up to 8 GB of memory.
 """
 
@@ -19,6 +19,7 @@ import torch
 import data
 from data import files, tokenizers
 from lab import cli, optional, stages
+from lab.comparison import wanted_runs
 from lab.errors import UserError
 from lab.pages import lessons
 from lab.storage import runs
@@ -34,8 +35,8 @@ class Settings:
 
     text: str | None = None
     """UTF-8 text file to train on. None: TinyShakespeare, as in train.py."""
-    stages: str = "0,1,2,3,4,5,6,7"
-    """Stages to train."""
+    stages: str | None = None
+    """Stages to train, as in 0-3 or 6,7a. None: all."""
     steps: int = 20
     """Optimizer steps of one sequence of 1024 tokens each."""
     machine_shared: bool = False
@@ -44,7 +45,7 @@ class Settings:
 
 def main():
     settings = cli.parse_flags(Settings, sys.argv[1:])
-    names = [stages.find(stage) for stage in settings.stages.split(",")]
+    names = wanted_runs.chosen_stages(settings.stages)
     if settings.text:
         text = files.read_text(Path(settings.text))
     else:
@@ -64,13 +65,16 @@ def main():
 
 
 def record(name: str, measured: dict, steps: int) -> None:
-    """Adds a stage to results.json. Drops earlier results of another processor or number of steps."""
+    """Adds a stage to results.json. Drops earlier results of another processor, commit or number of steps."""
     made = {"steps": steps, "tokens_per_step": 1024, "machine": runs.machine(torch.device("cpu"))}
     results = lessons.read_results()
     before = results.get("gpt2_preset", made | {"stages": {}})
-    alike = before["steps"] == steps and before["machine"]["processor"] == made["machine"]["processor"]
+    alike = before["steps"] == steps
+    for field in ("processor", "commit"):
+        alike = alike and before["machine"][field] == made["machine"][field]
     by_stage = (before["stages"] if alike else {}) | {name: measured}
-    results["gpt2_preset"] = made | {"stages": dict(sorted(by_stage.items()))}
+    in_order = {name: by_stage[name] for name in stages.names() if name in by_stage}
+    results["gpt2_preset"] = made | {"stages": in_order}
     runs.write_json(lessons.RESULTS, results)
 
 
