@@ -170,6 +170,16 @@ def transformers(measured: dict) -> str:
     return markdown.table(["stage", *speeds, "ratio", "with `--compile`"], rows)
 
 
+def step_profile(measured: dict) -> str:
+    """The table of where a training step's time goes, a column for each stage."""
+    of = measured["stages"]
+    rows = [["milliseconds", *(f"{one['milliseconds']:.0f}" for one in of.values())]]
+    rows.append(["operations of torch", *(f"{one['operations']:,.0f}" for one in of.values())])
+    for kind in next(iter(of.values()))["shares"]:
+        rows.append([kind, *(f"{one['shares'][kind]:.0%}" for one in of.values())])
+    return markdown.table(["", *map(stages.label, of)], rows)
+
+
 def compiled_sampling(measured: dict) -> str:
     """The table of whole calls of sample.py, with --compile and without."""
     rows = []
@@ -337,6 +347,8 @@ def generated_parts(name: str, results: dict) -> dict[str, str]:
             "nanogpt": nanogpt(results["against_nanogpt"]),
             "transformers": transformers(results["against_transformers"]["stages"]),
         }
+        if "step_profile" in results:
+            parts["step_profile"] = step_profile(results["step_profile"])
         if "compiled_sampling" in results:
             parts["compiled_sampling"] = compiled_sampling(results["compiled_sampling"])
         if "pretrained" in results:
