@@ -25,7 +25,7 @@ MEASURED = {
     ("serving", "serving"): {"throughput", "waste"},
     ("stage5_flash", "attention"): {"crossover", "context"},
     ("stage6_moe", "moe"): {"balancing", "speeds"},
-    ("stage7_mla_mtp", "mla"): {"training", "caches", "decoding", "drafts"},
+    ("stage7_mla_mtp", "mla"): {"training", "caches"},
 }
 
 
