@@ -26,7 +26,7 @@ MEASURED = {
     ("serving", "serving"): {"throughput", "waste"},
     ("stage5_flash", "attention"): {"crossover"},
     ("stage6_moe", "moe"): {"balancing", "speeds"},
-    ("stage7_mla_mtp", "mla"): {"training", "caches", "decoding", "drafts"},
+    ("stage7_mla_mtp", "mla"): {"training", "caches"},
 }
 
 

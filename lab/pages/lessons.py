@@ -136,28 +136,10 @@ def caches(results: dict) -> str:
     return markdown.table(["stage", "bytes", "relative"], rows)
 
 
-def decoding(measured: dict) -> str:
-    """The table of decoding speed by context."""
-    names = list(next(iter(measured.values())))
-    rows = ([name, *(f"{point[name]:,.0f}" for point in measured.values())] for name in names)
-    return markdown.table(["context", *measured], rows)
-
-
 def mla_training(measured: dict) -> str:
     """The table of training speed relative to stage 6."""
     rows = ([name, f"{ratio:.2f}×"] for name, ratio in measured.items())
     return markdown.table(["", "of stage 6's tokens/s"], rows)
-
-
-def drafts(measured: list[dict]) -> str:
-    """The table of decoding with drafts."""
-    rows = []
-    for row in measured:
-        speeds = (f"{row[f'{way}_tokens_per_second']:,.0f}" for way in ("drafted", "plain"))
-        acceptance = [f"{row['temperature']:g}", row["drafts"], f"{row['accepted']:.0%}"]
-        rows.append([*acceptance, *speeds, f"{row['speed_up']:.2f}×"])
-    heads = ["temperature", "drafts at a time", "accepted", "tokens/s", "without drafts", "speed-up"]
-    return markdown.table(heads, rows)
 
 
 def transformers(measured: dict) -> str:
@@ -373,9 +355,7 @@ def generated_parts(name: str, results: dict) -> dict[str, str]:
     if name == "stage7_mla_mtp":  # its lesson has two stages
         parts |= {f"{part}7a": content for part, content in of_stage("stage7a_mla", results).items()}
         parts["caches"] = caches(results)
-        parts["decoding"] = decoding(results["mla"]["decoding"])
         parts["training"] = mla_training(results["mla"]["training"])
-        parts["drafts"] = drafts(results["mla"]["drafts"])
     return parts
 
 
