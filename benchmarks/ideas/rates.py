@@ -26,7 +26,7 @@ class Settings:
 
     stages: str | None = None
     """Stages to train with AdamW, as in 0-7. None: all."""
-    muon_stages: str = "0,2,3"
+    muon_stages: str = "0,3"
     """Stages to train with Muon too."""
     seeds: int = 2
     """Runs of each stage, optimizer and rate."""
