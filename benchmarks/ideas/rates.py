@@ -112,7 +112,9 @@ def draw(losses: dict):
         panel.set_xlabel("learning rate")
         panel.set_title(NAMES[optimizer])
         panel.grid(alpha=0.3)
-    panels[0].sharey(panels[1])
+    lows, highs = zip(*(panel.get_ylim() for panel in panels), strict=True)
+    for panel in panels:
+        panel.set_ylim(min(lows), max(highs))
     panels[0].set_ylabel("validation loss (nats per token)")
     panels[0].legend(fontsize=8)
     return figure
