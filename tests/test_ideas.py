@@ -129,7 +129,10 @@ def test_a_gain_is_measured_from_the_row_above_at_its_best_mean(monkeypatch):
         "1.500 at 0.004",
     ]
     assert "with AdamW between 1.60 and 1.85 and with Muon between 1.50 and 1.50" in written["alt"]
-    assert len(written["draw"]().axes) == 2
+    panels = written["draw"]().axes
+    assert len(panels) == 2 and panels[0].get_ylim() == panels[1].get_ylim()
+    lowest, highest = panels[0].get_ylim()
+    assert lowest < 1.5 < 3 < highest  # the best loss with Muon, and the worst one with AdamW
 
 
 def test_pictures_are_small_and_look_the_same(tmp_path):

@@ -35,7 +35,7 @@ def written(tmp_path_factory, text):
         patch.setattr(experts, "SIZES", TINY)
         patch.setattr(experts, "DATA", str(folder / "code.txt"))
         patch.setattr(specialists, "RARE", 1)
-        patch.setattr(experts, "RATES", [0.0001, 0.01])
+        patch.setattr(ideas, "rates_around_the_best", lambda loss, _: {r: loss(r) for r in (0.0001, 0.01)})
         small = ["--seeds", "2", "--steps", "4"]
         assert call(patch, experts, *small, "--rounds", "1") == 0
         assert call(patch, specialists, *small, "--characters", "500") == 0

@@ -254,6 +254,7 @@ class CompiledPasses:
 
     def __init__(self, model: torch.nn.Module, most: int):
         torch._dynamo.reset()  # the graphs of the model before count towards a limit
+        torch._dynamo.config.recompile_limit = 64  # its default of 8 leaves some numbers of tokens uncompiled
         self.model, self.config, self.most = model, model.config, most
         length = model.config.block_size + most  # a pass over drafts may end beyond the context
         with torch.inference_mode():  # as in generation: code is compiled for one autograd mode
