@@ -23,6 +23,7 @@ MEASURED = {
     ("benchmarks", "against_nanogpt"): {"nanogpt"},
     ("benchmarks", "against_transformers"): {"transformers"},
     ("benchmarks", "pretrained"): {"pretrained", "programs"},
+    ("benchmarks", "step_profile"): {"step_profile"},
     ("serving", "serving"): {"throughput", "waste"},
     ("stage5_flash", "attention"): {"crossover"},
     ("stage6_moe", "moe"): {"balancing", "speeds"},
