@@ -24,6 +24,7 @@ MEASURED = {
     ("benchmarks", "against_transformers"): {"transformers"},
     ("benchmarks", "pretrained"): {"pretrained", "programs"},
     ("benchmarks", "step_profile"): {"step_profile"},
+    ("benchmarks", "compiled_sampling"): {"compiled_sampling"},
     ("serving", "serving"): {"throughput", "waste"},
     ("stage5_flash", "attention"): {"crossover"},
     ("stage6_moe", "moe"): {"balancing", "speeds"},
