@@ -30,7 +30,7 @@ KINDS = {
     "element by element, RMSNorm and RoPE": "aten::mul aten::add aten::sub aten::div aten::neg aten::pow "
     "aten::rsqrt aten::sum aten::mean aten::where aten::sin aten::cos",
 }
-REST = "the rest: views, allocation, autograd, Python"
+REST = "the rest: views, allocation, autograd"
 
 
 @dataclass
