@@ -1,7 +1,7 @@
 """Stage 6 where it pays: 8, 32 and 64 experts beside a dense model, at equal active parameters.
 
 python -m benchmarks.ideas.experts trains the missing runs in runs/ideas/: two layers of width 64 on PyCode,
-which is so long that a run reads a seventh of it. It takes about 50 minutes of one core.
+which is so long that a run reads a seventh of it. It takes about 55 minutes of one core.
 """
 
 import statistics
@@ -20,10 +20,12 @@ from lab.training import optim, run_plots
 
 CPU = torch.device("cpu")
 # By name: the stage, what differs from its defaults, and the number of steps as a multiple of --steps.
-DENSE, LONGER = "dense", "dense, 2 × the steps"
+DENSE = "dense"
+LONGER = {"dense, 1.5 × the steps": ":", "dense, 2 × the steps": "--"}  # and how their lines are drawn
 MODELS = {
     DENSE: (["--stage", "5"], 1),
-    LONGER: (["--stage", "5"], 2),
+    "dense, 1.5 × the steps": (["--stage", "5"], 1.5),
+    "dense, 2 × the steps": (["--stage", "5"], 2),
     "8 experts": (["--stage", "6"], 1),
     "32 experts": (["--stage", "6", "--model.n-routed-experts", "32"], 1),
     "64 experts": (["--stage", "6", "--model.n-routed-experts", "64"], 1),
@@ -33,7 +35,7 @@ DATA = "pycode"
 SIZES = ["--model.n-layer", "2", "--model.n-head", "2", "--model.n-embd", "64"]
 SCHEDULE = ["--batch-size", "32", "--dtype", "float32", "--eval-tokens", "131072"]
 FIRST_RATE = 0.003  # a model gets the best rate that one seed finds from here: they differ in it
-COLORS = dict(zip(MODELS, ["#888888", "#888888", "#56B4E9", "#E69F00", "#CC79A7"], strict=True))
+COLORS = dict(zip(MODELS, ["#888888", "#888888", "#888888", "#56B4E9", "#E69F00", "#CC79A7"], strict=True))
 
 
 @dataclass
@@ -44,7 +46,7 @@ class Settings:
     """Number of runs of each model at its best learning rate."""
     steps: int = 1500
     """Optimizer steps of each run, of 2048 tokens."""
-    rounds: int = 30
+    rounds: int = 100
     """Number of interleaved measurements of a training step; medians are reported."""
 
 
@@ -53,7 +55,7 @@ def main():
     device.prepare(CPU)
     tried = {name: try_rates(name, settings.steps) for name in (DENSE, *MIXTURES)}
     rates = {name: min(losses, key=losses.get) for name, losses in tried.items()}
-    rates[LONGER] = rates[DENSE]
+    rates |= dict.fromkeys(LONGER, rates[DENSE])
     seeds = range(settings.seeds)
     found = {name: [train(name, seed, rates[name], settings.steps) for seed in seeds] for name in MODELS}
     measured = measure(found, settings.rounds)
@@ -90,9 +92,9 @@ def try_rates(name: str, steps: int) -> dict[float, float]:
 
 def measure(found: dict[str, list[tuple[Path, list[dict]]]], rounds: int) -> dict[str, dict]:
     """What is measured of each model: found has the folder and the metrics of its runs, by seed."""
-    steps = {name: training_step(of_seeds[0][0]) for name, of_seeds in found.items() if name != LONGER}
+    steps = {name: training_step(of_seeds[0][0]) for name, of_seeds in found.items() if name not in LONGER}
     seconds = timing.in_turn(steps, rounds, CPU, warm_ups=2)
-    seconds[LONGER] = seconds[DENSE]
+    seconds |= dict.fromkeys(LONGER, seconds[DENSE])
     final = {name: [metrics[-1]["val_loss"] for _, metrics in of_seeds] for name, of_seeds in found.items()}
     measured = {}
     for name, of_seeds in found.items():
@@ -153,14 +155,14 @@ def draw_losses(measured: dict[str, dict]):
     """Loss against tokens and minutes, and in the end against parameters, each ± 1 standard deviation."""
     figure, (by_tokens, by_minutes, by_parameters) = run_plots.new_figure(13, 4.6, columns=3)
     for name, row in measured.items():
-        color, dash = COLORS[name], ":" if name == LONGER else "-"
+        color, dash = COLORS[name], LONGER.get(name, "-")
         losses = np.array(row["val_losses"])  # (seeds, evaluations)
         mean, std = losses.mean(axis=0), losses.std(axis=0, ddof=min(1, len(losses) - 1))
         scales = {by_tokens: np.array(row["tokens"]) / 1e6, by_minutes: minutes(measured, name)}
         for panel, x in scales.items():
             panel.plot(x, mean, color=color, linestyle=dash, marker="o", markersize=3, label=name)
             panel.fill_between(x, mean - std, mean + std, color=color, alpha=0.25, linewidth=0)
-        marker = "s" if name == LONGER else "o"
+        marker = "s" if name in LONGER else "o"
         size = row["parameters"] / 1e6
         by_parameters.errorbar(size, mean[-1], std[-1], color=color, capsize=4, marker=marker)
     by_tokens.set_ylabel("validation loss (nats per character)")
