@@ -95,17 +95,28 @@ def test_one_command_measures_each_model_with_prompts_of_its_own_text(model, pas
     monkeypatch.setattr(drafts, "PROMPT_TOKENS", 9)
     monkeypatch.setattr(lessons, "IDEAS", tmp_path)
     names = ["n_embd 128", "n_embd 128, Python code"]
-    flags = ["--only", "drafts", "--rounds", "1", "--tokens", "4", "--models", *names]
+    flags = ["--only", "drafts", "--seeds", "2", "--rounds", "1", "--tokens", "4", "--models", *names]
     assert call(monkeypatch, drafts, *flags) == 0
-    assert prompted == ["tinyshakespeare", "pycode"]
-    assert asked[1][0] == "drafts-pycode-seed0" and asked[1][1][:4] == ["--stage", "7", "--data", "pycode"]
+    assert prompted == ["tinyshakespeare", "tinyshakespeare", "pycode", "pycode"]
+    name, flags = asked[3]
+    assert name == "drafts-pycode-seed1" and flags[:4] == ["--stage", "7", "--data", "pycode"]
+    assert flags[-2:] == ["--seed", "1"]
     measured = json.loads((tmp_path / "drafts.json").read_text())
     assert list(measured["models"]) == names
     assert len(measured["table"]["rows"]) == len(names) * len(drafts.TEMPERATURES)
     rows = measured["models"]["n_embd 128"]["by_temperature"]["0.8"]["drafts"]
     assert rows.keys() == {"1", "2", "3"}
-    assert all(0 <= row["accepted"] <= 1 and row["compiled_speed_up"] > 0 for row in rows.values())
+    assert all(0 <= row["accepted"]["mean"] <= 1 for row in rows.values())
+    assert all(len(row["compiled_speed_up"]["values"]) == 2 for row in rows.values())
     assert "../results/ideas/drafts-dark.png" in lessons.where_it_pays("drafts")
+
+
+def test_a_value_over_seeds_is_the_mean_of_its_own_kind():
+    made = [{"tokens_per_second": 4.0, "drafts": {1: {"accepted": share}}} for share in (0.5, 0.7)]
+    over = drafts.over_seeds(made)
+    assert over["tokens_per_second"] == {"mean": 4.0, "std": 0.0, "values": [4.0, 4.0]}
+    assert over["drafts"][1]["accepted"]["mean"] == pytest.approx(0.6)
+    assert over["drafts"][1]["accepted"]["values"] == [0.5, 0.7]
 
 
 def test_an_unknown_model_is_named(monkeypatch, capsys):

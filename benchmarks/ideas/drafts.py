@@ -40,7 +40,7 @@ MODELS = {
 class Settings:
     """Measures drafting by model size and by text, and the loss with and without MTP at equal FLOPs.
 
-    On one core, training takes about 50 minutes, compiling and measuring about 20.
+    On one core, training takes about 1½ hours, compiling and measuring about 40 minutes.
     """
 
     only: Literal["drafts", "loss"] | None = None
@@ -48,9 +48,9 @@ class Settings:
     models: tuple[str, ...] = tuple(MODELS)
     """The models to draft with."""
     seeds: int = 3
-    """Number of runs with and without MTP. Drafting is measured with seed 0."""
-    rounds: int = 5
-    """Number of interleaved measurements of each speed; medians are reported."""
+    """Number of runs of each model, and of those with and without MTP."""
+    rounds: int = 3
+    """Number of interleaved measurements of each run's speeds; the medians of a run count."""
     tokens: int = 100
     """Number of tokens to generate after each of 5 prompts."""
 
@@ -122,25 +122,18 @@ def drafting(settings: Settings) -> None:
     """Writes how many drafts are accepted, and the speeds, by model and temperature."""
     measured = {}
     for name in settings.models:
-        text, run, flags = MODELS[name]
-        folder, metrics = ideas.trained(f"{run}-seed0", ["--stage", "7", *flags, "--seed", "0"])
-        model, _ = runs.load(folder, "best", CPU)
-        validation = data.load(text).val
-        prompts = [
-            validation[i * (len(validation) // PROMPTS) :][:PROMPT_TOKENS].tolist() for i in range(PROMPTS)
-        ]
-        decoders = {"eager": model, "compiled": CompiledPasses(model, max(N_DRAFTS) + 1)}
+        of_seeds = [measure_run(name, seed, settings) for seed in range(settings.seeds)]
         measured[name] = {
-            "text": text,
-            "parameters": cost.parameters(model),
-            "val_loss": metrics[-1]["val_loss"],
+            "text": MODELS[name][0],
+            "parameters": of_seeds[0]["parameters"],
+            "val_loss": spread.summary([one["val_loss"] for one in of_seeds]),
             "by_temperature": {
-                temperature: decoding(decoders, prompts, temperature, settings)
+                temperature: over_seeds([one["by_temperature"][temperature] for one in of_seeds])
                 for temperature in TEMPERATURES
             },
         }
-    heads = ["", "parameters", "temperature", "drafts accepted", "speed-up", "compiled"]
-    heads += ["tokens/s without drafts", "compiled"]
+    heads = ["", "parameters", "temperature", "drafts accepted", "one draft, seed by seed", "speed-up"]
+    heads += ["compiled", "tokens/s without drafts", "compiled"]
     rows = []
     for name, one in measured.items():
         for temperature, speeds in one["by_temperature"].items():
@@ -150,11 +143,12 @@ def drafting(settings: Settings) -> None:
                     name,
                     f"{one['parameters'] / 1e6:.2f} M",
                     f"{temperature:g}",
-                    " / ".join(f"{row['accepted']:.0%}" for row in by_number),
-                    " / ".join(f"{row['speed_up']:.2f}×" for row in by_number),
-                    " / ".join(f"{row['compiled_speed_up']:.2f}×" for row in by_number),
-                    f"{speeds['tokens_per_second']:,.0f}",
-                    f"{speeds['compiled_tokens_per_second']:,.0f}",
+                    " / ".join(f"{row['accepted']['mean']:.0%}" for row in by_number),
+                    ", ".join(f"{share:.0%}" for share in speeds["drafts"][1]["accepted"]["values"]),
+                    " / ".join(f"{row['speed_up']['mean']:.2f}×" for row in by_number),
+                    " / ".join(f"{row['compiled_speed_up']['mean']:.2f}×" for row in by_number),
+                    f"{speeds['tokens_per_second']['mean']:,.0f}",
+                    f"{speeds['compiled_tokens_per_second']['mean']:,.0f}",
                 ]
             )
     alt = "Left: the share of drafts that is accepted, by the number of drafts at a time, for each model. "
@@ -167,6 +161,35 @@ def drafting(settings: Settings) -> None:
         partial(draw_drafts, measured),
         alt,
     )
+
+
+def measure_run(name: str, seed: int, settings: Settings) -> dict:
+    """What decoding() returns for one model trained with this seed, by temperature, and the model's loss."""
+    text, run, flags = MODELS[name]
+    folder, metrics = ideas.trained(f"{run}-seed{seed}", ["--stage", "7", *flags, "--seed", str(seed)])
+    model, _ = runs.load(folder, "best", CPU)
+    validation = data.load(text).val
+    prompts = [
+        validation[i * (len(validation) // PROMPTS) :][:PROMPT_TOKENS].tolist() for i in range(PROMPTS)
+    ]
+    decoders = {"eager": model, "compiled": CompiledPasses(model, max(N_DRAFTS) + 1)}
+    by_temperature = {
+        temperature: decoding(decoders, prompts, temperature, settings) for temperature in TEMPERATURES
+    }
+    speed_up = by_temperature[TEMPERATURES[-1]]["drafts"][1]["speed_up"]
+    print(f"{name}, seed {seed}: one draft decodes {speed_up:.2f} times as fast", flush=True)
+    return {
+        "parameters": cost.parameters(model),
+        "val_loss": metrics[-1]["val_loss"],
+        "by_temperature": by_temperature,
+    }
+
+
+def over_seeds(made: list[dict]) -> dict:
+    """The same values as decoding() returns, each a summary over runs that differ in their seed."""
+    if isinstance(made[0], dict):
+        return {key: over_seeds([one[key] for one in made]) for key in made[0]}
+    return spread.summary(made)
 
 
 def decoding(decoders: dict, prompts: list[list[int]], temperature: float, settings: Settings) -> dict:
@@ -308,15 +331,21 @@ def draw_loss(curves: dict[str, tuple[list[float], list[float]]]):
 
 
 def draw_drafts(measured: dict):
-    """Acceptance and speed-up at the highest temperature, by the number of drafts."""
+    """Acceptance and speed-up at the highest temperature, by the number of drafts; bars from seed to seed."""
     figure, (accepted, speed_up) = run_plots.new_figure(10, 4.2, columns=2)
+
+    def line(panel, rows: dict, quantity: str, scale: float = 1, **look):
+        means = [scale * row[quantity]["mean"] for row in rows.values()]
+        lows = [scale * min(row[quantity]["values"]) for row in rows.values()]
+        highs = [scale * max(row[quantity]["values"]) for row in rows.values()]
+        bars = [np.subtract(means, lows), np.subtract(highs, means)]
+        panel.errorbar(rows.keys(), means, yerr=bars, capsize=2, marker="o", **look)
+
     for (name, one), color in zip(measured.items(), run_plots.RUN_COLORS, strict=False):
         rows = one["by_temperature"][TEMPERATURES[-1]]["drafts"]
-        shares = [100 * row["accepted"] for row in rows.values()]
-        accepted.plot(rows.keys(), shares, color=color, marker="o", label=name)
-        speed_up.plot(rows.keys(), [row["speed_up"] for row in rows.values()], color=color, marker="o")
-        values = [row["compiled_speed_up"] for row in rows.values()]
-        speed_up.plot(rows.keys(), values, color=color, marker="o", linestyle="--")
+        line(accepted, rows, "accepted", scale=100, color=color, label=name)
+        line(speed_up, rows, "speed_up", color=color)
+        line(speed_up, rows, "compiled_speed_up", color=color, linestyle="--")
     for label, dash in (("not compiled", "-"), ("compiled", "--")):
         speed_up.plot([], [], color="#888888", linestyle=dash, label=label)
     speed_up.axhline(1, color="#888888", linewidth=1, linestyle=":")
