@@ -13,6 +13,7 @@ from test_compare import made_up
 
 from benchmarks import ideas
 from benchmarks.ideas import rates
+from lab import formats
 from lab.errors import UserError
 from lab.pages import lessons
 from lab.training import run_plots
@@ -92,6 +93,46 @@ def test_rates_are_tried_until_the_best_lies_between_two(best, tried):
     asked = []
     losses = ideas.rates_around_the_best(lambda rate: asked.append(rate) or abs(math.log(rate / best)), 1)
     assert list(losses) == sorted(asked) == tried and min(losses, key=losses.get) == best
+
+
+@pytest.fixture
+def rates_written(monkeypatch, tmp_path):
+    """The folder of the results; results/ideas/rates.json in it has stage 0, and training would give 1.7."""
+    one = {"mean": 1.9, "std": 0.0, "values": [1.9, 1.9]}
+    losses = {"adamw": {"stage0_gpt": {"0.001": one}}, "muon": {}}
+    sources = {"adamw": {"stage0_gpt": {"commit": "before"}}, "muon": {}}
+    kept = {"format": formats.RESULTS, "losses": losses, "sources": sources, "seeds": 2, "steps": 2000}
+    (tmp_path / "rates.json").write_text(json.dumps(kept))
+    monkeypatch.setattr(lessons, "IDEAS", tmp_path)
+    monkeypatch.setattr(
+        rates, "by_rate", lambda *_: {"0.001": {"mean": 1.7, "std": 0.0, "values": [1.7, 1.7]}}
+    )
+    return tmp_path
+
+
+@pytest.mark.parametrize(("flags", "stage_0"), [(["--keep"], 1.9), ([], 1.7)])
+def test_rates_that_are_kept_are_not_measured_again(monkeypatch, rates_written, flags, stage_0):
+    monkeypatch.setattr(rates.runs, "commit", lambda: "now")
+    assert call(monkeypatch, rates, "--stages", "0,3", "--muon-stages", "0", *flags) == 0
+    measured = json.loads((rates_written / "rates.json").read_text())
+    losses = {
+        optimizer: {stage: of["0.001"]["mean"] for stage, of in by_stage.items()}
+        for optimizer, by_stage in measured["losses"].items()
+    }
+    assert losses == {
+        "adamw": {"stage0_gpt": stage_0, "stage3_swiglu": 1.7},
+        "muon": {"stage0_gpt": 1.7},
+    }
+    commit = "before" if flags else "now"
+    assert measured["sources"]["adamw"] == {
+        "stage0_gpt": {"commit": commit},
+        "stage3_swiglu": {"commit": "now"},
+    }
+
+
+def test_rates_of_other_seeds_are_not_kept(monkeypatch, rates_written, capsys):
+    assert call(monkeypatch, rates, "--keep", "--seeds", "3") == 2
+    assert "other --seeds or --steps" in capsys.readouterr().err
 
 
 def test_a_gain_is_measured_from_the_row_above_at_its_best_mean(monkeypatch):

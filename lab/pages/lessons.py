@@ -262,11 +262,17 @@ def serving_waste(measured: dict) -> str:
     return markdown.table(["the cache", "waste"], [[name, f"{part:.1%}"] for name, part in measured.items()])
 
 
-def where_it_pays(idea: str) -> str:
-    """The picture (if any) and the table of results/ideas/<idea>.json, for a page one folder down."""
+def read_idea(idea: str) -> dict:
+    """What results/ideas/<idea>.json holds."""
     path = IDEAS / f"{idea}.json"
     measured = json.loads(path.read_text())
     formats.check(measured, formats.RESULTS, str(path))
+    return measured
+
+
+def where_it_pays(idea: str) -> str:
+    """The picture (if any) and the table of results/ideas/<idea>.json, for a page one folder down."""
+    measured = read_idea(idea)
     table = markdown.table(measured["table"]["heads"], measured["table"]["rows"])
     if not measured["picture"]:
         return table
