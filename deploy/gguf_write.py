@@ -89,8 +89,8 @@ def write(
 def converted(counterpart, tensors: dict[str, torch.Tensor], sizes: dict) -> tuple[dict, dict]:
     """The model's config.json and tensors in the format of Hugging Face.
 
-    Stage 6 that is no Mixtral becomes a GLM-4.5: llama.cpp has no other architecture with a sigmoid router or
-    shared experts that leaves the rest of a Llama as it is.
+    Stage 6 that is no Mixtral becomes a GLM-4.5: llama.cpp has no other architecture that has a sigmoid
+    router and shared experts and leaves the rest of a Llama as it is.
     """
     is_mixtral = counterpart is mixtral and sizes["num_experts_per_tok"] > 1
     is_mixtral &= all(sizes.get(name) == needed for name, needed in mixtral.NEEDED.items())

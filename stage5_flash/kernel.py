@@ -4,8 +4,8 @@ Dao 2023, arXiv 2307.08691, Algorithms 1 and 2. The backward pass is two kernels
 write to the same memory: in one, each program owns a block of keys (dk and dv); in the other, a block of
 queries (dq).
 
-So far the kernels have run only in Triton's interpreter, on a CPU: they have never been compiled for a GPU or
-timed on one. To use the interpreter, set TRITON_INTERPRET=1 before importing this file.
+docs/gpu.md has their times on an H200. Without a GPU they run in Triton's interpreter: set TRITON_INTERPRET=1
+before importing this file.
 """
 
 import os

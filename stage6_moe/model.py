@@ -309,7 +309,7 @@ def sum_over_processes(x):
 
 
 def balance_loss(probs, counts):
-    """1 if all experts are equally busy, more if not (Switch, arXiv 2101.03961, equations 4 to 6).
+    """1 if all experts are equally busy, more if the busy ones score higher (arXiv 2101.03961, eqs. 4 to 6).
 
     probs (N, n_routed_experts) carry the gradient; counts (n_routed_experts,), of tokens, carry none.
     """

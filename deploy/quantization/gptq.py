@@ -1,7 +1,7 @@
 """GPTQ: rounds column by column, and lets the columns that are left make up for each column's error.
 
 Paper: Frantar et al. 2022, arXiv 2210.17323. `gptq` is its Algorithm 1, and takes the three steps of its
-section 3: one order of columns for all rows, lazy batches of updates, and the Cholesky factor of the inverse
+section 4: one order of columns for all rows, lazy batches of updates, and the Cholesky factor of the inverse
 Hessian.
 """
 
@@ -83,7 +83,7 @@ def inverse_factor(hessian: torch.Tensor, ridge: float) -> torch.Tensor:
     """The upper triangular U with UᵀU = (hessian + ridge · 1)⁻¹, in float32.
 
     Row i of U, divided by its diagonal, says how the columns after i make up for an error in column i, once
-    those before it are fixed (section 3.3, step 3). Where float32 is not precise enough, it is computed in
+    those before it are fixed (section 4, step 3). Where float32 is not precise enough, it is computed in
     float64, and then with ten times the ridge, and so on; a line on stderr says so.
     """
     for dtype, more in [(torch.float32, 1)] + [(torch.float64, 10**power) for power in range(6)]:

@@ -28,8 +28,8 @@ class SamplingParams:
     min_p: float = 0.0
     """Of those, tokens less likely than min_p times the most likely one are not drawn."""
     repetition_penalty: float = 1.0
-    """Divides positive logits of tokens that the prompt or the text has, and multiplies negative ones
-    (arXiv 1909.05858, section 4.1)."""
+    """Divides positive logits of tokens that the prompt or the text has, and multiplies negative ones, as
+    transformers does. (The idea is from arXiv 1909.05858, which always divides.)"""
     presence_penalty: float = 0.0
     """Subtracted from the logits of tokens that the text has."""
     frequency_penalty: float = 0.0

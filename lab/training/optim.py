@@ -82,7 +82,11 @@ def orthogonalized(x: torch.Tensor, coefficients: tuple[float, float, float], st
 
 
 class MuonAndAdamW:
-    """Muon (arXiv 2502.16982) for the matrices of the blocks and AdamW for the rest, as one optimizer."""
+    """Muon for the matrices of the blocks and AdamW for the rest, as one optimizer.
+
+    Muon is Keller Jordan's (kellerjordan.github.io/posts/muon, 2024); its scale and weight decay are those of
+    arXiv 2502.16982.
+    """
 
     def __init__(self, model: torch.nn.Module, lr: float, weight_decay: float, betas: tuple[float, float]):
         matrices = {id(p) for p in model.model.layers.parameters() if p.dim() >= 2}
