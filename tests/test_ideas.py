@@ -113,7 +113,7 @@ def rates_written(monkeypatch, tmp_path):
 @pytest.mark.parametrize(("flags", "stage_0"), [(["--keep"], 1.9), ([], 1.7)])
 def test_rates_that_are_kept_are_not_measured_again(monkeypatch, rates_written, flags, stage_0):
     monkeypatch.setattr(rates.runs, "commit", lambda: "now")
-    assert call(monkeypatch, rates, "--stages", "0,3", "--muon-stages", "0", *flags) == 0
+    assert call(monkeypatch, rates, "--stages", "0,3", *flags) == 0
     measured = json.loads((rates_written / "rates.json").read_text())
     losses = {
         optimizer: {stage: of["0.001"]["mean"] for stage, of in by_stage.items()}
@@ -121,7 +121,7 @@ def test_rates_that_are_kept_are_not_measured_again(monkeypatch, rates_written, 
     }
     assert losses == {
         "adamw": {"stage0_gpt": stage_0, "stage3_swiglu": 1.7},
-        "muon": {"stage0_gpt": 1.7},
+        "muon": {"stage0_gpt": 1.7, "stage3_swiglu": 1.7},
     }
     commit = "before" if flags else "now"
     assert measured["sources"]["adamw"] == {
@@ -142,7 +142,10 @@ def test_a_gain_is_measured_from_the_row_above_at_its_best_mean(monkeypatch):
     }
     losses["stage3_swiglu"] = {rate: [1.7, 1.7] for rate in losses["stage0_gpt"]} | {5e-4: [1.6, 1.6]}
     losses["stage3_swiglu"][2.5e-4] = [1.9, 1.9]
-    muon = {2e-3: [1.6, 1.6], 4e-3: [1.5, 1.5], 8e-3: [1.6, 1.6]}
+    muon = {
+        "stage0_gpt": {2e-3: [1.7, 1.7], 4e-3: [1.6, 1.6], 8e-3: [1.7, 1.7]},
+        "stage3_swiglu": {4e-3: [1.6, 1.6], 8e-3: [1.5, 1.5], 16e-3: [1.6, 1.6]},
+    }
     asked = []
 
     def trained(name, flags):
@@ -150,26 +153,27 @@ def test_a_gain_is_measured_from_the_row_above_at_its_best_mean(monkeypatch):
             flags[flags.index(f"--{x}") + 1] for x in ("stage", "optimizer", "lr", "seed")
         )
         asked.append((stage, optimizer, float(rate), int(seed)))
-        values = losses[stage] if optimizer == "adamw" else muon
-        return None, [{"val_loss": values[float(rate)][int(seed)]}]
+        values = losses if optimizer == "adamw" else muon
+        return None, [{"val_loss": values[stage][float(rate)][int(seed)]}]
 
     monkeypatch.setattr(ideas, "trained", trained)
     written = {}
     monkeypatch.setattr(
         ideas, "write", lambda idea, measured, heads, rows, draw, alt: written.update(locals())
     )
-    assert call(monkeypatch, rates, "--stages", "0,3", "--muon-stages", "3") == 0
-    assert len(asked) == len(set(asked)) == (3 + 4 + 3) * 2  # stage 0, stage 3 and Muon, with two seeds
-    assert written["rows"][0] == ["0 gpt", "2.000", "", "1.850 at 0.002", "", ""]
+    assert call(monkeypatch, rates, "--stages", "0,3") == 0
+    assert len(asked) == len(set(asked)) == (3 + 4 + 3 + 3) * 2  # two stages and optimizers, with two seeds
+    assert written["rows"][0] == ["0 gpt", "2.000", "", "1.850 at 0.002", "", "1.600 at 0.004", ""]
     assert written["rows"][1] == [
         "3 swiglu",
         "1.700",
         "+0.300",
         "1.600 at 0.0005",
         "+0.250",
-        "1.500 at 0.004",
+        "1.500 at 0.008",
+        "+0.100",
     ]
-    assert "with AdamW between 1.60 and 1.85 and with Muon between 1.50 and 1.50" in written["alt"]
+    assert "with AdamW between 1.60 and 1.85 and with Muon between 1.50 and 1.60" in written["alt"]
     panels = written["draw"]().axes
     assert len(panels) == 2 and panels[0].get_ylim() == panels[1].get_ylim()
     lowest, highest = panels[0].get_ylim()

@@ -24,14 +24,11 @@ NAMES = {"adamw": "AdamW", "muon": "Muon"}
 class Settings:
     """Measures losses by learning rate.
 
-    On one core, AdamW takes about 2½ hours (none after compare.py --tune), and Muon about 20 minutes for each
-    of stages 0 to 5 and 45 for each later one.
+    On one core, each optimizer takes about 2½ hours (AdamW no time after compare.py --tune).
     """
 
     stages: str | None = None
-    """Stages to train with AdamW, as in 0-7. None: all."""
-    muon_stages: str = "0,3"
-    """Stages to train with Muon too."""
+    """Stages to train, as in 0-7. None: all."""
     seeds: int = 2
     """Runs of each stage, optimizer and rate."""
     steps: int = 2000
@@ -42,24 +39,21 @@ class Settings:
 
 def main():
     settings = cli.parse_flags(Settings, sys.argv[1:])
-    chosen = {
-        "adamw": wanted_runs.chosen_stages(settings.stages),
-        "muon": wanted_runs.chosen_stages(settings.muon_stages),
-    }
+    chosen = wanted_runs.chosen_stages(settings.stages)
     kept = lessons.read_idea("rates") if settings.keep else {}
     if kept and (kept["seeds"], kept["steps"]) != (settings.seeds, settings.steps):
         raise UserError("results/ideas/rates.json is of other --seeds or --steps; measure without --keep")
     losses, sources = {}, {}
-    for optimizer, names in chosen.items():
+    for optimizer in NAMES:
         found, found_at = ({**kept[part][optimizer]} if kept else {} for part in ("losses", "sources"))
-        for stage in names:
+        for stage in chosen:
             if stage not in found:
                 found[stage] = by_rate(stage, optimizer, settings)
                 found_at[stage] = {"commit": runs.commit()}
         losses[optimizer] = {stage: found[stage] for stage in stages.names() if stage in found}
         sources[optimizer] = found_at
     measured = {"losses": losses, "sources": sources, "seeds": settings.seeds, "steps": settings.steps}
-    heads = ["stage", "at the preset's rate", "gain", "best, AdamW", "gain", "best, Muon"]
+    heads = ["stage", "at the preset's rate", "gain", "best, AdamW", "gain", "best, Muon", "gain"]
     ideas.write("rates", measured, heads, table(losses), lambda: draw(losses), describe(losses))
 
 
@@ -89,20 +83,13 @@ def best(losses: dict[str, dict]) -> str:
 def table(losses: dict) -> list[list[str]]:
     """A row for each stage; a gain is how far its loss is below that of the row above."""
     rows, before = [], None
-    for stage, of in losses["adamw"].items():
-        now = of[f"{FIRST['adamw']:g}"]["mean"], of[best(of)]["mean"]
-        gains = [f"{a - b:+.3f}" for a, b in zip(before, now, strict=True)] if before else ["", ""]
-        muon = losses["muon"].get(stage)
-        rows.append(
-            [
-                stages.label(stage),
-                f"{now[0]:.3f}",
-                gains[0],
-                f"{now[1]:.3f} at {best(of)}",
-                gains[1],
-                f"{muon[best(muon)]['mean']:.3f} at {best(muon)}" if muon else "",
-            ]
-        )
+    for stage, adamw in losses["adamw"].items():
+        muon = losses["muon"][stage]
+        now = [adamw[f"{FIRST['adamw']:g}"]["mean"], adamw[best(adamw)]["mean"], muon[best(muon)]["mean"]]
+        gains = [f"{a - b:+.3f}" for a, b in zip(before, now, strict=True)] if before else [""] * 3
+        cells = [f"{now[0]:.3f}", f"{now[1]:.3f} at {best(adamw)}", f"{now[2]:.3f} at {best(muon)}"]
+        pairs = zip(cells, gains, strict=True)
+        rows.append([stages.label(stage), *(text for pair in pairs for text in pair)])
         before = now
     return rows
 
