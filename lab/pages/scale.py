@@ -124,16 +124,21 @@ def speed(plans: list[tuple[list[str], dict]]) -> str:
 
 
 def command(size: str, number: str, plan: dict) -> str:
-    """The command that trains this size on 64 GPUs; its micro-batch is the largest power of two that fits."""
+    """The command that trains this size on 64 GPUs, with 20 tokens per active parameter.
+
+    Its micro-batch is the largest power of two that fits.
+    """
+    sizes = planning.SIZES[size][number]
     micro_batch = 1 << plan["fits"]["fsdp 64"][1].bit_length() - 1
-    flags = [f"--model.{name.replace('_', '-')} {n}" for name, n in planning.SIZES[size][number].items()]
+    steps = round(20 * plan["active_parameters"] / (64 * micro_batch * sizes["block_size"]))
+    flags = [f"--model.{name.replace('_', '-')} {n}" for name, n in sizes.items()]
     lines = [
         "torchrun --nnodes 8 --nproc-per-node 8 --rdzv-id 1 --rdzv-backend c10d --rdzv-endpoint first:29500",
         f"train.py --stage {number} --data openwebtext --out runs/big",
         "--parallel fsdp --activation-checkpointing",
         " ".join(flags[:4]),
         " ".join(flags[4:]),
-        f"--batch-size {64 * micro_batch} --micro-batch-size {micro_batch}",
+        f"--batch-size {64 * micro_batch} --micro-batch-size {micro_batch} --steps {steps}",
     ]
     return "```\n" + " \\\n    ".join(lines) + "\n```"
 
