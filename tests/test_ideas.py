@@ -95,6 +95,15 @@ def test_rates_are_tried_until_the_best_lies_between_two(best, tried):
     assert list(losses) == sorted(asked) == tried and min(losses, key=losses.get) == best
 
 
+def test_a_gain_that_rounds_to_0_has_no_minus_sign():
+    assert [rates.gain(1.5, now) for now in (1.5001, 1.5, 1.6, 1.4)] == [
+        "+0.000",
+        "+0.000",
+        "-0.100",
+        "+0.100",
+    ]
+
+
 @pytest.fixture
 def rates_written(monkeypatch, tmp_path):
     """The folder of the results; results/ideas/rates.json in it has stage 0, and training would give 1.7."""

@@ -86,12 +86,17 @@ def table(losses: dict) -> list[list[str]]:
     for stage, adamw in losses["adamw"].items():
         muon = losses["muon"][stage]
         now = [adamw[f"{FIRST['adamw']:g}"]["mean"], adamw[best(adamw)]["mean"], muon[best(muon)]["mean"]]
-        gains = [f"{a - b:+.3f}" for a, b in zip(before, now, strict=True)] if before else [""] * 3
+        gains = [gain(a, b) for a, b in zip(before, now, strict=True)] if before else [""] * 3
         cells = [f"{now[0]:.3f}", f"{now[1]:.3f} at {best(adamw)}", f"{now[2]:.3f} at {best(muon)}"]
         pairs = zip(cells, gains, strict=True)
         rows.append([stages.label(stage), *(text for pair in pairs for text in pair)])
         before = now
     return rows
+
+
+def gain(before: float, now: float) -> str:
+    """How far a loss fell, without the minus sign of a gain that rounds to 0."""
+    return f"{round(before - now, 3) + 0.0:+.3f}"
 
 
 def draw(losses: dict):
