@@ -139,6 +139,13 @@ def test_rates_that_are_kept_are_not_measured_again(monkeypatch, rates_written, 
     }
 
 
+def test_rates_that_were_never_measured_are_measured(monkeypatch, rates_written):
+    (rates_written / "rates.json").unlink()
+    assert call(monkeypatch, rates, "--stages", "0", "--keep") == 0
+    measured = json.loads((rates_written / "rates.json").read_text())
+    assert measured["losses"]["adamw"]["stage0_gpt"]["0.001"]["mean"] == 1.7
+
+
 def test_rates_of_other_seeds_are_not_kept(monkeypatch, rates_written, capsys):
     assert call(monkeypatch, rates, "--keep", "--seeds", "3") == 2
     assert "other --seeds or --steps" in capsys.readouterr().err

@@ -40,12 +40,15 @@ class Settings:
 def main():
     settings = cli.parse_flags(Settings, sys.argv[1:])
     chosen = wanted_runs.chosen_stages(settings.stages)
-    kept = lessons.read_idea("rates") if settings.keep else {}
+    kept = {}
+    if settings.keep and (lessons.IDEAS / "rates.json").exists():
+        kept = lessons.read_idea("rates")
     if kept and (kept["seeds"], kept["steps"]) != (settings.seeds, settings.steps):
         raise UserError("results/ideas/rates.json is of other --seeds or --steps; measure without --keep")
     losses, sources = {}, {}
     for optimizer in NAMES:
-        found, found_at = ({**kept[part][optimizer]} if kept else {} for part in ("losses", "sources"))
+        found = dict(kept["losses"][optimizer]) if kept else {}
+        found_at = dict(kept["sources"][optimizer]) if kept else {}
         for stage in chosen:
             if stage not in found:
                 found[stage] = by_rate(stage, optimizer, settings)
