@@ -76,7 +76,7 @@ class Settings:
 
 
 def main():
-    settings = cli.parse_flags(Settings, sys.argv[1:])
+    settings = cli.parse_benchmark_flags(Settings, sys.argv[1:])
     nanogpt = Path(settings.nanogpt).resolve()
     if not (nanogpt / "train.py").exists():
         raise UserError(f"{nanogpt} is not a checkout of nanoGPT: it has no train.py")

@@ -35,7 +35,7 @@ class Settings:
 
 
 def main():
-    settings = cli.parse_flags(Settings, sys.argv[1:])
+    settings = cli.parse_benchmark_flags(Settings, sys.argv[1:])
     device.prepare(CPU)
     measured = {name: compare(name, settings) for name in COUNTERPARTS}
     results = lessons.read_results()

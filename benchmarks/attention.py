@@ -29,7 +29,7 @@ class Settings:
 
 
 def main():
-    settings = cli.parse_flags(Settings, sys.argv[1:])
+    settings = cli.parse_benchmark_flags(Settings, sys.argv[1:])
     device.prepare(CPU)
     dtypes = ("float32", "bfloat16")
     crossing = {dtype: crossover(getattr(torch, dtype), settings.rounds) for dtype in dtypes}

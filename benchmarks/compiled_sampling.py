@@ -51,7 +51,7 @@ class Measured:
 
 
 def main():
-    settings = cli.parse_flags(Settings, sys.argv[1:])
+    settings = cli.parse_benchmark_flags(Settings, sys.argv[1:])
     if not settings.runs:
         raise UserError("name the runs to measure: --runs runs/NAME ...")
     rows = []

@@ -44,7 +44,7 @@ class Settings:
 
 
 def main():
-    settings = cli.parse_flags(Settings, sys.argv[1:])
+    settings = cli.parse_benchmark_flags(Settings, sys.argv[1:])
     names = wanted_runs.chosen_stages(settings.stages)
     if settings.text:
         text = files.read_text(Path(settings.text))

@@ -41,7 +41,7 @@ class Settings:
 
 
 def main():
-    settings = cli.parse_flags(Settings, sys.argv[1:])
+    settings = cli.parse_benchmark_flags(Settings, sys.argv[1:])
     device.prepare(CPU)
     speeds = {
         dtype: compare_speeds(settings.rounds, getattr(torch, dtype)) for dtype in ("float32", "bfloat16")

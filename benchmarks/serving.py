@@ -62,7 +62,7 @@ class Settings:
 
 
 def main():
-    settings = cli.parse_flags(Settings, sys.argv[1:])
+    settings = cli.parse_benchmark_flags(Settings, sys.argv[1:])
     torch.set_num_threads(settings.threads)
     device.prepare(CPU)
     requests = {

@@ -46,7 +46,7 @@ class Settings:
 
 
 def main():
-    settings = cli.parse_flags(Settings, sys.argv[1:])
+    settings = cli.parse_benchmark_flags(Settings, sys.argv[1:])
     device.prepare(CPU)
     dtype = device.choose_dtype("auto", CPU)
     steps = {name: moe.training_step(name, dtype) for name in wanted_runs.chosen_stages(settings.stages)}

@@ -1,6 +1,7 @@
 """The command line: flags from a dataclass, errors in one or two lines."""
 
 import contextlib
+import dataclasses
 import difflib
 import errno
 import io
@@ -34,6 +35,25 @@ def parse_flags(kind: type, argv: list[str], **options):
     hints = iter(list(dropwhile(is_rule, lines)))
     message = " ".join(takewhile(lambda line: not is_rule(line), hints)).rstrip(".")
     raise UserError(f"{message}. {did_you_mean(message, hints)}See {program()} --help")
+
+
+def parse_benchmark_flags(kind: type, argv: list[str], may_be_0: tuple[str, ...] = ()):
+    """As parse_flags, for a benchmark: its numbers count or measure something, so they must be above 0.
+
+    Except the fields in may_be_0. A flag with several values must have one at least, unless it has none by
+    default.
+    """
+    settings = parse_flags(kind, argv)
+    for field in dataclasses.fields(kind):
+        flag, value = f"--{field.name.replace('_', '-')}", getattr(settings, field.name)
+        if value == () != field.default:
+            raise UserError(f"{flag} needs at least one value")
+        for number in value if isinstance(value, tuple) else (value,):
+            if not isinstance(number, int | float) or isinstance(number, bool):
+                continue
+            if not (number > 0 or (number == 0 and field.name in may_be_0)):
+                raise UserError(f"{flag} must be above 0, not {number}")
+    return settings
 
 
 def program() -> str:

@@ -1,5 +1,6 @@
 """What goes wrong on a command line: a line or two on stderr, status 2, nothing half-written."""
 
+import importlib
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,9 @@ from conftest import call
 import sample
 import train
 from benchmarks import gpt2_preset
+from benchmarks.ideas import shared_heads
 from data import sources, tokenizers
+from lab import cli
 from lab.comparison import spread
 from lab.errors import UserError
 from lab.training import optim
@@ -245,3 +248,27 @@ def test_help_explains_every_flag(driver, monkeypatch, capsys):
     out, err = capsys.readouterr()
     flags = [line for line in out.splitlines() if "--" in line]
     assert err == "" and len(flags) >= 10
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "message"),
+    [
+        ("ideas.drafts", ["--seeds", "0"], "--seeds must be above 0, not 0"),
+        ("ideas.rates", ["--steps", "-1"], "--steps must be above 0, not -1"),
+        ("ideas.latents", ["--contexts", "256", "0"], "--contexts must be above 0, not 0"),
+        ("ideas.latents", ["--contexts"], "--contexts needs at least one value"),
+        ("ideas.long_contexts", ["--largest", "nan"], "--largest must be above 0, not nan"),
+        ("ideas.shared_heads", ["--seeds", "-1"], "--seeds must be above 0, not -1"),
+        ("quantization", [], "name runs to quantize"),  # its default is no run
+        ("serving", ["--rounds", "0"], "--rounds must be above 0, not 0"),
+    ],
+)
+def test_a_benchmark_refuses_to_measure_nothing(monkeypatch, capsys, name, flags, message):
+    benchmark = importlib.import_module(f"benchmarks.{name}")
+    assert call(monkeypatch, benchmark, *flags) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_benchmark_may_leave_out_a_part():
+    settings = cli.parse_benchmark_flags(shared_heads.Settings, ["--seeds", "0"], may_be_0=("seeds",))
+    assert settings.seeds == 0

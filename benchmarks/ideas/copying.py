@@ -47,7 +47,7 @@ class Settings:
 
 
 def main():
-    settings = cli.parse_flags(Settings, sys.argv[1:])
+    settings = cli.parse_benchmark_flags(Settings, sys.argv[1:])
     print("This takes about 5 minutes on one core.")
     device.prepare(ideas.CPU)
     text = runs.RUNS / "ideas" / "copying.txt"

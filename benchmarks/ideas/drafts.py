@@ -61,7 +61,7 @@ class Settings:
 
 
 def main():
-    settings = cli.parse_flags(Settings, sys.argv[1:])
+    settings = cli.parse_benchmark_flags(Settings, sys.argv[1:])
     device.prepare(CPU)
     if settings.only != "drafts":
         equal_flops(settings.seeds)

@@ -51,7 +51,7 @@ class Settings:
 
 
 def main():
-    settings = cli.parse_flags(Settings, sys.argv[1:])
+    settings = cli.parse_benchmark_flags(Settings, sys.argv[1:])
     device.prepare(CPU)
     tried = {name: try_rates(name, settings.steps) for name in (DENSE, *MIXTURES)}
     rates = {name: min(losses, key=losses.get) for name, losses in tried.items()}

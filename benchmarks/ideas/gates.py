@@ -56,7 +56,7 @@ class Settings:
 
 
 def main():
-    settings = cli.parse_flags(Settings, sys.argv[1:])
+    settings = cli.parse_benchmark_flags(Settings, sys.argv[1:])
     print("This takes about 30 minutes on one core, or 20 after compare.py --tune.")
     print("Finished runs are kept, so it can be interrupted.")
     device.prepare(ideas.CPU)

@@ -65,7 +65,7 @@ class Settings:
 
 
 def main():
-    settings = cli.parse_flags(Settings, sys.argv[1:])
+    settings = cli.parse_benchmark_flags(Settings, sys.argv[1:])
     device.prepare(CPU)
     deepseek(settings)
     if not settings.only_deepseek:

@@ -43,7 +43,7 @@ class Settings:
 
 
 def main():
-    settings = cli.parse_flags(Settings, sys.argv[1:])
+    settings = cli.parse_benchmark_flags(Settings, sys.argv[1:])
     print("about 15 minutes of one core", flush=True)
     os.environ["OMP_NUM_THREADS"] = "1"
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)

@@ -43,7 +43,7 @@ class Settings:
 
 
 def main():
-    settings = cli.parse_flags(Settings, sys.argv[1:])
+    settings = cli.parse_benchmark_flags(Settings, sys.argv[1:])
     device.require_compiler(ideas.CPU)
     device.prepare(ideas.CPU)
     torch.set_num_threads(1)

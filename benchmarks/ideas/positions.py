@@ -45,7 +45,7 @@ class Settings:
 
 
 def main():
-    settings = cli.parse_flags(Settings, sys.argv[1:])
+    settings = cli.parse_benchmark_flags(Settings, sys.argv[1:])
     print("This takes about 15 minutes on one core, or 2 if compare.py has trained stages 1 and 2.")
     device.prepare(ideas.CPU)
     models = {

@@ -38,7 +38,7 @@ class Settings:
 
 
 def main():
-    settings = cli.parse_flags(Settings, sys.argv[1:])
+    settings = cli.parse_benchmark_flags(Settings, sys.argv[1:])
     chosen = wanted_runs.chosen_stages(settings.stages)
     kept = {}
     if settings.keep and (lessons.IDEAS / "rates.json").exists():

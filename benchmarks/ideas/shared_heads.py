@@ -51,7 +51,7 @@ class Settings:
 
 
 def main():
-    settings = cli.parse_flags(Settings, sys.argv[1:])
+    settings = cli.parse_benchmark_flags(Settings, sys.argv[1:], may_be_0=("seeds",))
     print("about 3 minutes; another 20 if the nine runs must be trained first", flush=True)
     device.prepare(ideas.CPU)
     torch.set_num_threads(1)

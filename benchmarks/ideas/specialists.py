@@ -57,7 +57,7 @@ class Settings:
 
 
 def main():
-    settings = cli.parse_flags(Settings, sys.argv[1:])
+    settings = cli.parse_benchmark_flags(Settings, sys.argv[1:])
     device.prepare(CPU)
     folders = [experts.train(MODEL, seed, RATE, settings.steps)[0] for seed in range(settings.seeds)]
     taken = [routing(folder, settings.characters) for folder in folders]
