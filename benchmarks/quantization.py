@@ -77,7 +77,7 @@ class Settings:
 
 
 def main():
-    settings = cli.parse_flags(Settings, sys.argv[1:])
+    settings = cli.parse_benchmark_flags(Settings, sys.argv[1:], may_be_0=("rounds",))
     if not settings.runs and not settings.smollm2:
         raise UserError("name runs to quantize: --runs runs/A runs/B, or --smollm2 runs/smollm2")
     device.prepare(CPU)
@@ -230,6 +230,7 @@ def tables(rows: list[dict], speeds: list[dict]) -> str:
                     ),
                 ]
                 for name in VARIANTS
+                if any(row["method"] == name for row in mine)
             ]
             parts.append(markdown.table(["method", *(f"{n} bits" for n in bits)], body))
     for run in dict.fromkeys(row["run"] for row in rows if row["imported"]):
@@ -274,9 +275,8 @@ def change(rows: list[dict], key: str, error: str) -> str:
     if not rows:
         return ""
     values = [row[key] for row in rows]
-    of_mean = rows[0][error] or 0
-    if len(values) > 1:
-        of_mean = statistics.stdev(values) / math.sqrt(len(values))
+    several = len(values) > 1
+    of_mean = statistics.stdev(values) / math.sqrt(len(values)) if several else rows[0][error] or 0
     sign = "+" if key == "difference" else ""
     return f"{statistics.mean(values):{sign}.4f} ± {of_mean:.4f}"
 

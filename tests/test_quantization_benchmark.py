@@ -1,5 +1,6 @@
 """benchmarks/quantization.py: what its figures mean."""
 
+import json
 import math
 
 import pytest
@@ -74,3 +75,13 @@ def test_the_tables_have_every_method_and_the_memory_beyond_that_of_the_program(
         assert f"| {name} | +0.0100 ± 0.0010 |" in text and f"| {name} | 0.0020 ± 0.0001 |" in text
     assert "| 4 bits | 66.0 | 1.90 | 200 MB | 600 MB |" in text
     assert "| llama.cpp | 150.0 | 4.00 | | |" in text
+
+
+def test_the_lesson_shows_the_published_results():
+    published = stages.ROOT / "results"
+    text = (published / "quantization.md").read_text()
+    assert f"<!-- quantization -->\n{text}" in quantization.LESSON.read_text()
+    measured = json.loads((published / "quantization.json").read_text())
+    of_stages = [row for row in measured["rows"] if not row["imported"]]
+    assert text.startswith(quantization.tables(of_stages, []).strip())
+    assert text.endswith(quantization.tables([], measured["speeds"]))
